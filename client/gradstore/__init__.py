@@ -1,0 +1,3 @@
+"""Client of gradstore, the gradient datastore service."""
+
+__version__ = "0.1.0"

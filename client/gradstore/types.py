@@ -1,0 +1,690 @@
+"""Every JSON body of the API, defined once: the service validates with these models and the client returns them.
+
+Conventions (docs/api.md): ids are prefixed strings, times are RFC 3339 UTC and end in `_at`, durations are seconds,
+fractions lie between 0 and 1, and every key is present in an answer.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+JobKind = Literal["gradients", "finetune", "evaluation", "scoring"]
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+GradientKind = Literal["adam", "sgd", "sign"]
+AdamForm = Literal["less", "exact"]
+ProjectionName = Literal["blocks", "rademacher", "none"]
+FeatureDtype = Literal["float16", "float32"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Quantisation = Literal["int8", "nf4"]
+TemplateName = Literal["tulu", "chat"]
+Aggregate = Literal["less", "avg", "max", "min"]
+TaskKind = Literal["mmlu", "bbh", "tydiqa", "gsm8k", "scienceqa", "jsonl"]
+Metric = Literal["choice", "exact_match", "token_f1", "none"]
+Split = Literal["validation", "test"]
+Method = Literal["lora", "full"]
+
+FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+def _fraction(value: float) -> float:
+    if value > 1:
+        raise ValueError(f"a fraction lies between 0 and 1: {value:g} % is {value / 100:g}")
+    if value <= 0:
+        raise ValueError("a fraction lies between 0 and 1, and 0 selects nothing")
+    return value
+
+
+Fraction = Annotated[float, AfterValidator(_fraction), Field(description="A fraction: 0.05 is 5 %.")]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\\\x00-\x1f]+$")]
+
+
+class Body(BaseModel):
+    """Base of every answer: unknown keys are kept out of sight, so that an older client reads a newer server."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class Request(BaseModel):
+    """Base of every request: unknown fields are refused, so that a typing error never silently does nothing."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+class ProblemItem(Body):
+    """One place where the input is wrong."""
+
+    detail: str
+    pointer: str | None = None
+    """JSON pointer into the request body."""
+    parameter: str | None = None
+    """Name of the query, path or form parameter."""
+    line: int | None = None
+    """Line of the uploaded file, counted from 1."""
+
+
+class Problem(Body):
+    """An error as RFC 9457 `application/problem+json`; `detail` says what to do next."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    """The request's id (or the log's, for a failed job): quote it when asking for help."""
+    errors: list[ProblemItem] = []
+    total_errors: int = 0
+    """How many places are wrong; `errors` holds the first of them."""
+
+
+# Jobs -------------------------------------------------------------------------------------------------------------
+
+
+class Progress(Body):
+    """How far a job is."""
+
+    done: int
+    total: int
+    unit: str
+    """What is counted: rows, steps or examples."""
+    rate: float | None
+    """Units per second over the last minute; null until known."""
+    eta_seconds: float | None
+
+
+RequestT = TypeVar("RequestT", bound=BaseModel)
+ResultT = TypeVar("ResultT", bound=BaseModel)
+
+
+class Job(Body, Generic[RequestT, ResultT]):
+    """Work that outlives the request which started it."""
+
+    id: str
+    kind: JobKind
+    name: str | None
+    status: JobStatus
+    progress: Progress
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: Problem | None
+    request: RequestT
+    result: ResultT | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has reached a state that it will not leave by itself."""
+        return self.status in FINISHED
+
+
+class AnyObject(Body):
+    """A JSON object whose keys depend on the kind of the job."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+AnyJob = Job[AnyObject, AnyObject]
+
+ItemT = TypeVar("ItemT", bound=BaseModel)
+
+
+class Page(Body, Generic[ItemT]):
+    """A page of a list: ask for the next one with `after` = the last item's id."""
+
+    data: list[ItemT]
+    has_more: bool
+
+
+class Rename(Request):
+    """Give a resource another name; null takes its name away."""
+
+    name: Name | None
+
+
+class Estimate(Body):
+    """What a job would cost (`dry_run=true`)."""
+
+    rows: int
+    tokens: int
+    bytes: int
+    """Bytes the job would add to the store."""
+    free_bytes: int
+    """Bytes free where the store lies."""
+    seconds: float | None
+    """Estimated duration from measured rates of this store's finished jobs; null before the first."""
+    memory_bytes: int
+    """Estimated peak memory of one worker."""
+    reused_rows: int = 0
+    """Rows whose features exist already, summed over checkpoints."""
+
+
+# Datasets ---------------------------------------------------------------------------------------------------------
+
+
+class DatasetSource(Body):
+    """A file that was uploaded, kept byte for byte under its own hash."""
+
+    sha256: str
+    filename: str
+    format: Literal["jsonl", "json", "parquet"]
+    bytes: int
+    rows: int
+    """Rows taken from the file."""
+    skipped: int
+    """Rows left out by `on_error=skip`."""
+    created_at: datetime
+
+
+class RowProblem(Body):
+    """A row that could not be taken, or was taken with a remark."""
+
+    line: int
+    """Line of a JSONL file, or position in a JSON array or Parquet file, counted from 1."""
+    detail: str
+
+
+class UploadReport(Body):
+    """What became of the rows of an upload."""
+
+    rows: int
+    skipped: int
+    problems: list[RowProblem]
+    """The first rows that were left out, with reasons."""
+    notes: list[RowProblem]
+    """Remarks on rows that were taken: repeated ids, missing ids and the like."""
+    total_notes: int
+
+
+class Dataset(Body):
+    """A pool of examples to select from, named by the hash of its canonical rows."""
+
+    id: str
+    name: str | None
+    rows: int
+    bytes: int
+    origins: dict[str, int]
+    """Rows per origin: the `dataset` field of the rows, else the file's name."""
+    prefix: str | None
+    """The longest stored dataset whose rows begin this one: its features are reused."""
+    sources: list[DatasetSource]
+    created_at: datetime
+
+
+class UploadedDataset(Dataset):
+    """A dataset and what became of the upload."""
+
+    created: bool
+    """False where the same rows were already stored."""
+    report: UploadReport
+
+
+# Tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Subtask(Body):
+    """A part of a task: a subject of MMLU, a language of TyDiQA."""
+
+    name: str
+    validation: int
+    """Rows used for selection."""
+    test: int
+    """Rows used for evaluation only."""
+    metric: Metric
+
+
+class Task(Body):
+    """What the model should get better at, given by a few validation rows."""
+
+    id: str
+    name: str
+    kind: TaskKind
+    validation: int
+    test: int
+    subtasks: list[Subtask]
+    notes: list[str]
+    created_at: datetime
+
+
+class TaskRegister(Request):
+    """Register a task from a folder or file of the server, inside an allowed root."""
+
+    name: Name
+    kind: TaskKind
+    path: str
+    replace: bool = False
+
+
+# Checkpoints and runs -----------------------------------------------------------------------------------------------
+
+
+class LoraSettings(Request):
+    """The adapter's shape; the defaults are LESS's recipe."""
+
+    r: int = Field(128, ge=1, le=4096)
+    alpha: float = Field(512, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Checkpoint(Body):
+    """An adapter, its Adam moments and the mean learning rate of its epoch."""
+
+    id: str
+    name: str | None
+    run: str | None
+    model: str
+    revision: str | None
+    method: Method
+    epoch: int | None
+    step: int | None
+    learning_rate: float | None
+    """Mean learning rate of the epoch: the checkpoint's weight in the influence."""
+    has_moments: bool
+    """Without Adam's moments a checkpoint gives `sgd` and `sign` features only."""
+    moments_note: str | None
+    """Why there are no moments, where there are none."""
+    parameters: int
+    """Trainable parameters."""
+    precision: Precision
+    template: TemplateName | None
+    max_length: int | None
+    bytes: int
+    created_at: datetime
+
+
+class CheckpointRegister(Request):
+    """Register an adapter folder of the server (inside an allowed root): PEFT, HF Trainer or LESS layout."""
+
+    path: str
+    name: Name | None = None
+    model: str | None = None
+    """Base model; by default the one named in the adapter's own configuration."""
+    revision: str | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    step: int | None = Field(None, ge=0)
+    precision: Precision = "float32"
+
+
+class Run(Body):
+    """The checkpoints of one training, in order."""
+
+    id: str
+    name: str | None
+    model: str
+    revision: str | None
+    finetune: str | None
+    checkpoints: list[Checkpoint]
+    created_at: datetime
+
+
+class RunCreate(Request):
+    """Group registered checkpoints of one base model into a run."""
+
+    checkpoints: list[str] = Field(min_length=1)
+    name: Name | None = None
+
+
+# Gradients --------------------------------------------------------------------------------------------------------
+
+
+class GradientsRequest(Request):
+    """Compute the projected gradient of every example of a dataset or of a task's validation rows."""
+
+    dataset: str | None = None
+    task: str | None = None
+    run: str | None = None
+    checkpoints: list[str] | None = None
+    kind: GradientKind | None = None
+    """`adam` for a dataset and `sgd` for a task, unless said otherwise."""
+    adam: AdamForm = "less"
+    dims: list[Annotated[int, Field(ge=1, le=1 << 20)]] = Field(default=[8192], min_length=1, max_length=8)
+    projection: ProjectionName = "blocks"
+    seed: int = Field(0, ge=0, lt=1 << 32)
+    dtype: FeatureDtype = "float16"
+    template: TemplateName | None = None
+    """Chat format; by default the one the run was trained with, else `tulu`."""
+    max_length: int | None = Field(None, ge=2, le=1 << 20)
+    """Tokens kept of an example; by default the run's, else 2048."""
+    precision: Precision | None = None
+    """Precision of the base model; by default the one the run was trained in."""
+    quantisation: Quantisation | None = None
+    gradient_checkpointing: bool = False
+    token_budget: int = Field(8192, ge=1)
+    """Padded tokens per batch; recorded, since it fixes the batch plan."""
+    name: Name | None = None
+    dry_run: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> GradientsRequest:
+        if (self.dataset is None) == (self.task is None):
+            raise ValueError("name either a dataset or a task")
+        if (self.run is None) == (not self.checkpoints):
+            raise ValueError("name either a run or a list of checkpoints")
+        if len(set(self.dims)) != len(self.dims):
+            raise ValueError("dims holds a number twice")
+        return self
+
+
+class ExcludedRow(Body):
+    """A row without a feature, kept out of every answer."""
+
+    row: int
+    checkpoint: str
+    reason: str
+
+
+class FeatureSet(Body):
+    """The features of one dataset or task at one checkpoint: rows × dim."""
+
+    id: str
+    dataset: str | None
+    task: str | None
+    checkpoint: str
+    kind: GradientKind
+    adam: AdamForm | None
+    projection: ProjectionName
+    seed: int
+    dim: int
+    dtype: FeatureDtype
+    template: TemplateName
+    max_length: int
+    rows: int
+    excluded: int
+    """Rows without a feature."""
+    bytes: int
+
+
+class GradientsResult(Body):
+    """What a gradients job left in the store."""
+
+    feature_sets: list[FeatureSet]
+    rows: int
+    computed_rows: int
+    """Rows computed by this job, summed over checkpoints; the others existed."""
+    excluded: list[ExcludedRow]
+    """The first rows without a feature, with reasons."""
+    total_excluded: int
+    tokens: int
+    seconds: float
+
+
+GradientsJob = Job[GradientsRequest, GradientsResult]
+
+
+# Selection --------------------------------------------------------------------------------------------------------
+
+
+class SelectionRecipe(Body):
+    """Everything an answer depends on, resolved to ids: the same recipe gives the same selection."""
+
+    datasets: list[str]
+    tasks: list[str]
+    checkpoints: list[str]
+    weights: list[float]
+    """Weight of each checkpoint: its mean learning rate over the sum."""
+    run: str | None
+    kind: GradientKind
+    task_kind: GradientKind
+    adam: AdamForm | None
+    projection: ProjectionName
+    seed: int
+    dim: int
+    dtype: FeatureDtype
+    template: TemplateName
+    max_length: int
+    aggregate: Aggregate
+    combine: Literal["max", "mean"]
+    """How the scores of several tasks become one."""
+    pct: float | None
+    k: int | None
+    exclude: list[str]
+    """Datasets and selections whose examples are left out."""
+
+
+class SelectedRow(Body):
+    """A chosen example."""
+
+    rank: int
+    dataset: str
+    row: int
+    """Position in the dataset, from 0."""
+    id: str | None
+    """The example's own id, as uploaded."""
+    origin: str
+    score: float
+    task: str
+    """The task that gave the score."""
+    subtask: str | None
+    """The subtask that gave the score (`aggregate=less`)."""
+
+
+class Selection(Body):
+    """The answer of /select: the examples that help the task most, best first."""
+
+    id: str
+    name: str | None
+    recipe: SelectionRecipe
+    count: int
+    pool: int
+    """Rows that could have been chosen."""
+    left_out: dict[str, int]
+    """Rows that could not: by reason."""
+    origins: dict[str, int]
+    """Chosen rows per origin."""
+    pool_origins: dict[str, int]
+    data: list[SelectedRow]
+    """The first rows (`limit`, `after`)."""
+    has_more: bool
+    created_at: datetime
+
+
+class ScoredRow(Body):
+    """The score of one example of the pool."""
+
+    dataset: str
+    row: int
+    id: str | None
+    origin: str
+    score: float | None
+    """Null for a row without a feature."""
+    task: str | None
+    subtask: str | None
+
+
+class Scores(Body):
+    """A page of the score vector, in the order of the pool."""
+
+    recipe: SelectionRecipe
+    rows: int
+    data: list[ScoredRow]
+    has_more: bool
+
+
+class ScoringRequest(Request):
+    """The scores a /select or /scores is waiting for."""
+
+    recipe: dict[str, Any]
+
+
+class ScoringResult(Body):
+    """Where the scores are: ask again for what was asked."""
+
+    scores: str
+    rows: int
+    seconds: float
+
+
+ScoringJob = Job[ScoringRequest, ScoringResult]
+
+
+# Fine-tunes -------------------------------------------------------------------------------------------------------
+
+
+class FinetuneRequest(Request):
+    """Fine-tune a model on a selection, a dataset or a random fraction of it; the defaults are LESS's recipe."""
+
+    dataset: str | None = None
+    selection: str | None = None
+    fraction: Fraction | None = None
+    """Random fraction of the dataset's rows, drawn with `seed`."""
+    rows: int | None = Field(None, ge=1)
+    """Random number of the dataset's rows, drawn with `seed`."""
+    model: str
+    """Hub id, or a folder of the server inside an allowed root."""
+    revision: str | None = None
+    method: Method = "lora"
+    lora: LoraSettings = LoraSettings()
+    learning_rate: float = Field(2e-5, gt=0)
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: int = Field(4, ge=1, le=1000)
+    batch_size: int = Field(128, ge=1)
+    """Examples per optimizer step."""
+    device_batch_size: int = Field(8, ge=1)
+    """Examples per forward pass; the rest is accumulated."""
+    max_length: int = Field(2048, ge=2, le=1 << 20)
+    template: TemplateName = "tulu"
+    precision: Precision | Literal["auto"] = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; what was used is recorded with the run."""
+    quantisation: Quantisation | None = None
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0, lt=1 << 32)
+    name: Name | None = None
+    dry_run: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FinetuneRequest:
+        if (self.dataset is None) == (self.selection is None):
+            raise ValueError("name either a dataset or a selection")
+        if self.fraction is not None and self.rows is not None:
+            raise ValueError("name either a fraction or a number of rows")
+        if self.selection is not None and (self.fraction or self.rows):
+            raise ValueError("fraction and rows draw from a dataset; a selection is taken whole")
+        if self.method == "full" and self.quantisation:
+            raise ValueError("a quantised model cannot be trained in full; use method=lora")
+        if self.batch_size % min(self.device_batch_size, self.batch_size):
+            raise ValueError("batch_size must be a multiple of device_batch_size")
+        return self
+
+
+class LossPoint(Body):
+    """A point of the loss curve."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+
+
+class FinetuneResult(Body):
+    """What a fine-tune left behind."""
+
+    run: str
+    checkpoints: list[str]
+    rows: int
+    """Rows trained on."""
+    skipped_rows: int
+    """Rows that left no supervised token after truncation."""
+    steps: int
+    tokens: int
+    """Tokens of one epoch."""
+    precision: Precision
+    loss_curve: list[LossPoint]
+    seconds: float
+
+
+FinetuneJob = Job[FinetuneRequest, FinetuneResult]
+
+
+# Evaluations ------------------------------------------------------------------------------------------------------
+
+
+class EvaluationRequest(Request):
+    """Measure a model on the test rows of tasks."""
+
+    finetune: str | None = None
+    checkpoint: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    tasks: list[str] = Field(min_length=1)
+    baseline: bool = True
+    """Measure the base model beside it."""
+    max_rows: int | None = Field(None, ge=1)
+    """At most so many test rows per subtask, the first ones."""
+    max_new_tokens: int = Field(256, ge=1, le=8192)
+    template: TemplateName | None = None
+    max_length: int | None = Field(None, ge=2, le=1 << 20)
+    precision: Precision | None = None
+    quantisation: Quantisation | None = None
+    bootstrap_samples: int = Field(1000, ge=1, le=100_000)
+    seed: int = Field(0, ge=0, lt=1 << 32)
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_model(self) -> EvaluationRequest:
+        if sum(part is not None for part in (self.finetune, self.checkpoint, self.model)) != 1:
+            raise ValueError("name one of finetune, checkpoint and model")
+        return self
+
+
+class Interval(Body):
+    """A percentile bootstrap confidence interval of 95 %."""
+
+    low: float
+    high: float
+
+
+class EvaluationRow(Body):
+    """One model on one subtask, or on a whole task where `subtask` is null (mean over its subtasks)."""
+
+    model: Literal["base", "tuned"]
+    task: str
+    subtask: str | None
+    examples: int
+    loss: float | None
+    """Mean cross-entropy per supervised token, averaged over examples."""
+    loss_interval: Interval | None
+    metric: Metric
+    value: float | None
+    interval: Interval | None
+    unparsed: int
+    """Answers in which no answer was found (exact match)."""
+
+
+class EvaluationResult(Body):
+    """The measured rows."""
+
+    rows: list[EvaluationRow]
+    seconds: float
+
+
+EvaluationJob = Job[EvaluationRequest, EvaluationResult]
+
+
+# The service itself -----------------------------------------------------------------------------------------------
+
+
+class Worker(Body):
+    """A worker seen lately."""
+
+    id: str
+    device: str
+    job: str | None
+    seen_at: datetime
+
+
+class Health(Body):
+    """Whether the service can work."""
+
+    status: Literal["ok", "degraded"]
+    version: str
+    catalog: bool
+    dispatch: bool
+    workers: list[Worker]
+    free_bytes: int

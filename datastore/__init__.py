@@ -1,0 +1,1 @@
+"""What is on disk and the arithmetic over it: no torch, no web."""

@@ -1,0 +1,123 @@
+"""What can be wrong, in the words of the datastore; status codes are the service's business.
+
+    GradstoreError
+    ├── NotFound
+    ├── InvalidInput
+    │   ├── InvalidDataset
+    │   ├── InvalidTask
+    │   ├── InvalidCheckpoint
+    │   └── PathNotAllowed
+    ├── TooLarge
+    ├── NotEnoughSpace
+    ├── Damaged
+    └── Conflict
+        ├── NameTaken
+        ├── InUse
+        ├── GradientsMissing
+        └── Ambiguous
+
+Every message says what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradstore.types import ProblemItem
+
+
+class GradstoreError(Exception):
+    """Base of all errors a user can act upon."""
+
+
+class NotFound(GradstoreError):
+    """Nothing has this id or name."""
+
+    def __init__(self, noun: str, name: str, *, collection: str) -> None:
+        super().__init__(f"no {noun} is called {name!r}; GET {collection} lists what there is")
+        self.noun = noun
+        self.name = name
+
+
+class InvalidInput(GradstoreError):
+    """What was sent cannot be used; `errors` names the places."""
+
+    def __init__(self, detail: str, *, errors: Sequence[ProblemItem] = (), total_errors: int | None = None) -> None:
+        super().__init__(detail)
+        self.errors = list(errors)
+        self.total_errors = len(self.errors) if total_errors is None else total_errors
+
+
+class InvalidDataset(InvalidInput):
+    """A file that is no dataset, or a dataset with rows that cannot be taken."""
+
+
+class InvalidTask(InvalidInput):
+    """Files that are not the task they are said to be."""
+
+
+class InvalidCheckpoint(InvalidInput):
+    """Files that are no adapter, or an adapter that does not fit its base model or its optimizer state."""
+
+
+class PathNotAllowed(InvalidInput):
+    """A server path outside the allowed roots."""
+
+
+class TooLarge(GradstoreError):
+    """An upload beyond the configured limit."""
+
+
+class NotEnoughSpace(GradstoreError):
+    """The disk cannot hold what the job would write."""
+
+    def __init__(self, *, needed: int, free: int) -> None:
+        super().__init__(
+            f"the job would write {needed:,} bytes and {free:,} are free where the store lies: "
+            "free some space, or ask for fewer checkpoints or a smaller dim"
+        )
+        self.needed = needed
+        self.free = free
+
+
+class Damaged(GradstoreError):
+    """Stored bytes do not match their checksum."""
+
+
+class Conflict(GradstoreError):
+    """The request is right in itself and does not fit what is stored."""
+
+
+class NameTaken(Conflict):
+    """The name belongs to other content."""
+
+    def __init__(self, noun: str, name: str, holder: str) -> None:
+        super().__init__(
+            f"the name {name!r} belongs to {noun} {holder}; choose another, or send replace=true to move it"
+        )
+        self.holder = holder
+
+
+class InUse(Conflict):
+    """Something else still needs this."""
+
+    def __init__(self, noun: str, name: str, users: Sequence[str]) -> None:
+        shown = ", ".join(users[:5]) + (" …" if len(users) > 5 else "")
+        super().__init__(f"{noun} {name} is used by {shown}: delete these first")
+        self.users = list(users)
+
+
+class GradientsMissing(Conflict):
+    """Features that the answer needs have not been computed; `body` is the POST /gradients that computes them."""
+
+    def __init__(self, detail: str, *, body: dict[str, object]) -> None:
+        super().__init__(detail)
+        self.body = body
+
+
+class Ambiguous(Conflict):
+    """Several stored things fit the request; `choices` are the full URLs, one of which is meant."""
+
+    def __init__(self, detail: str, *, choices: Sequence[str]) -> None:
+        super().__init__(detail)
+        self.choices = list(choices)

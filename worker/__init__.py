@@ -1,0 +1,1 @@
+"""The only place with torch: gradients, fine-tunes and evaluations."""
