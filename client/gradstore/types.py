@@ -157,8 +157,8 @@ class Estimate(Body):
     """Bytes free where the store lies."""
     seconds: float | None
     """Estimated duration from measured rates of this store's finished jobs; null before the first."""
-    memory_bytes: int
-    """Estimated peak memory of one worker."""
+    memory_bytes: int | None
+    """Estimated peak memory of one worker; null where the base model is not on this machine."""
     reused_rows: int = 0
     """Rows whose features exist already, summed over checkpoints."""
 

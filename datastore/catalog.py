@@ -1,0 +1,427 @@
+"""The catalog: what exists, under which names, and what needs what. SQLite by default, PostgreSQL when configured.
+
+Rows in, `gradstore.types` out. Jobs and their shards are in `datastore/leases.py`, features in `datastore/features.py`;
+they share this module's engine and transactions.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from gradstore.types import Checkpoint, Dataset, DatasetSource, Page, Run, Subtask, Task
+from sqlalchemy import Select, create_engine, delete, event, select, text, tuple_, update
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from datastore.errors import Conflict, InUse, NameTaken, NotFound
+from datastore.schema import (
+    CheckpointRow,
+    DatasetRow,
+    IdempotencyRow,
+    Noun,
+    RunCheckpointRow,
+    RunRow,
+    SelectionRow,
+    SourceRow,
+    TaskRow,
+    UseRow,
+)
+
+BUSY_TIMEOUT = 30.0  # seconds that a SQLite writer waits for another
+IDEMPOTENCY_LIFETIME = timedelta(days=1)
+NounT = TypeVar("NounT", bound=Noun)
+
+
+def utc_now() -> datetime:
+    """The present time, aware."""
+    return datetime.now(UTC)
+
+
+class Catalog:
+    """A handle on the catalog's database."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = _engine(url)
+        self._writers = sessionmaker(self.engine, expire_on_commit=False)
+        self._readers = sessionmaker(self.engine.execution_options(reading=True), expire_on_commit=False)
+
+    def migrate(self) -> None:
+        """Bring the database to this version's schema; several processes may do so at once."""
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.attributes["engine"] = self.engine
+        command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A session that commits at its end, or rolls back when left by an exception."""
+        with self._writers.begin() as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that only reads: on SQLite it waits for no writer."""
+        with self._readers() as session:
+            yield session
+
+    def alive(self) -> bool:
+        """Whether the database answers."""
+        try:
+            with self.engine.connect() as connection:
+                connection.execute(text("SELECT 1"))
+        except OperationalError:
+            return False
+        return True
+
+    # Datasets -----------------------------------------------------------------------------------------------------
+
+    def add_dataset(
+        self,
+        *,
+        id: str,
+        rows: int,
+        bytes: int,
+        origins: dict[str, int],
+        prefix: str | None,
+        source: DatasetSource,
+        name: str | None,
+        replace: bool,
+    ) -> Dataset:
+        """Record a dataset, or one more source of a dataset that exists. Raises `NameTaken`."""
+        with self.transaction() as session:
+            row = session.get(DatasetRow, id)
+            if row is None:
+                row = DatasetRow(
+                    id=id, name=None, rows=rows, bytes=bytes, origins=origins, prefix=prefix, created_at=utc_now()
+                )
+                session.add(row)
+                session.flush()
+            if session.get(SourceRow, (id, source.sha256)) is None:
+                session.add(SourceRow(dataset_id=id, **source.model_dump()))
+            if name is not None:
+                _take_name(session, DatasetRow, row, name, replace=replace)
+            session.flush()
+            return _dataset(session, row)
+
+    def dataset(self, reference: str) -> Dataset:
+        """A dataset by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return _dataset(session, _find(session, DatasetRow, reference))
+
+    def datasets(self, *, limit: int, after: str | None = None) -> Page[Dataset]:
+        """A page of datasets, newest first."""
+        with self.reading() as session:
+            rows, has_more = _page(session, DatasetRow, limit=limit, after=after)
+            return Page[Dataset](data=[_dataset(session, row) for row in rows], has_more=has_more)
+
+    def dataset_sizes(self) -> dict[str, int]:
+        """Rows of every dataset: an upload looks for its longest stored prefix among them."""
+        with self.reading() as session:
+            return {row.id: row.rows for row in session.execute(select(DatasetRow.id, DatasetRow.rows))}
+
+    def sources_of_others(self, dataset: str) -> set[str]:
+        """Hashes of the uploads that other datasets hold."""
+        with self.reading() as session:
+            return set(session.scalars(select(SourceRow.sha256).where(SourceRow.dataset_id != dataset)))
+
+    # Tasks --------------------------------------------------------------------------------------------------------
+
+    def add_task(
+        self, *, id: str, name: str, kind: str, subtasks: Sequence[Subtask], notes: Sequence[str], replace: bool
+    ) -> Task:
+        """Record a task under its name. Raises `NameTaken`."""
+        with self.transaction() as session:
+            row = session.get(TaskRow, id)
+            if row is None:
+                stored = [subtask.model_dump() for subtask in subtasks]
+                row = TaskRow(id=id, name=None, kind=kind, subtasks=stored, notes=list(notes), created_at=utc_now())
+                session.add(row)
+                session.flush()
+            _take_name(session, TaskRow, row, name, replace=replace)
+            session.flush()
+            return _task(row)
+
+    def task(self, reference: str) -> Task:
+        """A task by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return _task(_find(session, TaskRow, reference))
+
+    def tasks(self, *, limit: int, after: str | None = None) -> Page[Task]:
+        """A page of tasks, newest first."""
+        with self.reading() as session:
+            rows, has_more = _page(session, TaskRow, limit=limit, after=after)
+            return Page[Task](data=[_task(row) for row in rows], has_more=has_more)
+
+    # Checkpoints and runs -------------------------------------------------------------------------------------------
+
+    def add_checkpoint(self, checkpoint: Checkpoint, *, replace: bool = False) -> Checkpoint:
+        """Record a checkpoint; one of the same content is returned as it is."""
+        with self.transaction() as session:
+            row = session.get(CheckpointRow, checkpoint.id)
+            if row is None:
+                row = CheckpointRow(**checkpoint.model_dump(exclude={"run", "name"}), name=None)
+                session.add(row)
+                session.flush()
+            if checkpoint.name is not None:
+                _take_name(session, CheckpointRow, row, checkpoint.name, replace=replace)
+            session.flush()
+            return _checkpoint(session, row)
+
+    def checkpoint(self, reference: str) -> Checkpoint:
+        """A checkpoint by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return _checkpoint(session, _find(session, CheckpointRow, reference))
+
+    def checkpoints(self, *, limit: int, after: str | None = None) -> Page[Checkpoint]:
+        """A page of checkpoints, newest first."""
+        with self.reading() as session:
+            rows, has_more = _page(session, CheckpointRow, limit=limit, after=after)
+            return Page[Checkpoint](data=[_checkpoint(session, row) for row in rows], has_more=has_more)
+
+    def add_run(self, *, id: str, checkpoints: Sequence[str], name: str | None, finetune: str | None = None) -> Run:
+        """Record the checkpoints (ids) of one training, in order. Raises `Conflict` where their base models differ."""
+        with self.transaction() as session:
+            row = session.get(RunRow, id)
+            if row is None:
+                found = [_find(session, CheckpointRow, reference) for reference in checkpoints]
+                bases = {(checkpoint.model, checkpoint.revision) for checkpoint in found}
+                if len(bases) > 1:
+                    raise Conflict(
+                        f"the checkpoints of a run share one base model; these have {sorted(map(str, bases))}"
+                    )
+                model, revision = next(iter(bases))
+                row = RunRow(id=id, name=None, model=model, revision=revision, finetune=finetune, created_at=utc_now())
+                session.add(row)
+                session.flush()
+                for position, checkpoint in enumerate(found):
+                    session.add(RunCheckpointRow(run_id=id, position=position, checkpoint_id=checkpoint.id))
+            if name is not None:
+                _take_name(session, RunRow, row, name, replace=False)
+            session.flush()
+            return _run(session, row)
+
+    def run(self, reference: str) -> Run:
+        """A run by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return _run(session, _find(session, RunRow, reference))
+
+    def runs(self, *, limit: int, after: str | None = None) -> Page[Run]:
+        """A page of runs, newest first."""
+        with self.reading() as session:
+            rows, has_more = _page(session, RunRow, limit=limit, after=after)
+            return Page[Run](data=[_run(session, row) for row in rows], has_more=has_more)
+
+    # Selections -----------------------------------------------------------------------------------------------------
+
+    def add_selection(self, *, id: str, recipe: dict[str, Any], summary: dict[str, Any]) -> SelectionRow:
+        """Record a selection under the hash of its recipe; asking again returns the first."""
+        with self.transaction() as session:
+            row = session.get(SelectionRow, id)
+            if row is None:
+                row = SelectionRow(id=id, name=None, recipe=recipe, summary=summary, created_at=utc_now())
+                session.add(row)
+                for used in [*recipe["datasets"], *recipe["tasks"]]:
+                    session.add(UseRow(user=id, used=used))
+            return row
+
+    def selection(self, reference: str) -> SelectionRow:
+        """A selection by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return _find(session, SelectionRow, reference)
+
+    def selections(self, *, limit: int, after: str | None = None) -> tuple[list[SelectionRow], bool]:
+        """A page of selections, newest first, and whether there are more."""
+        with self.reading() as session:
+            return _page(session, SelectionRow, limit=limit, after=after)
+
+    # All nouns ------------------------------------------------------------------------------------------------------
+
+    def rename(self, noun: type[Noun], reference: str, name: str | None) -> str:
+        """Give a resource another name, or none, and return its id. Raises `NotFound`, `NameTaken`."""
+        with self.transaction() as session:
+            row = _find(session, noun, reference)
+            if name is None:
+                if noun is TaskRow:
+                    raise Conflict("a task is always asked for by name: give it another one instead")
+                row.name = None
+            else:
+                _take_name(session, noun, row, name, replace=False)
+            return row.id
+
+    def remove(self, noun: type[Noun], reference: str) -> str:
+        """Delete a resource's record and return its id. Raises `NotFound`, and `InUse` naming who still needs it."""
+        with self.transaction() as session:
+            row = _find(session, noun, reference)
+            users = sorted(session.scalars(select(UseRow.user).where(UseRow.used == row.id)))
+            if noun is CheckpointRow:
+                users += session.scalars(
+                    select(RunCheckpointRow.run_id).where(RunCheckpointRow.checkpoint_id == row.id)
+                )
+            if users:
+                raise InUse(_noun_name(noun), row.id, users)
+            session.execute(delete(UseRow).where(UseRow.user == row.id))
+            session.delete(row)
+            return row.id
+
+    def users(self, used: Collection[str]) -> list[str]:
+        """Ids of everything that needs one of these."""
+        with self.reading() as session:
+            return sorted(set(session.scalars(select(UseRow.user).where(UseRow.used.in_(used)))))
+
+    # Idempotency ------------------------------------------------------------------------------------------------------
+
+    def reserve_key(self, key: str, fingerprint: str) -> IdempotencyRow | None:
+        """Take an Idempotency-Key: None when it is new, else the first request's record.
+
+        Raises `Conflict` when the key came with another request, or when the first one is still at work.
+        """
+        with self.transaction() as session:
+            session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < utc_now() - IDEMPOTENCY_LIFETIME))
+            row = session.get(IdempotencyRow, key)
+            if row is None:
+                session.add(IdempotencyRow(key=key, fingerprint=fingerprint, created_at=utc_now()))
+                try:
+                    session.flush()
+                except IntegrityError as error:
+                    raise Conflict("a request with this Idempotency-Key is at work; ask again in a second") from error
+                return None
+            if row.fingerprint != fingerprint:
+                raise Conflict("this Idempotency-Key came with another request before; use a new key for a new request")
+            if row.status is None:
+                raise Conflict("a request with this Idempotency-Key is at work; ask again in a second")
+            return row
+
+    def remember_answer(self, key: str, *, status: int, headers: dict[str, str], body: Any) -> None:
+        """Keep the answer to the request that took this key."""
+        with self.transaction() as session:
+            values = {"status": status, "headers": headers, "body": {"json": body}}
+            session.execute(update(IdempotencyRow).where(IdempotencyRow.key == key).values(**values))
+
+    def free_key(self, key: str) -> None:
+        """Give back a key whose request was refused: the corrected request may use it."""
+        with self.transaction() as session:
+            session.execute(delete(IdempotencyRow).where(IdempotencyRow.key == key, IdempotencyRow.status.is_(None)))
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True)
+    database = url.removeprefix("sqlite:///")
+    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # the BEGIN below is ours: sqlite3's own is deferred
+        connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
+        _use_wal(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        # A deferred transaction that turns into a writer fails at once ("database is locked"); an immediate one waits.
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch to write-ahead logging, which takes a lock that busy_timeout does not wait for."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
+    row = session.get(noun, reference) or session.scalar(select(noun).where(noun.name == reference))
+    if row is None:
+        raise NotFound(_noun_name(noun), reference, collection=f"/{noun.__tablename__}")
+    return row
+
+
+def _noun_name(noun: type[Noun]) -> str:
+    return str(noun.__tablename__).removesuffix("s")
+
+
+def _take_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool) -> None:
+    holder = session.scalar(select(noun).where(noun.name == name))
+    if holder is not None and holder.id != row.id:
+        if not replace:
+            raise NameTaken(_noun_name(noun), name, holder.id)
+        holder.name = None
+        session.flush()
+    row.name = name
+
+
+def _page(session: Session, noun: type[NounT], *, limit: int, after: str | None) -> tuple[list[NounT], bool]:
+    query = select(noun)
+    if after is not None:
+        last = _find(session, noun, after)
+        query = query.where(tuple_(noun.created_at, noun.id) < (last.created_at, last.id))
+    return take(session, query.order_by(noun.created_at.desc(), noun.id.desc()), limit)
+
+
+RowT = TypeVar("RowT")
+
+
+def take(session: Session, query: Select[RowT], limit: int) -> tuple[list[RowT], bool]:
+    """The first `limit` rows of a query, and whether there are more."""
+    rows = list(session.scalars(query.limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+def _dataset(session: Session, row: DatasetRow) -> Dataset:
+    query = select(SourceRow).where(SourceRow.dataset_id == row.id).order_by(SourceRow.created_at)
+    sources = [DatasetSource.model_validate(source, from_attributes=True) for source in session.scalars(query)]
+    return Dataset.model_validate({**_columns(row), "sources": sources})
+
+
+def _task(row: TaskRow) -> Task:
+    subtasks = [Subtask.model_validate(subtask) for subtask in row.subtasks]
+    validation, test = (sum(getattr(subtask, split) for subtask in subtasks) for split in ("validation", "test"))
+    # A task whose name was taken over by other content is known by its id.
+    values = {**_columns(row), "name": row.name or row.id, "subtasks": subtasks, "validation": validation, "test": test}
+    return Task.model_validate(values)
+
+
+def _checkpoint(session: Session, row: CheckpointRow) -> Checkpoint:
+    run = session.scalar(select(RunCheckpointRow.run_id).where(RunCheckpointRow.checkpoint_id == row.id).limit(1))
+    return Checkpoint.model_validate({**_columns(row), "run": run})
+
+
+def _run(session: Session, row: RunRow) -> Run:
+    query = (
+        select(CheckpointRow)
+        .join(RunCheckpointRow, RunCheckpointRow.checkpoint_id == CheckpointRow.id)
+        .where(RunCheckpointRow.run_id == row.id)
+        .order_by(RunCheckpointRow.position)
+    )
+    checkpoints = [_checkpoint(session, checkpoint) for checkpoint in session.scalars(query)]
+    return Run.model_validate({**_columns(row), "checkpoints": checkpoints})
+
+
+def _columns(row: Noun) -> dict[str, Any]:
+    return {column.key: getattr(row, column.key) for column in row.__table__.columns}

@@ -1,0 +1,501 @@
+"""Jobs and their shards: who computes what, under a lease, with a fencing token.
+
+A shard is claimed, kept alive by a heartbeat and finished by an UPDATE that checks the attempt number, so a stalled
+worker that wakes late changes nothing. A sweep puts back what a dead worker held. Whoever calls these functions, a
+polling loop or a Celery message, can lose or double its call without harm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
+
+from gradstore.types import FINISHED, AnyJob, JobKind, Page, Problem, Progress, Worker
+from sqlalchemy import delete, exists, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from datastore.catalog import Catalog, take, utc_now
+from datastore.errors import Conflict, InUse, NameTaken, NotFound
+from datastore.schema import ChunkRow, JobRow, SegmentRow, ShardRow, UseRow, WorkerRow
+
+WORKER_LIFETIME = timedelta(minutes=1)
+"""A worker that has shown no sign of life for so long is not listed any more."""
+ATTEMPT_BITS = 20
+"""An attempt's number in the store: the shard's id above these bits, its attempt within them."""
+
+UNITS: dict[JobKind, str] = {"gradients": "rows", "finetune": "steps", "evaluation": "examples", "scoring": "rows"}
+
+
+@dataclass(frozen=True)
+class NewShard:
+    """A shard to be done; `finished` where its chunks exist already."""
+
+    payload: dict[str, Any]
+    units: int
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A shard that its owner may work on until the lease ends."""
+
+    shard: int
+    job: str
+    kind: JobKind
+    number: int
+    attempt: int
+    payload: dict[str, Any]
+    request: dict[str, Any]
+    plan: dict[str, Any]
+    owner: str
+
+    @property
+    def token(self) -> int:
+        """The attempt's number in the store, unlike that of any other shard or attempt."""
+        return self.shard << ATTEMPT_BITS | self.attempt
+
+
+@dataclass(frozen=True)
+class NewChunk:
+    """A range of a segment that an attempt has written."""
+
+    segment: str
+    start: int
+    stop: int
+    digest: str
+    excluded: Sequence[tuple[int, str]] = ()
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A chunk whose committed bytes must get the chunk's key."""
+
+    segment: str
+    start: int
+    stop: int
+    attempt: int
+    digest: str
+
+
+Results = dict[JobKind, Callable[[Session, JobRow], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a catalog."""
+
+    catalog: Catalog
+    lease: float = 30.0  # seconds
+    max_attempts: int = 3
+    results: Results = field(default_factory=dict)
+    """How the result of a job of many shards is put together when its last shard is done."""
+
+    # Users' side ----------------------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        *,
+        id: str,
+        kind: JobKind,
+        request: dict[str, Any],
+        plan: dict[str, Any],
+        shards: Sequence[NewShard],
+        name: str | None = None,
+        uses: Iterable[str] = (),
+        before: Callable[[Session], None] | None = None,
+    ) -> tuple[AnyJob, bool]:
+        """Start a job, or return the one that has this id; one that failed or was cancelled goes on.
+
+        `before` writes further records in the same transaction. Returns the job and whether it has work to do now.
+        """
+        with self.catalog.transaction() as session:
+            job = session.get(JobRow, id)
+            if job is not None:
+                return self._again(session, job, name)
+            total = sum(shard.units for shard in shards)
+            done = sum(shard.units for shard in shards if shard.finished)
+            job = JobRow(
+                id=id, kind=kind, name=None, status="queued", request=request, plan=plan, done=done, total=total,
+                unit=UNITS[kind], created_at=utc_now(), resumed_done=done,
+            )  # fmt: skip
+            session.add(job)
+            session.flush()
+            if name is not None:
+                _take_job_name(session, job, name)
+            if before is not None:
+                before(session)
+            session.add_all(_shard_row(job, number, shard) for number, shard in enumerate(shards))
+            session.add_all(UseRow(user=id, used=used) for used in sorted(set(uses)))
+            session.flush()
+            self._settle(session, job)
+            return _describe(job), job.status == "queued"
+
+    def get(self, reference: str, *, kind: JobKind | None = None) -> AnyJob:
+        """A job by id, or by name among its kind. Raises `NotFound`."""
+        with self.catalog.reading() as session:
+            return _describe(_find_job(session, reference, kind))
+
+    def plan(self, id: str) -> dict[str, Any]:
+        """What a job's request was resolved to."""
+        with self.catalog.reading() as session:
+            return _find_job(session, id, None).plan
+
+    def page(
+        self, *, kind: JobKind | None = None, status: str | None = None, limit: int, after: str | None = None
+    ) -> Page[AnyJob]:
+        """A page of jobs, newest first."""
+        query = select(JobRow)
+        if kind is not None:
+            query = query.where(JobRow.kind == kind)
+        if status is not None:
+            query = query.where(JobRow.status == status)
+        with self.catalog.reading() as session:
+            if after is not None:
+                last = _find_job(session, after, kind)
+                query = query.where(tuple_(JobRow.created_at, JobRow.id) < (last.created_at, last.id))
+            rows, has_more = take(session, query.order_by(JobRow.created_at.desc(), JobRow.id.desc()), limit)
+            return Page[AnyJob](data=[_describe(row) for row in rows], has_more=has_more)
+
+    def rename(self, reference: str, name: str | None, *, kind: JobKind) -> AnyJob:
+        """Give a job another name, or none. Raises `NotFound`, `NameTaken`."""
+        with self.catalog.transaction() as session:
+            job = _find_job(session, reference, kind)
+            if name is None:
+                job.name = None
+            else:
+                _take_job_name(session, job, name)
+            return _describe(job)
+
+    def cancel(self, reference: str) -> AnyJob:
+        """Stop a job: its running shards learn of it at their next heartbeat. Raises `Conflict` if it has finished."""
+        with self.catalog.transaction() as session:
+            job = _find_job(session, reference, None)
+            if job.status == "cancelled":
+                return _describe(job)
+            if job.status in FINISHED:
+                raise Conflict(f"{job.id} has {job.status} already; there is nothing to cancel")
+            job.status = "cancelled"
+            job.finished_at = utc_now()
+            return _describe(job)
+
+    def retry(self, reference: str) -> AnyJob:
+        """Go on with a failed or cancelled job from its last finished shard. Raises `Conflict` otherwise."""
+        with self.catalog.transaction() as session:
+            job = _find_job(session, reference, None)
+            if job.status not in {"failed", "cancelled"}:
+                raise Conflict(f"{job.id} is {job.status}; only failed and cancelled jobs are tried again")
+            self._resume(session, job)
+            return _describe(job)
+
+    def remove(self, reference: str, *, kind: JobKind, before: Callable[[Session, JobRow], None] | None = None) -> str:
+        """Delete a finished job's record and return its id; `before` deletes what hangs on it.
+
+        Raises `NotFound`, `Conflict` while the job is at work, and `InUse` naming who needs it.
+        """
+        with self.catalog.transaction() as session:
+            job = _find_job(session, reference, kind)
+            if job.status not in FINISHED:
+                raise Conflict(f"{job.id} is {job.status}: POST /jobs/{job.id}/cancel first")
+            users = sorted(session.scalars(select(UseRow.user).where(UseRow.used == job.id)))
+            if users:
+                raise InUse(kind, job.id, users)
+            if before is not None:
+                before(session, job)
+            session.execute(delete(UseRow).where(UseRow.user == job.id))
+            session.delete(job)
+            return job.id
+
+    # Workers' side --------------------------------------------------------------------------------------------------
+
+    def claim(self, owner: str, *, kinds: Collection[JobKind], job: str | None = None) -> Claim | None:
+        """Take the oldest shard that waits, or None."""
+        query = (
+            select(ShardRow, JobRow)
+            .join(JobRow, JobRow.id == ShardRow.job_id)
+            .where(ShardRow.status == "queued", ShardRow.kind.in_(kinds), JobRow.status.in_(("queued", "running")))
+            .order_by(ShardRow.id)
+            .limit(1)
+            .with_for_update(of=ShardRow, skip_locked=True)
+        )
+        if job is not None:
+            query = query.where(ShardRow.job_id == job)
+        with self.catalog.transaction() as session:
+            found = session.execute(query).first()
+            if found is None:
+                return None
+            shard, row = found
+            shard.status, shard.owner, shard.error = "running", owner, None
+            shard.attempt += 1
+            shard.leased_until = time.time() + self.lease
+            row.status = "running"
+            row.started_at = row.started_at or utc_now()
+            if row.resumed_at is None:
+                row.resumed_at, row.resumed_done = utc_now(), row.done
+            return Claim(
+                shard=shard.id, job=row.id, kind=cast("JobKind", row.kind), number=shard.number, attempt=shard.attempt,
+                payload=shard.payload, request=row.request, plan=row.plan, owner=owner,
+            )  # fmt: skip
+
+    def waiting(self, *, kinds: Collection[JobKind]) -> bool:
+        """Whether a shard waits: a look that takes no lock."""
+        query = select(exists().where(
+            ShardRow.status == "queued", ShardRow.kind.in_(kinds), JobRow.id == ShardRow.job_id,
+            JobRow.status.in_(("queued", "running")),
+        ))  # fmt: skip
+        with self.catalog.reading() as session:
+            return bool(session.scalar(query))
+
+    def renew(self, claim: Claim, *, done: int, total: int | None = None) -> bool:
+        """Prolong the lease and record progress; False when the shard must be dropped (lost, or its job cancelled).
+
+        `total` replaces the shard's number of units where it is known only now.
+        """
+        with self.catalog.transaction() as session:
+            found = _held(session, claim)
+            if found is None:
+                return False
+            shard, job = found
+            job.done += done - shard.done
+            shard.done = done
+            if total is not None:
+                job.total += total - shard.units
+                shard.units = total
+            shard.leased_until = time.time() + self.lease
+            return job.status == "running"
+
+    def succeed(
+        self,
+        claim: Claim,
+        *,
+        result: dict[str, Any] | None = None,
+        chunks: Sequence[NewChunk] = (),
+        records: Callable[[Session], None] | None = None,
+    ) -> bool:
+        """Commit a shard; False, changing nothing, when it belongs to another attempt by now.
+
+        `chunks` enter the manifest unless another attempt's are there; `records` writes in the same transaction.
+        """
+        with self.catalog.transaction() as session:
+            found = _held(session, claim)
+            if found is None or found[1].status == "cancelled":
+                return False
+            shard, job = found
+            job.done += shard.units - shard.done
+            shard.status, shard.owner, shard.leased_until, shard.done = "succeeded", None, None, shard.units
+            for chunk in chunks:
+                if session.get(ChunkRow, (chunk.segment, chunk.start)) is None:
+                    session.add(_chunk_row(chunk, claim.token))
+            if records is not None:
+                records(session)
+            if result is not None:
+                job.result = result
+            session.flush()
+            self._settle(session, job)
+            return True
+
+    def fail(self, claim: Claim, problem: Problem, *, permanent: bool) -> bool:
+        """Record a failed attempt: the shard waits for another one, or fails its job when tried too often.
+
+        Returns whether the job has failed.
+        """
+        with self.catalog.transaction() as session:
+            found = _held(session, claim)
+            if found is None:
+                return False
+            shard, job = found
+            self._put_back(job, shard, problem.model_dump(mode="json"), permanent=permanent)
+            return job.status == "failed"
+
+    def release(self, claim: Claim) -> None:
+        """Give a shard back unfinished, when its worker is asked to stop."""
+        with self.catalog.transaction() as session:
+            found = _held(session, claim)
+            if found is not None:
+                shard, job = found
+                job.done -= shard.done
+                shard.status, shard.owner, shard.leased_until, shard.done = "queued", None, None, 0
+
+    def unpublished(self, *, attempt: int | None = None) -> list[Publication]:
+        """Committed chunks whose bytes do not have their key yet, of one attempt or of all."""
+        query = select(ChunkRow).where(ChunkRow.published.is_(False))
+        if attempt is not None:
+            query = query.where(ChunkRow.attempt == attempt)
+        with self.catalog.reading() as session:
+            return [
+                Publication(row.segment_id, row.start, row.stop, row.attempt, row.digest)
+                for row in session.scalars(query)
+            ]
+
+    def published(self, publications: Sequence[Publication]) -> None:
+        """Record that these chunks have their key, and finish the jobs that waited for them."""
+        with self.catalog.transaction() as session:
+            for chunk in publications:
+                key = (ChunkRow.segment_id == chunk.segment, ChunkRow.start == chunk.start)
+                session.execute(update(ChunkRow).where(*key).values(published=True))
+            for segment in {chunk.segment for chunk in publications}:
+                _complete(session, segment)
+            for job in session.scalars(select(JobRow).where(JobRow.status.in_(("queued", "running")))):
+                self._settle(session, job)
+
+    def sweep(self) -> int:
+        """Put back the shards whose lease has ended; returns how many there were."""
+        now = time.time()
+        query = (
+            select(ShardRow, JobRow)
+            .join(JobRow, JobRow.id == ShardRow.job_id)
+            .where(ShardRow.status == "running", ShardRow.leased_until < now)
+            .with_for_update(of=ShardRow, skip_locked=True)
+        )
+        with self.catalog.transaction() as session:
+            lost = session.execute(query).all()
+            for shard, job in lost:
+                problem = Problem(
+                    type="worker-lost", title="Worker lost", status=500,
+                    detail=f"the worker {shard.owner} stopped while it worked on shard {shard.number}",
+                )  # fmt: skip
+                self._put_back(job, shard, problem.model_dump(mode="json"), permanent=False)
+            return len(lost)
+
+    def announce(self, worker: str, *, device: str, job: str | None) -> None:
+        """Record a worker's sign of life."""
+        with self.catalog.transaction() as session:
+            session.merge(WorkerRow(id=worker, device=device, job=job, seen_at=utc_now()))
+
+    def leave(self, worker: str) -> None:
+        """Record that a worker has stopped."""
+        with self.catalog.transaction() as session:
+            session.execute(delete(WorkerRow).where(WorkerRow.id == worker))
+
+    def workers(self) -> list[Worker]:
+        """The workers seen lately."""
+        with self.catalog.reading() as session:
+            query = select(WorkerRow).where(WorkerRow.seen_at > utc_now() - WORKER_LIFETIME).order_by(WorkerRow.id)
+            return [Worker.model_validate(row, from_attributes=True) for row in session.scalars(query)]
+
+    # Inside a transaction -------------------------------------------------------------------------------------------
+
+    def _again(self, session: Session, job: JobRow, name: str | None) -> tuple[AnyJob, bool]:
+        if name is not None:
+            _take_job_name(session, job, name)
+        if job.status in {"failed", "cancelled"}:
+            self._resume(session, job)
+            return _describe(job), True
+        return _describe(job), False
+
+    def _resume(self, session: Session, job: JobRow) -> None:
+        unfinished = (ShardRow.job_id == job.id, ShardRow.status != "succeeded")
+        finished = (ShardRow.job_id == job.id, ShardRow.status == "succeeded")
+        job.done = session.scalar(select(func.sum(ShardRow.units)).where(*finished)) or 0
+        values = {"status": "queued", "owner": None, "leased_until": None, "done": 0, "failures": 0, "error": None}
+        session.execute(update(ShardRow).where(*unfinished).values(**values))
+        job.status, job.error, job.result, job.finished_at, job.resumed_at = "queued", None, None, None, None
+        self._settle(session, job)
+
+    def _put_back(self, job: JobRow, shard: ShardRow, error: dict[str, Any], *, permanent: bool) -> None:
+        job.done -= shard.done
+        shard.failures += 1
+        shard.owner, shard.leased_until, shard.done, shard.error = None, None, 0, error
+        if job.status in FINISHED:
+            shard.status = "queued"  # for a later retry
+        elif permanent or shard.failures >= self.max_attempts:
+            shard.status = "failed"
+            job.status, job.error, job.finished_at = "failed", error, utc_now()
+        else:
+            shard.status = "queued"
+
+    def _settle(self, session: Session, job: JobRow) -> None:
+        """Finish a job whose shards are all done and whose chunks are all published."""
+        if job.status in FINISHED:
+            return
+        open_shards = exists().where(ShardRow.job_id == job.id, ShardRow.status != "succeeded")
+        if session.scalar(select(open_shards)) or _awaits_publication(session, job):
+            return
+        job.status, job.finished_at, job.done = "succeeded", utc_now(), job.total
+        job.started_at = job.started_at or job.finished_at
+        if job.kind in self.results:
+            job.result = self.results[job.kind](session, job)
+
+
+def _shard_row(job: JobRow, number: int, shard: NewShard) -> ShardRow:
+    return ShardRow(
+        job_id=job.id, number=number, kind=job.kind, status="succeeded" if shard.finished else "queued",
+        payload=shard.payload, units=shard.units, done=shard.units if shard.finished else 0, attempt=0, failures=0,
+    )  # fmt: skip
+
+
+def _chunk_row(chunk: NewChunk, attempt: int) -> ChunkRow:
+    return ChunkRow(
+        segment_id=chunk.segment, start=chunk.start, stop=chunk.stop, attempt=attempt, digest=chunk.digest,
+        excluded=[list(item) for item in chunk.excluded], tokens=chunk.tokens, published=False,
+    )  # fmt: skip
+
+
+def _held(session: Session, claim: Claim) -> tuple[ShardRow, JobRow] | None:
+    """The claim's shard and job, if the lease is still its own."""
+    query = (
+        select(ShardRow, JobRow)
+        .join(JobRow, JobRow.id == ShardRow.job_id)
+        .where(ShardRow.id == claim.shard, ShardRow.attempt == claim.attempt, ShardRow.status == "running")
+        .with_for_update()
+    )
+    found = session.execute(query).first()
+    return (found[0], found[1]) if found else None
+
+
+def _awaits_publication(session: Session, job: JobRow) -> bool:
+    segments = job.plan.get("segments", [])
+    return bool(session.scalar(select(exists().where(SegmentRow.id.in_(segments), SegmentRow.complete.is_(False)))))
+
+
+def _complete(session: Session, segment: str) -> None:
+    """Mark a segment complete when published chunks cover its rows."""
+    covered = session.scalar(
+        select(func.coalesce(func.sum(ChunkRow.stop - ChunkRow.start), 0)).where(
+            ChunkRow.segment_id == segment, ChunkRow.published.is_(True)
+        )
+    )
+    session.execute(
+        update(SegmentRow).where(SegmentRow.id == segment, SegmentRow.rows == covered).values(complete=True)
+    )
+
+
+def _find_job(session: Session, reference: str, kind: JobKind | None) -> JobRow:
+    query = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
+    if kind is not None:
+        query = query.where(JobRow.kind == kind)
+    found = list(session.scalars(query.limit(2)))
+    if not found:
+        raise NotFound(
+            kind or "job", reference, collection=f"/{kind}s" if kind in {"finetune", "evaluation"} else "/jobs"
+        )
+    if len(found) > 1:
+        raise Conflict(f"{len(found)} jobs of different kinds are called {reference!r}: name the job by its id")
+    return found[0]
+
+
+def _take_job_name(session: Session, job: JobRow, name: str) -> None:
+    holder = session.scalar(select(JobRow).where(JobRow.kind == job.kind, JobRow.name == name))
+    if holder is not None and holder.id != job.id:
+        raise NameTaken(job.kind, name, holder.id)
+    job.name = name
+
+
+def _describe(job: JobRow) -> AnyJob:
+    columns = ("id", "kind", "name", "status", "created_at", "started_at", "finished_at", "error", "request", "result")
+    values = {column: getattr(job, column) for column in columns}
+    return AnyJob.model_validate({**values, "progress": _progress(job)})
+
+
+def _progress(job: JobRow) -> Progress:
+    rate = eta = None
+    if job.resumed_at is not None:
+        seconds = ((job.finished_at or utc_now()) - job.resumed_at).total_seconds()
+        advanced = job.done - job.resumed_done
+        if seconds > 0 and advanced > 0:
+            rate = advanced / seconds
+            eta = 0.0 if job.status in FINISHED else (job.total - job.done) / rate
+    return Progress(done=job.done, total=job.total, unit=job.unit, rate=rate, eta_seconds=eta)

@@ -1,0 +1,295 @@
+"""The catalog's tables: SQL is the truth about what exists, who computes what, and what has been published."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, Integer, MetaData, String, TypeDecorator
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_NAMING = {  # so that migrations can name what they alter
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time; SQLite keeps no time zone, so it is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 - the interface
+        """Store UTC; a naive time is a programming error."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a time without a zone reached the catalog")
+        return value.astimezone(UTC) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """Read UTC."""
+        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
+
+
+class Table(DeclarativeBase):
+    """Base of all tables."""
+
+    metadata = MetaData(naming_convention=_NAMING)
+    type_annotation_map = {  # noqa: RUF012 - read by SQLAlchemy
+        dict[str, Any]: JSON,
+        list[Any]: JSON,
+        datetime: UtcDateTime,
+        str: String(255),
+        int: BigInteger().with_variant(Integer, "sqlite"),
+    }
+
+
+class Noun(Table):
+    """Base of what users name, list, rename and delete."""
+
+    __abstract__ = True
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str | None] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class DatasetRow(Noun):
+    """A dataset: its rows lie in the datasets' folder."""
+
+    __tablename__ = "datasets"
+
+    rows: Mapped[int]
+    bytes: Mapped[int]
+    origins: Mapped[dict[str, Any]]
+    prefix: Mapped[str | None]
+
+
+class SourceRow(Table):
+    """A file that was uploaded for a dataset."""
+
+    __tablename__ = "dataset_sources"
+
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"), primary_key=True)
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    filename: Mapped[str] = mapped_column(String(1024))
+    format: Mapped[str]
+    bytes: Mapped[int]
+    rows: Mapped[int]
+    skipped: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class TaskRow(Noun):
+    """A task: its rows lie in the tasks' folder."""
+
+    __tablename__ = "tasks"
+
+    kind: Mapped[str]
+    subtasks: Mapped[list[Any]]
+    notes: Mapped[list[Any]]
+
+
+class RunRow(Noun):
+    """The checkpoints of one training."""
+
+    __tablename__ = "runs"
+
+    model: Mapped[str] = mapped_column(String(4096))
+    revision: Mapped[str | None]
+    finetune: Mapped[str | None] = mapped_column(index=True)
+
+
+class RunCheckpointRow(Table):
+    """Which checkpoints a run has, in order."""
+
+    __tablename__ = "run_checkpoints"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"), index=True)
+
+
+class CheckpointRow(Noun):
+    """An adapter and its Adam moments; the tensors lie in the checkpoints' folder."""
+
+    __tablename__ = "checkpoints"
+
+    model: Mapped[str] = mapped_column(String(4096))
+    revision: Mapped[str | None]
+    method: Mapped[str]
+    epoch: Mapped[int | None]
+    step: Mapped[int | None]
+    learning_rate: Mapped[float | None]
+    has_moments: Mapped[bool]
+    moments_note: Mapped[str | None] = mapped_column(String(4096))
+    parameters: Mapped[int]
+    precision: Mapped[str]
+    template: Mapped[str | None]
+    max_length: Mapped[int | None]
+    bytes: Mapped[int]
+
+
+class JobRow(Table):
+    """Work that outlives a request."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str | None]
+    status: Mapped[str] = mapped_column(index=True)
+    request: Mapped[dict[str, Any]]
+    plan: Mapped[dict[str, Any]]
+    """What the request was resolved to, in ids."""
+    result: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    done: Mapped[int]
+    total: Mapped[int]
+    unit: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(index=True)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    resumed_at: Mapped[datetime | None]
+    """When the present run of the job began: the rate is counted from here."""
+    resumed_done: Mapped[int]
+
+    __table_args__ = (Index("uq_jobs_kind_name", "kind", "name", unique=True),)
+
+
+class ShardRow(Table):
+    """A piece of a job that one worker does under a lease."""
+
+    __tablename__ = "shards"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    number: Mapped[int]
+    kind: Mapped[str]
+    status: Mapped[str]
+    payload: Mapped[dict[str, Any]]
+    units: Mapped[int]
+    done: Mapped[int]
+    attempt: Mapped[int]
+    """Fencing token: counted up with every claim, checked by every write."""
+    failures: Mapped[int]
+    """Attempts that ended in an error or with a lost lease."""
+    owner: Mapped[str | None]
+    leased_until: Mapped[float | None]
+    """Unix seconds."""
+    error: Mapped[dict[str, Any] | None]
+
+    __table_args__ = (Index("ix_shards_claim", "status", "kind", "id"), Index("ix_shards_job", "job_id", "number"))
+
+
+class FeatureSetRow(Table):
+    """The features of one dataset or task at one checkpoint, as a list of segments."""
+
+    __tablename__ = "feature_sets"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    dataset: Mapped[str | None] = mapped_column(index=True)
+    task: Mapped[str | None] = mapped_column(index=True)
+    checkpoint: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"), index=True)
+    recipe: Mapped[str] = mapped_column(index=True)
+    """Hash of everything but the rows: a grown dataset looks for its prefix under the same recipe."""
+    parameters: Mapped[dict[str, Any]]
+    rows: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class SegmentRow(Table):
+    """An immutable range of rows of a feature set: one Zarr group."""
+
+    __tablename__ = "segments"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    rows: Mapped[int]
+    dim: Mapped[int]
+    dtype: Mapped[str]
+    shard_rows: Mapped[int]
+    """Rows of a shard: ranges of two jobs on one segment must be the same ranges."""
+    complete: Mapped[bool]
+
+
+class FeatureSegmentRow(Table):
+    """Which segments a feature set has, in order of rows."""
+
+    __tablename__ = "feature_segments"
+
+    feature_set_id: Mapped[str] = mapped_column(ForeignKey("feature_sets.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(primary_key=True)
+    stop: Mapped[int]
+    segment_id: Mapped[str] = mapped_column(ForeignKey("segments.id"), index=True)
+
+
+class JobFeatureRow(Table):
+    """Which feature sets a gradients job answers with."""
+
+    __tablename__ = "job_features"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    feature_set_id: Mapped[str] = mapped_column(ForeignKey("feature_sets.id"), index=True)
+
+
+class ChunkRow(Table):
+    """The manifest: the attempt whose bytes a range of a segment has. What is not here does not exist."""
+
+    __tablename__ = "chunks"
+
+    segment_id: Mapped[str] = mapped_column(ForeignKey("segments.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(primary_key=True)
+    stop: Mapped[int]
+    attempt: Mapped[int]
+    digest: Mapped[str]
+    excluded: Mapped[list[Any]]
+    """(row of the segment, reason) of every row without a feature."""
+    tokens: Mapped[int]
+    published: Mapped[bool] = mapped_column(index=True)
+
+
+class SelectionRow(Noun):
+    """An answer of /select, read back under its recipe's hash."""
+
+    __tablename__ = "selections"
+
+    recipe: Mapped[dict[str, Any]]
+    summary: Mapped[dict[str, Any]]
+
+
+class UseRow(Table):
+    """What something depends on: nothing that is used can be deleted."""
+
+    __tablename__ = "uses"
+
+    user: Mapped[str] = mapped_column(primary_key=True)
+    used: Mapped[str] = mapped_column(primary_key=True, index=True)
+
+
+class IdempotencyRow(Table):
+    """The answer to a POST that carried an Idempotency-Key."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    """Hash of method, path and body: the key must not come back with another request."""
+    status: Mapped[int | None]
+    """Null while the first request is at work."""
+    headers: Mapped[dict[str, Any] | None]
+    body: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+
+
+class WorkerRow(Table):
+    """A worker's last sign of life."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str]
+    job: Mapped[str | None]
+    seen_at: Mapped[datetime]
