@@ -1,0 +1,486 @@
+"""Feature sets: which features a request means, which of them exist, and which shards are left to compute.
+
+A feature set is a list of immutable row segments. A dataset that begins with another one refers to the segments that
+exist for its prefix, under the same recipe, and only the new rows become shards.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradstore.types import (
+    AnyJob,
+    Checkpoint,
+    Estimate,
+    ExcludedRow,
+    FeatureSet,
+    GradientsRequest,
+    GradientsResult,
+    ProblemItem,
+)
+from sqlalchemy import delete, exists, select
+from sqlalchemy.orm import Session
+
+from datastore import shards
+from datastore.catalog import Catalog, utc_now
+from datastore.errors import InvalidInput, NotEnoughSpace
+from datastore.gradients import FeatureStore
+from datastore.identity import content_id
+from datastore.leases import Jobs, NewShard
+from datastore.schema import (
+    ChunkRow,
+    DatasetRow,
+    FeatureSegmentRow,
+    FeatureSetRow,
+    JobFeatureRow,
+    JobRow,
+    SegmentRow,
+)
+from datastore.settings import Settings
+
+PROJECTION_VERSION = 1
+"""Version of the projections' random numbers (worker/projection.py): features of two versions are never mixed."""
+DEFAULT_MAX_LENGTH = 2048  # tokens
+MAX_REPORTED = 100  # excluded rows named in a result
+ITEM_BYTES = {"float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A gradients request resolved to ids, with what exists and what is left to do."""
+
+    id: str
+    owner: str
+    """The dataset or task whose rows are meant."""
+    is_task: bool
+    rows: int
+    settings: dict[str, Any]
+    """What the worker needs beside the shard."""
+    feature_sets: Sequence[PlannedFeatureSet]
+
+    @property
+    def missing_rows(self) -> int:
+        """Rows to compute, summed over checkpoints."""
+        return sum(stop - start for _, start, stop, _ in self.missing_ranges())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that the missing rows add to the store."""
+        return sum(
+            (feature.rows - feature.covered) * (feature.dim * ITEM_BYTES[feature.dtype] + STATISTICS_BYTES)
+            for feature in self.feature_sets
+            if not feature.exists
+        )
+
+    def missing_ranges(self) -> list[tuple[str, int, int, list[PlannedFeatureSet]]]:
+        """(checkpoint, start, stop, feature sets) of every range that one pass over its rows completes."""
+        groups: dict[tuple[str, int, int], list[PlannedFeatureSet]] = defaultdict(list)
+        for feature in self.feature_sets:
+            if not feature.exists:
+                groups[feature.checkpoint, feature.covered, feature.shard_rows].append(feature)
+        return [(checkpoint, start, self.rows, found) for (checkpoint, start, _), found in groups.items()]
+
+
+STATISTICS_BYTES = 17
+"""Bytes a row takes beside its feature: norm, loss, token count, scale and reason."""
+
+
+@dataclass(frozen=True)
+class PlannedFeatureSet:
+    """A feature set of a plan."""
+
+    id: str
+    recipe: str
+    checkpoint: str
+    parameters: dict[str, Any]
+    rows: int
+    covered: int
+    """Rows whose features exist already, from the start on."""
+    segments: Sequence[tuple[str, int, int]]
+    """(segment, start, stop), in order; the last one is new unless `exists`."""
+    shard_rows: int
+    exists: bool
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a row."""
+        return int(self.parameters["dim"])
+
+    @property
+    def dtype(self) -> str:
+        """Stored type."""
+        return str(self.parameters["dtype"])
+
+
+@dataclass(frozen=True)
+class Features:
+    """The feature sets of a catalog and the store they lie in."""
+
+    catalog: Catalog
+    jobs: Jobs
+    store: FeatureStore
+    settings: Settings
+
+    def start(self, request: GradientsRequest) -> tuple[AnyJob, bool]:
+        """Start the job that computes what is missing, or return the one that has; says whether there is work to do.
+
+        Raises `NotFound`, `InvalidInput` and `NotEnoughSpace`.
+        """
+        plan = self.plan(request)
+        free = self._free_bytes()
+        if plan.missing_bytes > free:
+            raise NotEnoughSpace(needed=plan.missing_bytes, free=free)
+        missing = self._shards(plan)
+        reused = sum(shard.units for shard in missing if shard.finished)
+        return self.jobs.create(
+            id=plan.id,
+            kind="gradients",
+            request=request.model_dump(mode="json"),
+            plan={**plan.settings, "reused": reused},
+            shards=missing,
+            name=request.name,
+            uses=[plan.owner, *(feature.checkpoint for feature in plan.feature_sets)],
+            before=lambda session: _record(session, plan),
+        )
+
+    def estimate(self, request: GradientsRequest, *, tokens_per_row: float, model_bytes: int | None) -> Estimate:
+        """What the request would cost; `tokens_per_row` and `model_bytes` are the caller's to find out."""
+        plan = self.plan(request)
+        rate = self._measured_rate(plan.settings["model"])
+        total = plan.rows * len({feature.checkpoint for feature in plan.feature_sets})
+        batch = max(1, round(request.token_budget / max(tokens_per_row, 1)))
+        return Estimate(
+            rows=plan.missing_rows,
+            tokens=round(plan.missing_rows * tokens_per_row),
+            bytes=plan.missing_bytes,
+            free_bytes=self._free_bytes(),
+            seconds=plan.missing_rows / rate if rate else None,
+            memory_bytes=None if model_bytes is None else model_bytes * 2 + batch * sum(request.dims) * 4,
+            reused_rows=total - plan.missing_rows,
+        )
+
+    def plan(self, request: GradientsRequest) -> Plan:
+        """Resolve a request. Raises `NotFound` and `InvalidInput`."""
+        checkpoints = self._checkpoints(request)
+        owner, rows = self._owner(request)
+        kind = request.kind or ("sgd" if request.task else "adam")
+        for checkpoint in checkpoints:
+            _check(checkpoint, kind=kind, request=request)
+        first = checkpoints[0]
+        settings: dict[str, Any] = {
+            "dataset": owner if request.dataset else None,
+            "task": owner if request.task else None,
+            "rows": rows,
+            "model": first.model,
+            "kind": kind,
+            "adam": request.adam if kind == "adam" else None,
+            "projection": request.projection,
+            "projection_version": PROJECTION_VERSION,
+            "seed": request.seed,
+            "dtype": request.dtype,
+            "template": request.template or first.template or "tulu",
+            "max_length": request.max_length or first.max_length or DEFAULT_MAX_LENGTH,
+            "precision": request.precision or first.precision,
+            "quantisation": request.quantisation,
+        }
+        with self.catalog.reading() as session:
+            found = [
+                self._planned(session, owner, rows, settings, checkpoint.id, dim)
+                for checkpoint in checkpoints
+                for dim in request.dims
+            ]
+        # The batch plan and checkpointing change no feature beyond rounding: they are recorded, and name nothing.
+        name = content_id("grad", {"owner": owner, "sets": [feature.id for feature in found]})
+        settings["token_budget"] = request.token_budget
+        settings["gradient_checkpointing"] = request.gradient_checkpointing
+        settings["segments"] = sorted({segment for feature in found for segment, _, _ in feature.segments})
+        return Plan(id=name, owner=owner, is_task=bool(request.task), rows=rows, settings=settings, feature_sets=found)
+
+    def get(self, id: str) -> FeatureSet:
+        """A feature set by id."""
+        with self.catalog.reading() as session:
+            return _feature_set(session, session.get_one(FeatureSetRow, id))
+
+    def complete(self, *, datasets: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[FeatureSet]:
+        """The feature sets of these datasets and tasks whose rows are all there."""
+        query = select(FeatureSetRow).where(FeatureSetRow.dataset.in_(datasets) | FeatureSetRow.task.in_(tasks))
+        with self.catalog.reading() as session:
+            rows = session.scalars(query.order_by(FeatureSetRow.created_at, FeatureSetRow.id))
+            return [_feature_set(session, row) for row in rows if _is_complete(session, row.id)]
+
+    def segments(self, feature_set: str) -> list[str]:
+        """The segments of a feature set, in order of rows."""
+        with self.catalog.reading() as session:
+            return [segment for segment, _, _ in _segments(session, feature_set)]
+
+    def result(self, session: Session, job: JobRow) -> dict[str, Any]:
+        """The result of a gradients job whose shards are all done."""
+        query = (
+            select(FeatureSetRow)
+            .join(JobFeatureRow, JobFeatureRow.feature_set_id == FeatureSetRow.id)
+            .where(JobFeatureRow.job_id == job.id)
+            .order_by(JobFeatureRow.position)
+        )
+        rows = list(session.scalars(query))
+        excluded = _excluded(session, rows)
+        computed = job.done - job.plan["reused"]
+        tokens = sum(_tokens(session, row.id) for row in _one_per_checkpoint(rows))
+        seconds = ((job.finished_at or utc_now()) - (job.started_at or utc_now())).total_seconds()
+        return GradientsResult(
+            feature_sets=[_feature_set(session, row) for row in rows],
+            rows=job.plan["rows"],
+            computed_rows=computed,
+            excluded=excluded[:MAX_REPORTED],
+            total_excluded=len(excluded),
+            tokens=tokens,
+            seconds=seconds,
+        ).model_dump(mode="json")
+
+    def remove(self, reference: str) -> str:
+        """Delete a gradients job and every feature that no other job answers with; returns its id."""
+        orphans: list[str] = []
+        id = self.jobs.remove(
+            reference, kind="gradients", before=lambda session, job: orphans.extend(_orphan(session, job))
+        )
+        for segment in orphans:
+            self.store.delete(segment)
+        return id
+
+    def _checkpoints(self, request: GradientsRequest) -> list[Checkpoint]:
+        if request.run is not None:
+            return self.catalog.run(request.run).checkpoints
+        found = [self.catalog.checkpoint(reference) for reference in request.checkpoints or []]
+        if len({(checkpoint.model, checkpoint.revision) for checkpoint in found}) > 1:
+            raise InvalidInput("the checkpoints have different base models: send one request for each model")
+        return found
+
+    def _owner(self, request: GradientsRequest) -> tuple[str, int]:
+        if request.dataset is not None:
+            dataset = self.catalog.dataset(request.dataset)
+            return dataset.id, dataset.rows
+        task = self.catalog.task(request.task or "")
+        if not task.validation:
+            raise InvalidInput(f"the task {task.name} has no validation rows: upload it again with some")
+        return task.id, task.validation
+
+    def _planned(
+        self, session: Session, owner: str, rows: int, settings: dict[str, Any], checkpoint: str, dim: int
+    ) -> PlannedFeatureSet:
+        parameters = {key: settings[key] for key in _IDENTITY} | {"checkpoint": checkpoint, "dim": dim}
+        recipe = content_id("recipe", parameters)
+        id = content_id("feat", {"recipe": recipe, "owner": owner})
+        stored = _segments(session, id)
+        if stored:
+            # Known, though perhaps not yet complete: its last segment is the one that this owner's rows added.
+            last, start, _ = stored[-1]
+            row = session.get_one(SegmentRow, last)
+            return PlannedFeatureSet(
+                id=id, recipe=recipe, checkpoint=checkpoint, parameters=parameters, rows=rows,
+                covered=start, segments=stored, shard_rows=row.shard_rows, exists=_is_complete(session, id),
+            )  # fmt: skip
+        prefix = _prefix_segments(session, owner, recipe)
+        covered = prefix[-1][2] if prefix else 0
+        new = (content_id("seg", {"recipe": recipe, "owner": owner, "start": covered}), covered, rows)
+        return PlannedFeatureSet(
+            id=id, recipe=recipe, checkpoint=checkpoint, parameters=parameters, rows=rows,
+            covered=covered, segments=[*prefix, new], shard_rows=self.settings.shard_rows, exists=False,
+        )  # fmt: skip
+
+    def _shards(self, plan: Plan) -> list[NewShard]:
+        """The plan's shards; those whose chunks exist already, left by an earlier job, are finished."""
+        found = []
+        with self.catalog.reading() as session:
+            for checkpoint, start, stop, features in plan.missing_ranges():
+                for shard in shards.plan(stop - start, size=features[0].shard_rows):
+                    outputs = [_output(feature) for feature in features]
+                    done = all(_chunk_exists(session, output["segment"], shard.start) for output in outputs)
+                    payload = {
+                        "checkpoint": checkpoint,
+                        "start": start + shard.start,
+                        "stop": start + shard.stop,
+                        "outputs": outputs,
+                    }
+                    found.append(NewShard(payload=payload, units=shard.stop - shard.start, finished=done))
+        return found
+
+    def _measured_rate(self, model: str) -> float | None:
+        """Rows per second of the last finished gradients job of this model."""
+        query = select(JobRow).where(JobRow.kind == "gradients", JobRow.status == "succeeded")
+        with self.catalog.reading() as session:
+            for job in session.scalars(query.order_by(JobRow.finished_at.desc()).limit(50)):
+                result = job.result or {}
+                if job.plan["model"] == model and result.get("computed_rows") and result["seconds"] > 0:
+                    return float(result["computed_rows"] / result["seconds"])
+        return None
+
+    def _free_bytes(self) -> int:
+        self.settings.features.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.settings.features).free
+
+
+_IDENTITY = (
+    "kind",
+    "adam",
+    "projection",
+    "projection_version",
+    "seed",
+    "dtype",
+    "template",
+    "max_length",
+    "precision",
+    "quantisation",
+)
+"""What a feature depends on, beside its row, its checkpoint and its dim."""
+
+
+def _check(checkpoint: Checkpoint, *, kind: str, request: GradientsRequest) -> None:
+    if checkpoint.method != "lora":
+        detail = f"{checkpoint.id} is a full fine-tune, without the LoRA adapter whose gradients are stored"
+        raise InvalidInput(
+            detail, errors=[ProblemItem(detail=detail, pointer="/run" if request.run else "/checkpoints")]
+        )
+    if kind == "adam" and not checkpoint.has_moments:
+        detail = (
+            f"{checkpoint.id} has no Adam moments ({checkpoint.moments_note or 'none were given'}): "
+            "ask for kind=sgd, or register the checkpoint with its optimizer state"
+        )
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kind")])
+    if request.projection == "none" and request.dims != [checkpoint.parameters]:
+        detail = f"projection=none stores the gradient itself: send dims=[{checkpoint.parameters}]"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/dims")])
+
+
+def _record(session: Session, plan: Plan) -> None:
+    for position, feature in enumerate(plan.feature_sets):
+        if session.get(FeatureSetRow, feature.id) is None:
+            session.add(
+                FeatureSetRow(
+                    id=feature.id,
+                    dataset=None if plan.is_task else plan.owner,
+                    task=plan.owner if plan.is_task else None,
+                    checkpoint=feature.checkpoint,
+                    recipe=feature.recipe,
+                    parameters=feature.parameters,
+                    rows=feature.rows,
+                    created_at=utc_now(),
+                )
+            )
+            session.flush()
+            for segment, start, stop in feature.segments:
+                if session.get(SegmentRow, segment) is None:
+                    session.add(
+                        SegmentRow(
+                            id=segment,
+                            rows=stop - start,
+                            dim=feature.dim,
+                            dtype=feature.dtype,
+                            shard_rows=feature.shard_rows,
+                            complete=False,
+                        )
+                    )
+                    session.flush()
+                session.add(FeatureSegmentRow(feature_set_id=feature.id, start=start, stop=stop, segment_id=segment))
+        session.add(JobFeatureRow(job_id=plan.id, position=position, feature_set_id=feature.id))
+    session.flush()
+
+
+def _output(feature: PlannedFeatureSet) -> dict[str, Any]:
+    segment, start, stop = feature.segments[-1]
+    return {
+        "segment": segment,
+        "dim": feature.dim,
+        "base": start,
+        "rows": stop - start,
+        "attributes": {**feature.parameters, "feature_set": feature.id, "first_row": start},
+    }
+
+
+def _segments(session: Session, feature_set: str) -> list[tuple[str, int, int]]:
+    query = select(FeatureSegmentRow).where(FeatureSegmentRow.feature_set_id == feature_set)
+    return [(row.segment_id, row.start, row.stop) for row in session.scalars(query.order_by(FeatureSegmentRow.start))]
+
+
+def _prefix_segments(session: Session, owner: str, recipe: str) -> list[tuple[str, int, int]]:
+    """Segments of the longest stored prefix of a dataset that has this recipe's features."""
+    row = session.get(DatasetRow, owner)
+    while row is not None and row.prefix is not None:
+        candidate = content_id("feat", {"recipe": recipe, "owner": row.prefix})
+        if session.get(FeatureSetRow, candidate) is not None and _is_complete(session, candidate):
+            return _segments(session, candidate)
+        row = session.get(DatasetRow, row.prefix)
+    return []
+
+
+def _is_complete(session: Session, feature_set: str) -> bool:
+    missing = exists().where(
+        FeatureSegmentRow.feature_set_id == feature_set,
+        SegmentRow.id == FeatureSegmentRow.segment_id,
+        SegmentRow.complete.is_(False),
+    )
+    return not session.scalar(select(missing))
+
+
+def _chunk_exists(session: Session, segment: str, start: int) -> bool:
+    return session.get(ChunkRow, (segment, start)) is not None
+
+
+def _chunks(session: Session, feature_set: str) -> list[tuple[int, ChunkRow]]:
+    """(first row of the segment, chunk) of every chunk of a feature set."""
+    query = (
+        select(FeatureSegmentRow.start, ChunkRow)
+        .join(ChunkRow, ChunkRow.segment_id == FeatureSegmentRow.segment_id)
+        .where(FeatureSegmentRow.feature_set_id == feature_set)
+        .order_by(FeatureSegmentRow.start, ChunkRow.start)
+    )
+    return [(start, chunk) for start, chunk in session.execute(query)]
+
+
+def _excluded(session: Session, rows: Sequence[FeatureSetRow]) -> list[ExcludedRow]:
+    return [
+        ExcludedRow(row=base + row, checkpoint=feature.checkpoint, reason=reason)
+        for feature in _one_per_checkpoint(rows)
+        for base, chunk in _chunks(session, feature.id)
+        for row, reason in chunk.excluded
+    ]
+
+
+def _one_per_checkpoint(rows: Sequence[FeatureSetRow]) -> list[FeatureSetRow]:
+    """One feature set a checkpoint: a row left out at one dim is left out at all."""
+    return list({row.checkpoint: row for row in reversed(rows)}.values())[::-1]
+
+
+def _tokens(session: Session, feature_set: str) -> int:
+    return sum(chunk.tokens for _, chunk in _chunks(session, feature_set))
+
+
+def _feature_set(session: Session, row: FeatureSetRow) -> FeatureSet:
+    parameters = row.parameters
+    excluded = sum(len(chunk.excluded) for _, chunk in _chunks(session, row.id))
+    row_bytes = parameters["dim"] * ITEM_BYTES[parameters["dtype"]] + STATISTICS_BYTES
+    return FeatureSet.model_validate(
+        {**parameters, "id": row.id, "dataset": row.dataset, "task": row.task, "rows": row.rows,
+         "excluded": excluded, "bytes": row.rows * row_bytes}
+    )  # fmt: skip
+
+
+def _orphan(session: Session, job: JobRow) -> list[str]:
+    """Delete the job's feature sets that no other job has, and return the segments that nothing refers to any more."""
+    mine = list(session.scalars(select(JobFeatureRow.feature_set_id).where(JobFeatureRow.job_id == job.id)))
+    session.execute(delete(JobFeatureRow).where(JobFeatureRow.job_id == job.id))
+    kept = set(session.scalars(select(JobFeatureRow.feature_set_id).where(JobFeatureRow.feature_set_id.in_(mine))))
+    gone = [id for id in mine if id not in kept]
+    segments = set(
+        session.scalars(select(FeatureSegmentRow.segment_id).where(FeatureSegmentRow.feature_set_id.in_(gone)))
+    )
+    session.execute(delete(FeatureSegmentRow).where(FeatureSegmentRow.feature_set_id.in_(gone)))
+    session.execute(delete(FeatureSetRow).where(FeatureSetRow.id.in_(gone)))
+    segments -= set(
+        session.scalars(select(FeatureSegmentRow.segment_id).where(FeatureSegmentRow.segment_id.in_(segments)))
+    )
+    session.execute(delete(ChunkRow).where(ChunkRow.segment_id.in_(segments)))
+    session.execute(delete(SegmentRow).where(SegmentRow.id.in_(segments)))
+    return sorted(segments)
