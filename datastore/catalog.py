@@ -225,6 +225,13 @@ class Catalog:
             rows, has_more = _page(session, RunRow, limit=limit, after=after)
             return Page[Run](data=[_run(session, row) for row in rows], has_more=has_more)
 
+    def all_runs(self) -> list[Run]:
+        """Every run, oldest first."""
+        with self.reading() as session:
+            return [
+                _run(session, row) for row in session.scalars(select(RunRow).order_by(RunRow.created_at, RunRow.id))
+            ]
+
     # Selections -----------------------------------------------------------------------------------------------------
 
     def add_selection(self, *, id: str, recipe: dict[str, Any], summary: dict[str, Any]) -> SelectionRow:

@@ -1,0 +1,268 @@
+"""From the parameters of /select and /scores to a recipe: every default resolved to an id.
+
+With one candidate a parameter may be left out; with several the answer lists them (`Ambiguous`); where features are
+missing the answer is the POST that computes them (`GradientsMissing`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlencode
+
+from gradstore.types import (
+    Aggregate,
+    FeatureDtype,
+    FeatureSet,
+    GradientKind,
+    ProjectionName,
+    Run,
+    SelectionRecipe,
+    Task,
+)
+
+from datastore.catalog import Catalog
+from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
+from datastore.features import Features
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a user says about the scores wanted; None and () leave it to what there is."""
+
+    tasks: Sequence[str]
+    datasets: Sequence[str] = ()
+    run: str | None = None
+    checkpoints: Sequence[str] = ()
+    kind: GradientKind | None = None
+    dim: int | None = None
+    dtype: FeatureDtype | None = None
+    projection: ProjectionName | None = None
+    seed: int | None = None
+    aggregate: Aggregate = "less"
+    combine: Literal["max", "mean"] = "max"
+    pct: float | None = None
+    k: int | None = None
+    exclude: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The feature sets that a recipe reads: one a checkpoint, in the recipe's order."""
+
+    datasets: dict[str, list[FeatureSet]]
+    tasks: dict[str, list[FeatureSet]]
+
+
+_SHARED = ("projection", "seed", "dim", "dtype", "template", "max_length")
+"""Parameters in which the features of pool and task must agree."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A way to answer: pools, checkpoints and parameters for which every feature exists."""
+
+    run: Run | None
+    checkpoints: tuple[str, ...]
+    parameters: dict[str, Any]
+    pools: dict[str, list[FeatureSet]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Resolves queries against what the catalog holds."""
+
+    catalog: Catalog
+    features: Features
+
+    def resolve(self, query: Query, *, path: str) -> tuple[SelectionRecipe, Sources]:
+        """The recipe that a query means, and the features it reads; `path` is where the alternatives are asked for.
+
+        Raises `NotFound`, `InvalidInput`, `Ambiguous` and `GradientsMissing`.
+        """
+        tasks = [self.catalog.task(reference) for reference in dict.fromkeys(query.tasks)]
+        datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
+        exclude = [self._excluded(reference) for reference in dict.fromkeys(query.exclude)]
+        checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
+        run = self.catalog.run(query.run) if query.run else None
+        pool = self._pool_candidates(query, datasets, run, checkpoints)
+        if not pool:
+            raise self._missing_pool(query, datasets, run, checkpoints)
+        found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
+        complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
+        if not complete:
+            raise _missing_task(pool[0], tasks, found[0][1])
+        if len(complete) > 1:
+            raise _ambiguous(query, [candidate for candidate, _ in complete], path)
+        candidate, targets = complete[0]
+        return self._recipe(query, candidate, targets, exclude), Sources(datasets=candidate.pools, tasks=targets)
+
+    def _pool_candidates(
+        self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
+    ) -> list[_Candidate]:
+        known = self.features.complete(datasets=datasets or list(self.catalog.dataset_sizes()))
+        wanted = {
+            key: value
+            for key in ("kind", "dim", "dtype", "projection", "seed")
+            if (value := getattr(query, key)) is not None
+        }
+        groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
+        for feature in known:
+            if all(getattr(feature, key) == value for key, value in wanted.items()):
+                key = (feature.kind, feature.adam, *(getattr(feature, name) for name in _SHARED))
+                groups[key][feature.dataset or ""].append(feature)
+        trainings = self._trainings(run, checkpoints)
+        found = []
+        for key, pools in groups.items():
+            parameters = dict(zip(("kind", "adam", *_SHARED), key, strict=True))
+            for training, members in trainings:
+                covered = {
+                    dataset: chosen
+                    for dataset, sets in pools.items()
+                    if (chosen := _in_order(sets, members)) is not None
+                }
+                if datasets:
+                    if set(covered) == set(datasets):
+                        ordered = {dataset: covered[dataset] for dataset in datasets}
+                        found.append(_Candidate(training, members, parameters, ordered))
+                else:
+                    found += [_Candidate(training, members, parameters, {one: sets}) for one, sets in covered.items()]
+        return found
+
+    def _trainings(self, run: Run | None, checkpoints: tuple[str, ...]) -> list[tuple[Run | None, tuple[str, ...]]]:
+        if checkpoints:
+            return [(run, checkpoints)]
+        runs = [run] if run else self.catalog.all_runs()
+        return [(one, tuple(checkpoint.id for checkpoint in one.checkpoints)) for one in runs]
+
+    def _targets(self, candidate: _Candidate, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
+        """The tasks' feature sets that go with a candidate; plain gradients where there are several kinds."""
+        known = self.features.complete(tasks=[task.id for task in tasks])
+        fitting = [
+            feature
+            for feature in known
+            if all(getattr(feature, name) == candidate.parameters[name] for name in _SHARED)
+        ]
+        found = {}
+        for task in tasks:
+            for kind in ("sgd", "adam", "sign"):
+                sets = [feature for feature in fitting if feature.task == task.id and feature.kind == kind]
+                chosen = _in_order(sets, candidate.checkpoints)
+                if chosen is not None:
+                    found[task.id] = chosen
+                    break
+        return found
+
+    def _recipe(
+        self, query: Query, candidate: _Candidate, targets: dict[str, list[FeatureSet]], exclude: list[str]
+    ) -> SelectionRecipe:
+        kinds = {features[0].kind for features in targets.values()}
+        if len(kinds) > 1:
+            raise InvalidInput("the tasks' features are of different kinds: compute them alike with POST /gradients")
+        return SelectionRecipe(
+            datasets=list(candidate.pools),
+            tasks=list(targets),
+            checkpoints=list(candidate.checkpoints),
+            weights=self._weights(candidate),
+            run=candidate.run.id if candidate.run else None,
+            task_kind=kinds.pop(),
+            aggregate=query.aggregate,
+            combine=query.combine,
+            pct=query.pct,
+            k=query.k,
+            exclude=exclude,
+            **candidate.parameters,
+        )
+
+    def _weights(self, candidate: _Candidate) -> list[float]:
+        """Mean learning rate of each checkpoint over their sum (LESS, eq. 3)."""
+        rates = [self.catalog.checkpoint(checkpoint).learning_rate for checkpoint in candidate.checkpoints]
+        known = [rate for rate in rates if rate is not None]
+        if len(known) < len(rates) and len(rates) > 1:
+            raise InvalidInput(
+                "a checkpoint has no learning rate, so the checkpoints cannot be weighted: "
+                "register it again with learning_rate, or name a single checkpoint"
+            )
+        total = sum(known)
+        return [rate / total for rate in known] if total > 0 else [1 / len(rates)] * len(rates)
+
+    def _excluded(self, reference: str) -> str:
+        if reference.startswith("sel_"):
+            return self.catalog.selection(reference).id
+        return self.catalog.dataset(reference).id
+
+    def _missing_pool(
+        self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
+    ) -> GradientsMissing:
+        body: dict[str, object] = {"dataset": datasets[0] if datasets else "<dataset>"}
+        if checkpoints:
+            body["checkpoints"] = list(checkpoints)
+        else:
+            body["run"] = run.id if run else self._only_run() or "<run>"
+        body |= {
+            key: value for key in ("kind", "projection", "seed", "dtype") if (value := getattr(query, key)) is not None
+        }
+        if query.dim is not None:
+            body["dims"] = [query.dim]
+        pool = "these datasets have" if len(datasets) > 1 else f"{datasets[0]} has" if datasets else "no dataset has"
+        negative = pool if not datasets else pool.replace(" has", " does not have").replace("have", "do not all have")
+        return GradientsMissing(f"{negative} features at every checkpoint asked for: {_post(body)}", body=body)
+
+    def _only_run(self) -> str | None:
+        runs = self.catalog.all_runs()
+        return runs[0].id if len(runs) == 1 else None
+
+
+def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[FeatureSet] | None:
+    """One feature set for each checkpoint, or None when one is missing."""
+    by_checkpoint = {feature.checkpoint: feature for feature in sets}
+    if not all(checkpoint in by_checkpoint for checkpoint in checkpoints):
+        return None
+    return [by_checkpoint[checkpoint] for checkpoint in checkpoints]
+
+
+def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str, list[FeatureSet]]) -> GradientsMissing:
+    missing = next(task for task in tasks if task.id not in found)
+    parameters = candidate.parameters
+    body: dict[str, object] = {"task": missing.id}
+    if candidate.run:
+        body["run"] = candidate.run.id
+    else:
+        body["checkpoints"] = list(candidate.checkpoints)
+    body |= {"dims": [parameters["dim"]]}
+    body |= {name: parameters[name] for name in ("projection", "seed", "dtype", "template", "max_length")}
+    return GradientsMissing(
+        f"the task {missing.name} has no features that go with the pool's: {_post(body)}", body=body
+    )
+
+
+def _post(body: dict[str, object]) -> str:
+    return f"POST /gradients {json.dumps(body)} computes them"
+
+
+def _ambiguous(query: Query, candidates: Sequence[_Candidate], path: str) -> Ambiguous:
+    choices = [f"{path}?{urlencode(_parameters(query, candidate), doseq=True)}" for candidate in candidates]
+    differing = "dataset, run, kind, dim, dtype, projection and seed"
+    return Ambiguous(
+        f"{len(choices)} sets of features fit; say which one is meant by {differing}, for example {choices[0]}",
+        choices=choices,
+    )
+
+
+def _parameters(query: Query, candidate: _Candidate) -> dict[str, Any]:
+    chosen: dict[str, Any] = {
+        "task": list(query.tasks),
+        "pct": query.pct,
+        "k": query.k,
+        "dataset": list(candidate.pools),
+    }
+    if candidate.run is not None and not query.checkpoints:
+        chosen["run"] = candidate.run.id
+    else:
+        chosen["checkpoint"] = list(candidate.checkpoints)
+    chosen |= {name: candidate.parameters[name] for name in ("kind", "dim", "dtype", "projection", "seed")}
+    chosen |= {"aggregate": query.aggregate, "combine": query.combine, "exclude": list(query.exclude)}
+    return {key: value for key, value in chosen.items() if value not in (None, [])}
