@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.services import RedisServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -16,3 +19,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real data (../shared/data) is not beside the repository")
     return folder
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A redis-server of the test's own; skips with a reason where the program is missing."""
+    with RedisServer(tmp_path / "redis") as server:
+        yield server

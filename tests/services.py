@@ -1,0 +1,96 @@
+"""Servers that tests run for real: on a free loopback port, in a folder of their own, ended by their process id."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+START_TIMEOUT = 20.0  # seconds
+
+
+def require_binary(name: str) -> str:
+    """Find a program; without it the test skips, or fails where GRADSTORE_REQUIRE_SERVICES=1 says it must be there."""
+    path = shutil.which(name)
+    if path is None and os.environ.get("GRADSTORE_REQUIRE_SERVICES") == "1":
+        pytest.fail(f"{name} is not installed, and GRADSTORE_REQUIRE_SERVICES=1 requires it")
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """A redis-server that keeps its port and its append-only file over `kill` and `start`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._binary = require_binary("redis-server")
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def url(self) -> str:
+        """URL of the first database."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start, and return once it answers; a port taken in the meantime is replaced at the first start only."""
+        for _ in range(1 if self.port else 5):
+            port = self.port or free_port()
+            if self._answers(port):
+                self.port = port
+                return
+        raise RuntimeError(f"redis-server did not start:\n{(self._folder / 'log').read_text()}")
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self, port: int) -> bool:
+        options = {"port": port, "bind": "127.0.0.1", "dir": self._folder, "logfile": self._folder / "log"}
+        options |= {"appendonly": "yes", "appendfsync": "always", "save": ""}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        self._process = subprocess.Popen([self._binary, *arguments], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if _pings(port):
+                return True
+            time.sleep(0.02)
+        self.kill()
+        return False
+
+    def __enter__(self) -> RedisServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+def _pings(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
