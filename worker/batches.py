@@ -1,0 +1,187 @@
+"""Examples as token ids: what is learnt from, which examples share a batch, and the batch's tensors.
+
+The text of an example is tokenised in one piece, as at training time, and a token is learnt from where any of its
+characters is: the token that a boundary runs through (" Paris" after "Answer: ") carries the answer. The tokenizer adds
+its beginning of sequence where it does so by default; whatever it would add at the end is left off, since templates
+write their own.
+
+The name of a special token inside an example's own text ("</s>" in a question about HTML) is tokenised as text. Only a
+text that holds such a name is tokenised in several pieces, cut where the example's own text begins and ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from datastore.rows import Example
+from worker.templates import Segment, Unsupervised, prompt, render, special_names, wants_special_tokens
+
+if TYPE_CHECKING:  # collate imports torch itself: planning needs none
+    from gradstore.types import TemplateName
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "Batch", "Encoded", "Unsupervised", "collate", "encode", "encode_answer", "encode_prompt", "plan"]
+
+IGNORED = -100
+"""Label of a token that is not learnt from."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as the model gets it."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    """The token where it is learnt from, else IGNORED; not shifted, and IGNORED at 0, which nothing predicts."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one forward pass, padded on the right: three int64 tensors (examples, tokens)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def encode(example: Example, *, tokenizer: PreTrainedTokenizerBase, template: TemplateName, max_length: int) -> Encoded:
+    """Tokenise an example and keep its first `max_length` tokens.
+
+    Raises Unsupervised where none of them is learnt from, and NoChatTemplate.
+    """
+    segments = render(example, template, tokenizer)
+    ids, learnt = _tokenise(segments, tokenizer, special=wants_special_tokens(example, template))
+    _refuse_nothing_learnt(learnt, max_length=max_length)
+    return _encoded(ids[:max_length], learnt[:max_length])
+
+
+def encode_answer(
+    example: Example, answer: str, *, tokenizer: PreTrainedTokenizerBase, template: TemplateName, max_length: int
+) -> Encoded:
+    """Tokenise the text before the example's last answer with `answer` in its place, no end of sequence after it.
+
+    The last `max_length` tokens are kept, so that what is lost of a long prompt is its beginning. Raises Unsupervised
+    where the answer is empty.
+    """
+    segments = [*prompt(render(example, template, tokenizer)), Segment(answer, supervised=True, verbatim=True)]
+    ids, learnt = _tokenise(segments, tokenizer, special=wants_special_tokens(example, template))
+    _refuse_nothing_learnt(learnt, max_length=len(ids))
+    return _encoded(ids[-max_length:], learnt[-max_length:])
+
+
+def encode_prompt(
+    example: Example, *, tokenizer: PreTrainedTokenizerBase, template: TemplateName, max_length: int
+) -> tuple[int, ...]:
+    """Tokenise the text before the example's last answer, for a model to go on from; the last `max_length` tokens."""
+    segments = prompt(render(example, template, tokenizer))
+    ids, _ = _tokenise(segments, tokenizer, special=wants_special_tokens(example, template))
+    return tuple(ids[-max_length:])
+
+
+def plan(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
+    """Group indices into batches of at most `token_budget` padded tokens, longest first.
+
+    An example longer than the budget is a batch of its own. Examples of like length share a batch, so that little is
+    padded, and the largest batch comes first: what does not fit into memory fails at once.
+
+    >>> plan([3, 9, 2, 3], token_budget=9)
+    [[1], [0, 3, 2]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(encoded: Sequence[Encoded], *, pad_id: int) -> Batch:
+    """Pad examples on the right to the longest of them."""
+    import torch  # noqa: PLC0415  # a plan is made, and a cost estimated, without torch
+
+    width = max(len(row.input_ids) for row in encoded)
+
+    def padded(rows: Iterator[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+    return Batch(
+        input_ids=padded((row.input_ids for row in encoded), pad_id),
+        attention_mask=padded(([1] * len(row.input_ids) for row in encoded), 0),
+        labels=padded((row.labels for row in encoded), IGNORED),
+    )
+
+
+def _encoded(ids: Sequence[int], learnt: Sequence[bool]) -> Encoded:
+    labels = [token if keep else IGNORED for token, keep in zip(ids, learnt, strict=True)]
+    return Encoded(input_ids=tuple(ids), labels=(IGNORED, *labels[1:]))
+
+
+def _refuse_nothing_learnt(learnt: Sequence[bool], *, max_length: int) -> None:
+    if any(learnt[1:max_length]):
+        return
+    if not any(learnt):
+        raise Unsupervised("there is no text to learn from: no answer with content")
+    first = next((position for position, keep in enumerate(learnt) if keep and position), 0)
+    if not first:
+        raise Unsupervised("the only token to learn from is the first one, which nothing predicts")
+    raise Unsupervised(
+        f"truncation leaves no token to learn from: the first is token {first + 1:,} of {len(learnt):,}, "
+        f"and max_length is {max_length:,}"
+    )
+
+
+# Tokens and their characters ----------------------------------------------------------------------------------------
+
+
+def _tokenise(
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, special: bool
+) -> tuple[list[int], list[bool]]:
+    """Tokenise the joined segments: token ids, and whether each is learnt from."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where its tokens stand in the text: a fast tokenizer is needed"
+        )
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for number, piece in enumerate(_pieces(segments, tokenizer)):
+        more, flags = _tokenise_piece(piece, tokenizer, special=special and number == 0)
+        ids += more
+        learnt += flags
+    return ids, learnt
+
+
+def _pieces(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> list[list[Segment]]:
+    """Cut the text for tokenisation: not at all, unless a special token's name stands in the example's own text."""
+    name = special_names(tokenizer)
+    if not any(name.search(segment.text) for segment in segments if segment.verbatim):
+        return [[Segment(segment.text, segment.supervised) for segment in segments]]
+    return [list(run) for _, run in groupby(segments, key=lambda segment: segment.verbatim)]
+
+
+def _tokenise_piece(
+    piece: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, special: bool
+) -> tuple[list[int], list[bool]]:
+    marks = b"".join(bytes([segment.supervised]) * len(segment.text) for segment in piece)
+    encoding = tokenizer(
+        "".join(segment.text for segment in piece),
+        add_special_tokens=special,
+        split_special_tokens=piece[0].verbatim,
+        return_offsets_mapping=True,
+        verbose=False,  # no warning about the model's longest sequence: what is too long is cut off here
+    )
+    ids: list[int] = encoding["input_ids"]
+    sources: list[int | None] = encoding.sequence_ids(0)
+    while sources and sources[-1] is None:  # an end of sequence that the tokenizer adds
+        sources.pop()
+    learnt, reached = [], 0
+    for source, (start, end) in zip(sources, encoding["offset_mapping"], strict=False):
+        # byte-level offsets leave out the space that a token begins with, and several tokens may share one character
+        begin = min(start, reached)
+        learnt.append(source is not None and marks.find(1, begin, max(end, begin + 1)) >= 0)
+        reached = max(reached, end)
+    return ids[: len(learnt)], learnt
