@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from gradstore.types import Checkpoint, Dataset, DatasetSource, Page, Run, Subtask, Task
-from sqlalchemy import Select, create_engine, delete, event, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Select, create_engine, delete, event, select, text, tuple_, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
@@ -38,6 +38,7 @@ from datastore.schema import (
 
 BUSY_TIMEOUT = 30.0  # seconds that a SQLite writer waits for another
 IDEMPOTENCY_LIFETIME = timedelta(days=1)
+IDEMPOTENCY_WORK = timedelta(minutes=10)  # a request that has not answered by then is taken for dead
 NounT = TypeVar("NounT", bound=Noun)
 
 
@@ -292,25 +293,22 @@ class Catalog:
     # Idempotency ------------------------------------------------------------------------------------------------------
 
     def reserve_key(self, key: str, fingerprint: str) -> IdempotencyRow | None:
-        """Take an Idempotency-Key: None when it is new, else the first request's record.
-
-        Raises `Conflict` when the key came with another request, or when the first one is still at work.
+        """Take an Idempotency-Key: None when it is new, else the first request's record, without a status while that
+        request is at work. Raises `Conflict` when the key came with another request.
         """
-        with self.transaction() as session:
-            session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < utc_now() - IDEMPOTENCY_LIFETIME))
-            row = session.get(IdempotencyRow, key)
-            if row is None:
-                session.add(IdempotencyRow(key=key, fingerprint=fingerprint, created_at=utc_now()))
-                try:
-                    session.flush()
-                except IntegrityError as error:
-                    raise Conflict("a request with this Idempotency-Key is at work; ask again in a second") from error
-                return None
-            if row.fingerprint != fingerprint:
-                raise Conflict("this Idempotency-Key came with another request before; use a new key for a new request")
-            if row.status is None:
-                raise Conflict("a request with this Idempotency-Key is at work; ask again in a second")
-            return row
+        mine: dict[str, Any] = {"key": key, "fingerprint": fingerprint, "created_at": utc_now()}
+        try:
+            with self.transaction() as session:
+                session.execute(delete(IdempotencyRow).where(_outlived(mine["created_at"])))
+                row = session.get(IdempotencyRow, key)
+                if row is None:
+                    session.add(IdempotencyRow(**mine))
+                    return None
+        except IntegrityError:  # another request took it just now
+            return IdempotencyRow(**mine)
+        if row.fingerprint != fingerprint:
+            raise Conflict("this Idempotency-Key came with another request before; use a new key for a new request")
+        return row
 
     def remember_answer(self, key: str, *, status: int, headers: dict[str, str], body: Any) -> None:
         """Keep the answer to the request that took this key."""
@@ -322,6 +320,12 @@ class Catalog:
         """Give back a key whose request was refused: the corrected request may use it."""
         with self.transaction() as session:
             session.execute(delete(IdempotencyRow).where(IdempotencyRow.key == key, IdempotencyRow.status.is_(None)))
+
+
+def _outlived(now: datetime) -> ColumnElement[bool]:
+    """Whether a key's day is over, or the server died with the request that took it."""
+    died = IdempotencyRow.status.is_(None) & (IdempotencyRow.created_at < now - IDEMPOTENCY_WORK)
+    return died | (IdempotencyRow.created_at < now - IDEMPOTENCY_LIFETIME)
 
 
 def _engine(url: str) -> Engine:
