@@ -1,0 +1,456 @@
+"""Checkpoints on disk: an adapter (or a whole model), Adam's moments by parameter name, and what is known about them.
+
+    <root>/<id>/checkpoint.json       what it is, and the sha256 of every file
+    <root>/<id>/adapter/              PEFT's layout: adapter_config.json, adapter_model.safetensors
+    <root>/<id>/model/                instead of an adapter, where the model was trained in full
+    <root>/<id>/moments.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter>; metadata: step
+    <root>/unfinished/                what a killed process left behind
+
+A checkpoint is named by the hash of all of this, so registering the same files again finds the same checkpoint.
+Parameters are called as in `PeftModel.named_parameters()`: the files of an adapter leave out the adapter's name.
+
+Nothing here imports torch, and no pickle is opened in this process: adapters and moments are safetensors, whose headers
+are read by hand, and the optimizer files that people have (`optimizer.pt`, `optimizer.bin`) are converted by a process
+of their own, `python -m worker.moments`. That costs some seconds of imports for each such file; in exchange the API
+needs no torch in its memory, and a file made to do harm meets `weights_only=True` in a process that serves nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from gradstore.types import Checkpoint, Method, Precision, TemplateName
+
+from datastore.catalog import utc_now
+from datastore.durable import place, sweep, sync_folder, unfinished, write_file
+from datastore.errors import InvalidCheckpoint, NotFound
+from datastore.identity import content_id
+from datastore.tensors import Header, read_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+MOMENTS = "moments.safetensors"
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+TRAINER_STATE = "trainer_state.json"
+DESCRIPTION = "checkpoint.json"
+FORMAT_VERSION = 1
+
+CONVERSION_TIMEOUT = 1800.0  # seconds for reading an optimizer file, its base model's configuration included
+UNFINISHED_LIFETIME = 86400.0  # seconds
+
+_MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+_SET_VALUED = ("target_modules", "modules_to_save", "exclude_modules")
+_ADAPTER_NAME = re.compile(r"\.default(?=\.|$)")
+_LORA = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a checkpoint beside its files."""
+
+    model: str
+    revision: str | None
+    method: Method
+    precision: Precision
+    epoch: int | None = None
+    step: int | None = None
+    learning_rate: float | None = None
+    """Mean over the steps of the epoch."""
+    template: TemplateName | None = None
+    max_length: int | None = None
+    moments_note: str | None = None
+
+
+class Checkpoints:
+    """The checkpoints under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def register(
+        self,
+        folder: Path,
+        *,
+        model: str | None = None,
+        revision: str | None = None,
+        learning_rate: float | None = None,
+        step: int | None = None,
+        precision: Precision = "float32",
+        name: str | None = None,
+    ) -> Checkpoint:
+        """Take in a copy of a folder that PEFT, the HF Trainer or LESS wrote, or a whole model's.
+
+        What is not said is read from the folder: the base model from the adapter's configuration, step and mean
+        learning rate of the last epoch from `trainer_state.json`. Raises `InvalidCheckpoint` saying what does not fit.
+        """
+        source = _single_folder(folder)
+        model, revision = _base_model(source, model, revision)
+        last_step, last_rate = _trainer_state(source)
+        description = Description(
+            model=model,
+            revision=revision,
+            method="lora" if (source / ADAPTER_CONFIG).exists() else "full",
+            precision=precision,
+            step=last_step if step is None else step,
+            learning_rate=last_rate if learning_rate is None else learning_rate,
+        )
+        with unfinished(self._unfinished, "register") as partial:
+            if description.method == "lora":
+                description = _take_adapter(source, partial, description)
+            else:
+                description = _take_model(source, partial, description)
+            return self._place(partial, description, name=name)
+
+    def add(self, folder: Path, description: Description, *, name: str | None = None) -> Checkpoint:
+        """Take in a folder that is laid out as a checkpoint is (`adapter/` or `model/`, perhaps moments).
+
+        The files become the checkpoint's without a copy where the file system has hard links: nobody may change them.
+        """
+        with unfinished(self._unfinished, "add") as partial:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    link(path, partial / path.relative_to(folder))
+            return self._place(partial, description, name=name)
+
+    def weights(self, checkpoint: str) -> Path:
+        """Folder of the adapter in PEFT's layout, or of the whole model. Raises `NotFound`."""
+        home = self._home(checkpoint)
+        return home / "adapter" if (home / "adapter").is_dir() else home / "model"
+
+    def moments(self, checkpoint: str) -> Path | None:
+        """File of Adam's moments, where there are any. Raises `NotFound`."""
+        path = self._home(checkpoint) / MOMENTS
+        return path if path.exists() else None
+
+    def delete(self, checkpoint: str) -> None:
+        """Remove a checkpoint's files; nothing happens where there are none."""
+        with unfinished(self._unfinished, "delete") as partial:
+            if (self.root / checkpoint).is_dir():
+                (self.root / checkpoint).rename(partial / checkpoint)
+
+    def sweep(self) -> int:
+        """Remove what killed processes left unfinished a day ago or earlier; returns how many there were."""
+        return sweep(self._unfinished, older_than=UNFINISHED_LIFETIME)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.root / "unfinished"
+
+    def _home(self, checkpoint: str) -> Path:
+        home = self.root / checkpoint
+        if not checkpoint.startswith("ck_") or not home.is_dir():
+            raise NotFound("checkpoint", checkpoint, collection="/checkpoints")
+        return home
+
+    def _place(self, partial: Path, description: Description, *, name: str | None) -> Checkpoint:
+        """Give a finished folder its name, made from all that is in it."""
+        parameters = _check_lora(partial) if description.method == "lora" else _check_model(partial / "model")
+        if not (partial / MOMENTS).exists() and description.moments_note is None:
+            raise InvalidCheckpoint(f"{MOMENTS} is missing, and nothing says why")
+        files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
+        content = {"format": FORMAT_VERSION, **asdict(description), "parameters": parameters}
+        content["files"] = {name: _sha256(path) for name, path in files.items()}
+        id = content_id("ck", content)
+        write_file(partial / DESCRIPTION, json.dumps({"id": id, **content}, indent=2).encode())
+        for path in partial.rglob("*"):
+            if path.is_dir():
+                sync_folder(path)
+        place(partial, self.root / id)
+        return Checkpoint(
+            id=id,
+            name=name,
+            run=None,
+            **asdict(description),
+            has_moments=MOMENTS in files,
+            parameters=parameters,
+            bytes=sum(path.stat().st_size for path in (self.root / id).rglob("*") if path.is_file()),
+            created_at=utc_now(),
+        )
+
+
+def base_model(folder: Path) -> str | None:
+    """The base model that the folder's adapter names: check that it may be read before `register` does.
+
+    Raises `InvalidCheckpoint` where the folder is no checkpoint.
+    """
+    source = _single_folder(folder)
+    return _config(source).get("base_model_name_or_path") if (source / ADAPTER_CONFIG).exists() else None
+
+
+def run_id(checkpoints: Sequence[str]) -> str:
+    """Name of the run that has these checkpoints, in order."""
+    return content_id("run", list(checkpoints))
+
+
+def file_key(parameter: str) -> str:
+    """The name that an adapter's file gives to a parameter of `PeftModel.named_parameters()`.
+
+    >>> file_key("base_model.model.q_proj.lora_A.default.weight")
+    'base_model.model.q_proj.lora_A.weight'
+    """
+    key = parameter.replace(".modules_to_save.default.", ".")
+    if key.endswith(".lora_magnitude_vector.default.weight"):
+        return key.removesuffix(".default.weight")
+    return _ADAPTER_NAME.sub("", key) if ".lora_" in key else key
+
+
+def parameter_name(key: str) -> str:
+    """The name in `PeftModel.named_parameters()` of a LoRA tensor of an adapter's file.
+
+    >>> parameter_name("base_model.model.q_proj.lora_A.weight")
+    'base_model.model.q_proj.lora_A.default.weight'
+    """
+    if key.endswith(".lora_magnitude_vector"):
+        return f"{key}.default.weight"
+    return _LORA.sub(r".\1.default", key)
+
+
+def trainable(header: Header, config: Mapping[str, Any]) -> set[str]:
+    """Names, as the adapter's file has them, of the tensors that are trained: not the embeddings that PEFT may add."""
+    saved = config.get("modules_to_save") or []
+    biases = config.get("bias", "none") != "none"
+    return {
+        key
+        for key in header.tensors
+        if ".lora_" in key or (biases and key.endswith(".bias")) or any(f".{module}." in key for module in saved)
+    }
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        _copy(source, target)
+
+
+# Taking in what others wrote ------------------------------------------------------------------------------------------
+
+
+def _single_folder(folder: Path) -> Path:
+    """The folder itself, or the only one in it, as an archive of a folder unpacks."""
+    for candidate in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            return candidate
+    entries = list(folder.iterdir())
+    source = entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
+    if (source / MODEL_CONFIG).is_file() and any(source.glob("*.safetensors")):
+        return source
+    found = ", ".join(sorted(path.name for path in source.iterdir())[:10]) or "nothing"
+    raise InvalidCheckpoint(
+        f"{ADAPTER_CONFIG} is missing (found: {found}); a checkpoint is the folder that PEFT's save_pretrained or the "
+        f"HF Trainer wrote, with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+    )
+
+
+def _base_model(source: Path, model: str | None, revision: str | None) -> tuple[str, str | None]:
+    config = _config(source) if (source / ADAPTER_CONFIG).exists() else {}
+    if model is not None:
+        return model, revision
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise InvalidCheckpoint("the files do not name their base model; say which one it is with `model`")
+    if Path(named).is_absolute() and not Path(named).is_dir():
+        raise InvalidCheckpoint(
+            f"the adapter was trained on the base model {named!r}, a folder that is not on this machine; "
+            "say where it is, or its hub id, with `model`"
+        )
+    return named, revision or config.get("revision")
+
+
+def _config(source: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((source / ADAPTER_CONFIG).read_bytes())
+    except ValueError as error:
+        raise InvalidCheckpoint(f"{ADAPTER_CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidCheckpoint(f"{ADAPTER_CONFIG} is not a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise InvalidCheckpoint(
+            f"the adapter is of type {config.get('peft_type')!r}; only LORA adapters can be registered"
+        )
+    if config.get("task_type") not in {None, "CAUSAL_LM"}:
+        raise InvalidCheckpoint(f"the adapter is for the task {config['task_type']!r}; it must be CAUSAL_LM")
+    return config
+
+
+def _trainer_state(source: Path) -> tuple[int | None, float | None]:
+    """Step and mean learning rate of the last epoch, from the log of an HF Trainer; None for what it does not say."""
+    path = source / TRAINER_STATE
+    if not path.is_file():
+        return None, None
+    try:
+        state = json.loads(path.read_bytes())
+        last = math.ceil(float(state["epoch"]) - 1e-6)
+        rates = [
+            float(entry["learning_rate"])
+            for entry in state["log_history"]
+            if "learning_rate" in entry and last - 1 < float(entry["epoch"]) - 1e-6 <= last
+        ]
+        step = int(state["global_step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidCheckpoint(
+            f"{TRAINER_STATE} is not what the HF Trainer writes ({type(error).__name__}: {error}); leave it out"
+        ) from error
+    return step, sum(rates) / len(rates) if rates else None
+
+
+def _take_adapter(source: Path, partial: Path, description: Description) -> Description:
+    if not (source / ADAPTER_WEIGHTS).is_file():
+        beside = " (adapter_model.bin could run code when loaded)" if (source / "adapter_model.bin").exists() else ""
+        raise InvalidCheckpoint(
+            f"{ADAPTER_WEIGHTS} is missing{beside}: convert the adapter to safetensors by loading it with PEFT and "
+            "calling save_pretrained(..., safe_serialization=True)"
+        )
+    _write_config(_config(source), partial / "adapter", description)
+    _copy(source / ADAPTER_WEIGHTS, partial / "adapter" / ADAPTER_WEIGHTS)
+    _adapter_shapes(partial / "adapter")
+    if (source / MOMENTS).is_file():
+        _copy(source / MOMENTS, partial / MOMENTS)
+        return description
+    for name in OPTIMIZERS:
+        if (source / name).is_file():
+            summary = _convert(source / name, partial, description)
+            step = int(summary["step"])
+            return replace(description, step=step if description.step is None else description.step)
+    return replace(description, moments_note=f"the files hold no optimizer state ({', '.join((*OPTIMIZERS, MOMENTS))})")
+
+
+def _write_config(config: Mapping[str, Any], folder: Path, description: Description) -> None:
+    """Write the adapter's configuration, the same bytes for the same adapter: PEFT writes sets in any order."""
+    written = dict(config)
+    for key in _SET_VALUED:
+        if isinstance(written.get(key), list):
+            written[key] = sorted(written[key])
+    written |= {"base_model_name_or_path": description.model, "revision": description.revision, "inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / ADAPTER_CONFIG, json.dumps(written, indent=2, sort_keys=True).encode())
+
+
+def _convert(optimizer: Path, partial: Path, description: Description) -> dict[str, Any]:
+    """Have the optimizer's file read by a process of its own, which writes the moments by name."""
+    command = [sys.executable, "-m", "worker.moments", str(optimizer), str(partial / MOMENTS)]
+    command += ["--adapter", str(partial / "adapter"), "--model", description.model]
+    command += ["--revision", description.revision] if description.revision else []
+    without = f"leave {optimizer.name} out to register the adapter without moments (for sgd and sign features)"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERSION_TIMEOUT, check=False)  # noqa: S603 - our own module, arguments as a list
+    except subprocess.TimeoutExpired as error:
+        raise InvalidCheckpoint(f"{optimizer.name} was not read within {error.timeout:.0f} s; {without}") from error
+    if "No module named" in done.stderr and done.returncode:
+        raise InvalidCheckpoint(
+            f"{optimizer.name} cannot be read here, where the worker's packages are not installed: convert it on a "
+            f"machine that has them (python -m worker.moments {optimizer.name} {MOMENTS} --adapter FOLDER --model "
+            f"MODEL) and send {MOMENTS} instead; or {without}"
+        )
+    try:
+        answer = cast("dict[str, Any]", json.loads(done.stdout.strip().splitlines()[-1]))
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise InvalidCheckpoint(f"{optimizer.name} cannot be read ({last}); {without}") from None
+    if "problem" in answer:
+        raise InvalidCheckpoint(f"{optimizer.name} does not fit: {answer['problem']}; or {without}")
+    return answer
+
+
+def _take_model(source: Path, partial: Path, description: Description) -> Description:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _MODEL_FILES and path.name != TRAINER_STATE:
+            _copy(path, partial / "model" / path.name)
+    return replace(description, moments_note="the model was trained in full: features are those of LoRA adapters")
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def _check_lora(partial: Path) -> int:
+    """Check adapter and moments by their headers; returns the number of trainable parameters."""
+    shapes = _adapter_shapes(partial / "adapter")
+    if (partial / MOMENTS).exists():
+        check_moments(read_header(partial / MOMENTS), shapes)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained tensors by their names in the adapter's file."""
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    keys = trainable(header, _config(folder))
+    if not keys:
+        raise InvalidCheckpoint(f"{ADAPTER_WEIGHTS} holds no LoRA tensor; it has {_first(sorted(header.tensors))}")
+    for key in keys:
+        if not header.tensors[key].dtype.startswith(("F", "BF")):
+            raise InvalidCheckpoint(f"{key!r} is of type {header.tensors[key].dtype}, not a floating-point number")
+        other = key.replace(".lora_A.", ".lora_B.")
+        if other != key:
+            _check_pair(header, key, other)
+    return {key: header.tensors[key].shape for key in keys}
+
+
+def _check_pair(header: Header, key: str, other: str) -> None:
+    if other not in header.tensors:
+        raise InvalidCheckpoint(f"{ADAPTER_WEIGHTS} has {key!r} without {other!r}")
+    a, b = header.tensors[key].shape, header.tensors[other].shape
+    if len(a) == len(b) == 2 and a[0] != b[1]:
+        raise InvalidCheckpoint(f"the rank of {key!r} is {a[0]} and that of its lora_B {b[1]}")
+
+
+def check_moments(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a file of moments has both moments of every tensor of the adapter, in its shape, and the step.
+
+    `shapes` go by the names in the adapter's file. Raises `InvalidCheckpoint`.
+    """
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found = {
+            file_key(name.removeprefix(f"{moment}.")): tensor
+            for name, tensor in header.tensors.items()
+            if name.startswith(f"{moment}.")
+        }
+        missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+        if missing:
+            raise InvalidCheckpoint(f"{MOMENTS} lacks the {moment} of {_first(missing)}")
+        if extra:
+            raise InvalidCheckpoint(f"{MOMENTS} has the {moment} of {_first(extra)}, which the adapter does not have")
+        for key, shape in shapes.items():
+            if found[key].shape != shape:
+                raise InvalidCheckpoint(
+                    f"the {moment} of {key!r} has the shape {list(found[key].shape)} and the adapter {list(shape)}"
+                )
+    if not header.metadata.get("step", "").isdigit():
+        raise InvalidCheckpoint(f"{MOMENTS} does not say its step: its metadata need step=<optimizer steps taken>")
+
+
+def _check_model(folder: Path) -> int:
+    """Check a whole model by its headers; returns the number of its parameters."""
+    return sum(
+        tensor.size for path in sorted(folder.glob("*.safetensors")) for tensor in read_header(path).tensors.values()
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return f"{names[0]!r}{more}" if names else "nothing"
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

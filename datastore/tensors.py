@@ -1,0 +1,90 @@
+"""Headers of safetensors files, read without torch: names, types and shapes, and whether the bytes are all there.
+
+The format: 8 bytes little-endian with the header's length, the header as JSON, then the tensors' bytes one after the
+other (https://github.com/huggingface/safetensors, "Format"). Nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datastore.errors import InvalidCheckpoint
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_ITEM_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a file."""
+
+    dtype: str
+    """As safetensors writes it: F32, BF16 and so on."""
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file. Raises `InvalidCheckpoint` where the file is none, or is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise _broken(path, "it does not begin with the length of a header")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+        tensors = {name: _tensor(entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _broken(path, f"its header cannot be read ({type(error).__name__}: {error})") from error
+    _check_spans(path, spans, tensors, stored=size - 8 - length)
+    return Header(tensors, {str(key): str(value) for key, value in metadata.items()})
+
+
+def _tensor(entry: Mapping[str, Any]) -> TensorInfo:
+    shape = tuple(int(side) for side in entry["shape"])
+    if min(shape, default=0) < 0:
+        raise ValueError("a side of a tensor is negative")
+    return TensorInfo(dtype=str(entry["dtype"]), shape=shape)
+
+
+def _check_spans(
+    path: Path, spans: list[tuple[int, int, str]], tensors: Mapping[str, TensorInfo], *, stored: int
+) -> None:
+    """Every tensor has its bytes, one after the other, to the end of the file."""
+    reached = 0
+    for start, stop, name in spans:
+        tensor = tensors[name]
+        bits = _ITEM_BITS.get(tensor.dtype)
+        if start != reached or (bits is not None and stop - start != tensor.size * bits // 8):
+            raise _broken(path, f"the bytes of {name!r} are not where its header says")
+        reached = stop
+    if reached != stored:
+        raise _broken(path, f"it holds {stored:,} bytes of tensors where its header says {reached:,}")
+
+
+def _broken(path: Path, why: str) -> InvalidCheckpoint:
+    return InvalidCheckpoint(f"{path.name} is no safetensors file, or was cut off: {why}; send it again")
