@@ -10,13 +10,14 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from gradstore.types import (
     AnyJob,
     Checkpoint,
     Estimate,
     ExcludedRow,
+    FeatureDtype,
     FeatureSet,
     GradientsRequest,
     GradientsResult,
@@ -40,13 +41,13 @@ from datastore.schema import (
     JobRow,
     SegmentRow,
 )
+from datastore.segments import stored_bytes
 from datastore.settings import Settings
 
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection.py): features of two versions are never mixed."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
 MAX_REPORTED = 100  # excluded rows named in a result
-ITEM_BYTES = {"float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Plan:
     def missing_bytes(self) -> int:
         """Bytes that the missing rows add to the store."""
         return sum(
-            (feature.rows - feature.covered) * (feature.dim * ITEM_BYTES[feature.dtype] + STATISTICS_BYTES)
+            stored_bytes(feature.rows - feature.covered, dim=feature.dim, dtype=feature.dtype)
             for feature in self.feature_sets
             if not feature.exists
         )
@@ -83,10 +84,6 @@ class Plan:
             if not feature.exists:
                 groups[feature.checkpoint, feature.covered, feature.shard_rows].append(feature)
         return [(checkpoint, start, self.rows, found) for (checkpoint, start, _), found in groups.items()]
-
-
-STATISTICS_BYTES = 17
-"""Bytes a row takes beside its feature: norm, loss, token count, scale and reason."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,9 @@ class PlannedFeatureSet:
         return int(self.parameters["dim"])
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> FeatureDtype:
         """Stored type."""
-        return str(self.parameters["dtype"])
+        return cast("FeatureDtype", self.parameters["dtype"])
 
 
 @dataclass(frozen=True)
@@ -460,10 +457,13 @@ def _tokens(session: Session, feature_set: str) -> int:
 def _feature_set(session: Session, row: FeatureSetRow) -> FeatureSet:
     parameters = row.parameters
     excluded = sum(len(chunk.excluded) for _, chunk in _chunks(session, row.id))
-    row_bytes = parameters["dim"] * ITEM_BYTES[parameters["dtype"]] + STATISTICS_BYTES
+    segments = _segments(session, row.id)
+    size = sum(
+        stored_bytes(stop - start, dim=parameters["dim"], dtype=parameters["dtype"]) for _, start, stop in segments
+    )
     return FeatureSet.model_validate(
         {**parameters, "id": row.id, "dataset": row.dataset, "task": row.task, "rows": row.rows,
-         "excluded": excluded, "bytes": row.rows * row_bytes}
+         "excluded": excluded, "bytes": size}
     )  # fmt: skip
 
 
