@@ -119,9 +119,14 @@ class Checkpoints:
         The files become the checkpoint's without a copy where the file system has hard links: nobody may change them.
         """
         with unfinished(self._unfinished, "add") as partial:
-            for path in sorted(folder.rglob("*")):
-                if path.is_file():
-                    link(path, partial / path.relative_to(folder))
+            if description.method == "lora":
+                _write_config(_config(folder / "adapter"), partial / "adapter", description)
+                link(folder / "adapter" / ADAPTER_WEIGHTS, partial / "adapter" / ADAPTER_WEIGHTS)
+            else:
+                for path in _model_files(folder / "model"):
+                    link(path, partial / "model" / path.name)
+            if (folder / MOMENTS).exists():
+                link(folder / MOMENTS, partial / MOMENTS)
             return self._place(partial, description, name=name)
 
     def weights(self, checkpoint: str) -> Path:
@@ -367,10 +372,18 @@ def _convert(optimizer: Path, partial: Path, description: Description) -> dict[s
 
 
 def _take_model(source: Path, partial: Path, description: Description) -> Description:
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _MODEL_FILES and path.name != TRAINER_STATE:
-            _copy(path, partial / "model" / path.name)
+    for path in _model_files(source):
+        _copy(path, partial / "model" / path.name)
     return replace(description, moments_note="the model was trained in full: features are those of LoRA adapters")
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Weights, configuration and tokenizer: nothing that is loaded as a pickle."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _MODEL_FILES and path.name != TRAINER_STATE
+    ]
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
