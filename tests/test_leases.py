@@ -1,0 +1,229 @@
+"""Jobs and shards: nothing is lost, nothing is done twice, and who lost a lease changes nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from gradstore.types import Problem
+
+from datastore.catalog import Catalog
+from datastore.errors import Conflict, InUse, NameTaken, NotFound
+from datastore.leases import Claim, Jobs, NewShard
+
+PROBLEM = Problem(type="broken", title="Broken", status=500, detail="it broke")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    catalog = Catalog(f"sqlite:///{tmp_path}/catalog.sqlite3")
+    catalog.migrate()
+    return catalog
+
+
+@pytest.fixture
+def jobs(catalog: Catalog) -> Jobs:
+    return Jobs(catalog, lease=30, max_attempts=3)
+
+
+def start(jobs: Jobs, id: str = "ft_1", shards: int = 3, **options: object) -> None:
+    new = [NewShard({"number": number}, units=10) for number in range(shards)]
+    jobs.create(id=id, kind="finetune", request={"id": id}, plan={}, shards=new, **options)  # type: ignore[arg-type]
+
+
+def claim(jobs: Jobs, owner: str = "worker") -> Claim:
+    found = jobs.claim(owner, kinds=["finetune"])
+    assert found is not None
+    return found
+
+
+def test_the_same_id_starts_one_job(jobs: Jobs) -> None:
+    start(jobs, shards=2)
+    job, started = jobs.create(id="ft_1", kind="finetune", request={}, plan={}, shards=[NewShard({}, 1)])
+    assert (job.progress.total, started) == (20, False)
+    assert len(jobs.page(limit=10).data) == 1
+
+
+def test_a_job_without_work_has_succeeded(jobs: Jobs) -> None:
+    job, started = jobs.create(id="ft_1", kind="finetune", request={}, plan={}, shards=[])
+    assert (job.status, started) == ("succeeded", False)
+
+
+def test_every_shard_is_claimed_once_by_many_threads(jobs: Jobs) -> None:
+    start(jobs, shards=40)
+    taken: list[int] = []
+
+    def work(owner: str) -> None:
+        while (found := jobs.claim(owner, kinds=["finetune"])) is not None:
+            taken.append(found.number)
+
+    threads = [threading.Thread(target=work, args=(f"worker {number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(40))
+
+
+def test_a_job_succeeds_with_its_last_shard(jobs: Jobs) -> None:
+    start(jobs, shards=2)
+    first, second = claim(jobs), claim(jobs)
+    assert jobs.succeed(second)
+    assert jobs.get("ft_1").status == "running"
+    assert jobs.succeed(first, result={"run": "run_1"})
+    job = jobs.get("ft_1")
+    assert (job.status, job.progress.done) == ("succeeded", 20)
+    assert job.result is not None
+    assert job.result.model_dump() == {"run": "run_1"}
+
+
+def test_progress_follows_the_heartbeats(jobs: Jobs) -> None:
+    start(jobs, shards=2)
+    held = claim(jobs)
+    assert jobs.renew(held, done=4)
+    assert jobs.get("ft_1").progress.done == 4
+    assert jobs.renew(held, done=6, total=15)
+    progress = jobs.get("ft_1").progress
+    assert (progress.done, progress.total) == (6, 25)
+
+
+def test_a_lost_lease_gives_the_shard_to_another_and_its_old_owner_changes_nothing(catalog: Catalog) -> None:
+    jobs = Jobs(catalog, lease=0.01, max_attempts=3)
+    start(jobs, shards=1)
+    stalled = claim(jobs, "stalled")
+    jobs.renew(stalled, done=5)
+    time.sleep(0.05)
+    assert jobs.sweep() == 1
+    assert jobs.get("ft_1").progress.done == 0
+    second = claim(jobs, "second")
+    assert second.attempt == stalled.attempt + 1
+    assert not jobs.renew(stalled, done=9)
+    assert not jobs.succeed(stalled, result={"by": "stalled"})
+    assert not jobs.fail(stalled, PROBLEM, permanent=True)
+    jobs.release(stalled)
+    assert jobs.succeed(second, result={"by": "second"})
+    result = jobs.get("ft_1").result
+    assert result is not None
+    assert result.model_dump() == {"by": "second"}
+
+
+def test_a_lease_that_is_renewed_is_not_swept(catalog: Catalog) -> None:
+    jobs = Jobs(catalog, lease=0.2)
+    start(jobs, shards=1)
+    held = claim(jobs)
+    for _ in range(4):
+        time.sleep(0.1)
+        assert jobs.renew(held, done=0)
+        assert jobs.sweep() == 0
+
+
+def test_a_shard_that_loses_its_worker_every_time_fails_the_job(catalog: Catalog) -> None:
+    jobs = Jobs(catalog, lease=0, max_attempts=2)
+    start(jobs, shards=1)
+    for _ in range(2):
+        claim(jobs, "unlucky")
+        time.sleep(0.01)
+        jobs.sweep()
+    job = jobs.get("ft_1")
+    assert job.status == "failed"
+    assert job.error is not None
+    assert "unlucky" in job.error.detail
+
+
+def test_a_passing_error_is_tried_again_and_a_lasting_one_is_not(jobs: Jobs) -> None:
+    start(jobs, shards=1)
+    assert not jobs.fail(claim(jobs), PROBLEM, permanent=False)
+    assert jobs.get("ft_1").status == "running"
+    assert jobs.fail(claim(jobs), PROBLEM, permanent=True)
+    job = jobs.get("ft_1")
+    assert (job.status, job.error) == ("failed", PROBLEM)
+    assert jobs.claim("worker", kinds=["finetune"]) is None
+
+
+def test_a_retry_goes_on_after_the_finished_shards(jobs: Jobs) -> None:
+    start(jobs, shards=3)
+    jobs.succeed(claim(jobs))
+    jobs.fail(claim(jobs), PROBLEM, permanent=True)
+    job = jobs.retry("ft_1")
+    assert (job.status, job.error, job.progress.done) == ("queued", None, 10)
+    numbers = [claim(jobs).number, claim(jobs).number]
+    assert numbers == [1, 2]
+
+
+def test_asking_again_for_a_failed_job_goes_on_with_it(jobs: Jobs) -> None:
+    start(jobs, shards=1)
+    jobs.fail(claim(jobs), PROBLEM, permanent=True)
+    job, started = jobs.create(id="ft_1", kind="finetune", request={}, plan={}, shards=[NewShard({}, 10)])
+    assert (job.status, started) == ("queued", True)
+
+
+def test_a_cancelled_job_stops_at_the_next_heartbeat(jobs: Jobs) -> None:
+    start(jobs, shards=2)
+    held = claim(jobs)
+    assert jobs.cancel("ft_1").status == "cancelled"
+    assert jobs.claim("other", kinds=["finetune"]) is None
+    assert not jobs.renew(held, done=5)
+    assert not jobs.succeed(held, result={})
+    jobs.release(held)
+    assert jobs.retry("ft_1").status == "queued"
+    assert claim(jobs).number == held.number
+
+
+def test_only_what_has_not_finished_is_cancelled_and_only_what_has_failed_is_retried(jobs: Jobs) -> None:
+    start(jobs, shards=1)
+    with pytest.raises(Conflict, match="queued"):
+        jobs.retry("ft_1")
+    jobs.succeed(claim(jobs))
+    with pytest.raises(Conflict, match="succeeded"):
+        jobs.cancel("ft_1")
+
+
+def test_a_name_belongs_to_one_job_of_a_kind(jobs: Jobs) -> None:
+    start(jobs, name="best")
+    with pytest.raises(NameTaken):
+        start(jobs, id="ft_2", name="best")
+    jobs.create(id="grad_1", kind="gradients", request={}, plan={"reused": 0}, shards=[], name="best")
+    assert jobs.get("best", kind="finetune").id == "ft_1"
+    with pytest.raises(Conflict, match="different kinds"):
+        jobs.get("best")
+    with pytest.raises(NotFound):
+        jobs.get("worst")
+
+
+def test_what_is_used_or_at_work_is_not_deleted(jobs: Jobs) -> None:
+    start(jobs, shards=1)
+    start(jobs, id="ft_2", shards=1, uses=["ft_1"])
+    with pytest.raises(Conflict, match="cancel"):
+        jobs.remove("ft_1", kind="finetune")
+    jobs.succeed(claim(jobs))
+    jobs.succeed(claim(jobs))
+    with pytest.raises(InUse, match="ft_2"):
+        jobs.remove("ft_1", kind="finetune")
+    jobs.remove("ft_2", kind="finetune")
+    assert jobs.remove("ft_1", kind="finetune") == "ft_1"
+    with pytest.raises(NotFound):
+        jobs.get("ft_1")
+
+
+def test_pages_hold_every_job_once_newest_first(jobs: Jobs) -> None:
+    for number in range(5):
+        start(jobs, id=f"ft_{number}", shards=1)
+    seen: list[str] = []
+    after = None
+    while True:
+        page = jobs.page(limit=2, after=after)
+        seen += [job.id for job in page.data]
+        after = seen[-1]
+        if not page.has_more:
+            break
+    assert seen == [f"ft_{number}" for number in reversed(range(5))]
+
+
+def test_workers_are_listed_while_they_live(jobs: Jobs) -> None:
+    jobs.announce("worker-1", device="cpu", job=None)
+    jobs.announce("worker-1", device="cpu", job="ft_1")
+    assert [(worker.id, worker.job) for worker in jobs.workers()] == [("worker-1", "ft_1")]
+    jobs.leave("worker-1")
+    assert jobs.workers() == []
