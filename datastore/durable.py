@@ -1,0 +1,87 @@
+"""Files that are whole or absent: written elsewhere, flushed to the disk, then renamed into place.
+
+A rename is atomic and costs nothing; the flushes cost 1-10 ms each on a disk, which a shard of seconds does not notice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from datastore.errors import NotEnoughSpace
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a user's share of it, or the largest file allowed
+
+
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a new file and flush it to the disk."""
+    with path.open("xb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk: a rename is lasting only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def unfinished(folder: Path, label: str) -> Iterator[Path]:
+    """A new folder inside `folder` to build something in; what has not been moved away at the end is removed.
+
+    Raises `NotEnoughSpace` where the disk is full. A killed process leaves the folder behind for `sweep`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{label}.{uuid4().hex}"
+    partial.mkdir()
+    try:
+        yield partial
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        needed = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        raise NotEnoughSpace(needed=needed, free=shutil.disk_usage(folder).free) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def place(partial: Path, final: Path) -> bool:
+    """Rename a finished folder into place; False where something is there already."""
+    sync_folder(partial)
+    try:
+        partial.rename(final)
+    except OSError as error:
+        if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+            return False
+        raise
+    sync_folder(final.parent)
+    return True
+
+
+def sweep(folder: Path, *, older_than: float) -> int:
+    """Remove unfinished folders untouched for `older_than` seconds; returns how many there were."""
+    limit = time.time() - older_than
+    stale = [path for path in folder.iterdir() if _touched(path) < limit] if folder.is_dir() else []
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(stale)
+
+
+def _touched(path: Path) -> float:
+    """Newest modification inside a folder, in Unix seconds; the present where it vanishes meanwhile."""
+    try:
+        return max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return time.time()

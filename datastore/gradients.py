@@ -1,0 +1,386 @@
+"""The feature store: one Zarr v3 group per segment, one row per example, written by attempts and published by winners.
+
+    <root>/<segment>/data.zarr/             what anybody's zarr reads (docs/on-disk-format.md)
+    <root>/<segment>/attempts/<start>-<attempt>/   what an attempt has written, whole or absent
+    <root>/<segment>/receipts/<start>.json  which bytes the rows from `start` have, for good
+    <root>/unfinished/                      what a killed process left behind
+
+zarr writes the metadata; the chunk files are written here, since each is the raw block with its crc32c, flushed to the
+disk before it counts. A shard of 1,024 × 8,192 float16 costs 16 MiB, 8 files and about 20 flushes.
+The catalog decides which attempt wins. Its publication is a hard link (the receipt, which only one attempt can get) and
+a few renames, repeated by anybody until they are done: a worker that wakes late finds the receipt taken and changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gradstore.types import FeatureDtype
+from numpy.typing import NDArray
+
+from datastore.durable import place, sweep, sync_folder, unfinished, write_file
+from datastore.errors import Conflict, Damaged, NotFound
+from datastore.segments import (
+    FORMAT_VERSION,
+    OTHER_REASON,
+    REASONS,
+    VALID,
+    ArrayFormat,
+    FeatureView,
+    Segment,
+    array_formats,
+    checksum,
+)
+from datastore.shards import CHUNK_ROWS
+
+_GROUP = "data.zarr"
+_MANIFEST = "manifest.json"
+_CODES = {text: code for code, text in REASONS.items()}
+_SMALLEST_EXPONENT = -126  # of a normal float32
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a worker has computed for consecutive rows; a row with a reason has no feature."""
+
+    features: NDArray[np.float32]
+    """(n, dim)"""
+    norms: NDArray[np.float32]
+    """L2 norm of the gradient before its projection (n,)."""
+    losses: NDArray[np.float32]
+    """Mean cross-entropy per supervised token (n,)."""
+    tokens: NDArray[np.int32]
+    """Supervised tokens (n,)."""
+    reasons: Sequence[str | None]
+    """Why a row has no feature; None where it has one."""
+
+    @property
+    def excluded(self) -> dict[int, str]:
+        """The rows without a feature, counted from the block's first row, and why."""
+        return {row: reason for row, reason in enumerate(self.reasons) if reason is not None}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an attempt has written and nobody has published or discarded."""
+
+    segment: str
+    start: int
+    attempt: int
+    age_seconds: float
+
+
+def sound(block: Block) -> Block:
+    """The block with a reason for every row that must not be read as numbers: not finite, or without a direction."""
+    finite = np.isfinite(block.features).all(axis=1)
+    found = [
+        (~np.isfinite(block.losses), REASONS[2]),
+        (~np.isfinite(block.norms), REASONS[3]),
+        (~finite, REASONS[5]),
+        (~block.features.any(axis=1), REASONS[6]),
+    ]
+    reasons = list(block.reasons)
+    for rows, text in found:
+        for row in np.flatnonzero(rows):
+            reasons[row] = reasons[row] or text
+    return replace(block, reasons=reasons)
+
+
+def power_of_two_scales(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Per row the power of two that brings its largest number into [1, 2): dividing by it rounds nothing. (n,)
+
+    1 for a row of zeros. Rows below 1e-38 keep the smallest scale, 2^-126.
+    """
+    _, exponents = np.frexp(np.abs(features).max(axis=1, initial=0))
+    scales = np.ldexp(np.float32(1), np.maximum(exponents - 1, _SMALLEST_EXPONENT))
+    return np.where(features.any(axis=1), scales, 1).astype(np.float32)
+
+
+class FeatureStore:
+    """The segments of all feature sets under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create(self, segment: str, *, rows: int, dim: int, dtype: FeatureDtype, attributes: Mapping[str, Any]) -> None:
+        """Make room for a segment; again for one that exists, nothing happens.
+
+        `attributes` say how the features came about and stand in the group's attributes as `recipe`. Raises `Conflict`
+        where the segment exists with another shape or recipe.
+        """
+        wanted = (rows, dim, dtype, json.loads(json.dumps(dict(attributes))))
+        with unfinished(self._unfinished, segment) as partial:
+            if not self._folder(segment).is_dir():
+                _create_group(partial / _GROUP, rows=rows, dim=dim, dtype=dtype, recipe=attributes)
+                for folder in ("attempts", "receipts"):
+                    (partial / folder).mkdir()
+                place(partial, self._folder(segment))
+        found = self.open(segment)
+        if (found.rows, found.dim, found.dtype, found.recipe) != wanted:
+            raise Conflict(f"the segment {segment} exists with another shape or recipe: its name is not a content hash")
+
+    def write(self, segment: str, *, start: int, attempt: int, block: Block) -> str:
+        """Keep the rows from `start` as this attempt's own, flushed to the disk; returns the digest of the bytes.
+
+        Rows that are not `sound` get a reason. Nothing is visible to readers before `publish`. Raises `Conflict` where
+        the attempt has written other bytes before, `NotEnoughSpace`, and `NotFound` for a deleted segment.
+        """
+        target = self.open(segment)
+        _check_fit(target, start, block)
+        final = self._attempt(segment, start, attempt)
+        with unfinished(self._unfinished, f"{segment}.{start}-{attempt}") as partial:
+            files = _write_chunks(partial, target.formats, start, sound(block))
+            manifest = _manifest(start, start + len(block.reasons), files)
+            write_file(partial / _MANIFEST, manifest)
+            try:
+                placed = place(partial, final)
+            except FileNotFoundError:
+                raise NotFound("segment", segment, collection="/gradients") from None
+        digest = _digest(manifest)
+        if not placed and _digest((final / _MANIFEST).read_bytes()) != digest:
+            raise Conflict(f"attempt {attempt} has already written other bytes for rows from {start} of {segment}")
+        return digest
+
+    def publish(self, segment: str, *, start: int, attempt: int, digest: str) -> None:
+        """Give the bytes of a committed attempt the chunks' keys; anybody may repeat it, at any point.
+
+        Raises `Conflict`, changing nothing, where the rows belong to other bytes or the attempt has not written these.
+        """
+        source = self._attempt(segment, start, attempt)
+        receipt = self._receipt(segment, start)
+        if not receipt.exists():
+            self._claim(segment, start, source, digest)
+        manifest = receipt.read_bytes()
+        if _digest(manifest) != digest:
+            raise Conflict(f"rows from {start} of {segment} belong to another attempt; nothing was changed")
+        touched = set()
+        for name in json.loads(manifest)["files"]:
+            key = self._folder(segment) / _GROUP / name
+            _move(source / _flat(name), key)
+            touched.add(key.parent)
+        for folder in touched:
+            sync_folder(folder)
+        shutil.rmtree(source, ignore_errors=True)
+
+    def discard(self, segment: str, *, start: int, attempt: int) -> None:
+        """Remove what an attempt has written, if anything. Raises `Conflict` for one whose publication is under way."""
+        source = self._attempt(segment, start, attempt)
+        if not source.is_dir():
+            return
+        receipt = self._receipt(segment, start)
+        if receipt.exists() and receipt.read_bytes() == (source / _MANIFEST).read_bytes():
+            group = self._folder(segment) / _GROUP
+            if not all((group / name).exists() for name in json.loads(receipt.read_bytes())["files"]):
+                raise Conflict(
+                    f"attempt {attempt} is being published for rows from {start} of {segment}: publish it again"
+                )
+        shutil.rmtree(source, ignore_errors=True)
+
+    def open(self, segment: str) -> Segment:
+        """A segment as it stands. Raises `NotFound`; reading rows that are not published raises `Damaged`."""
+        folder = self._folder(segment)
+        if not folder.is_dir():
+            raise NotFound("segment", segment, collection="/gradients")
+        return Segment(segment, folder / _GROUP)
+
+    def view(self, segments: Sequence[str]) -> FeatureView:
+        """The segments of a feature set as one, in this order. Raises `NotFound`."""
+        return FeatureView([self.open(segment) for segment in segments])
+
+    def bytes(self, segment: str) -> int:
+        """Bytes that a segment takes on the disk by now, attempts apart; 0 where it does not exist."""
+        return sum(path.stat().st_size for path in (self._folder(segment) / _GROUP).rglob("*") if path.is_file())
+
+    def delete(self, segment: str) -> None:
+        """Remove a segment and all attempts at it; nothing happens where there is none."""
+        with unfinished(self._unfinished, segment) as partial:
+            try:
+                self._folder(segment).rename(partial / segment)
+            except FileNotFoundError:
+                return
+            sync_folder(self.root)
+
+    def attempts(self) -> list[Attempt]:
+        """What attempts have written and nobody has published or discarded; the catalog knows which are wanted."""
+        return [
+            Attempt(path.parent.parent.name, *_start_and_attempt(path.name), time.time() - path.stat().st_mtime)
+            for path in sorted(self.root.glob("*/attempts/*-*"))
+        ]
+
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
+        return sweep(self._unfinished, older_than=older_than)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.root / "unfinished"
+
+    def _folder(self, segment: str) -> Path:
+        return self.root / segment
+
+    def _attempt(self, segment: str, start: int, attempt: int) -> Path:
+        return self._folder(segment) / "attempts" / f"{start}-{attempt}"
+
+    def _receipt(self, segment: str, start: int) -> Path:
+        return self._folder(segment) / "receipts" / f"{start}.json"
+
+    def _claim(self, segment: str, start: int, source: Path, digest: str) -> None:
+        """Make the attempt's manifest the receipt of its rows, unless another publisher was faster.
+
+        What looks wrong is wrong only while there is no receipt: another publisher may have moved the files meanwhile.
+        """
+        receipt = self._receipt(segment, start)
+        problem = self._unpublishable(segment, source, digest)
+        if problem is None:
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                os.link(source / _MANIFEST, receipt)
+        if not receipt.exists():
+            raise Conflict(problem or f"{source.name} of {segment} was discarded while it was published")
+        sync_folder(receipt.parent)
+
+    def _unpublishable(self, segment: str, source: Path, digest: str) -> str | None:
+        """Why an attempt cannot become the winner, if so."""
+        try:
+            manifest = (source / _MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return f"{source.name} of {segment} has written nothing, or was discarded: compute the shard again"
+        if _digest(manifest) != digest:
+            return f"{source.name} of {segment} has written other bytes than these; nothing was changed"
+        group = self._folder(segment) / _GROUP
+        taken = [name for name in json.loads(manifest)["files"] if (group / name).exists()]
+        if taken:
+            return f"{taken[0]} of {segment} is published already by a shard of another size; nothing was changed"
+        return None
+
+
+def _create_group(path: Path, *, rows: int, dim: int, dtype: FeatureDtype, recipe: Mapping[str, Any]) -> None:
+    import zarr  # noqa: PLC0415 - readers of features do without it
+    from zarr.codecs import BytesCodec, Crc32cCodec  # noqa: PLC0415
+
+    header = {"format": FORMAT_VERSION, "rows": rows, "dim": dim, "dtype": dtype, "reasons": dict(REASONS)}
+    group = zarr.create_group(path, zarr_format=3, attributes={"gradstore": header, "recipe": dict(recipe)})
+    for each in array_formats(dim, dtype).values():
+        group.create_array(
+            each.name,
+            shape=(rows, *each.row_shape),
+            chunks=(CHUNK_ROWS, *each.row_shape),
+            dtype=each.dtype,
+            fill_value=each.fill,
+            filters=None,
+            serializer=BytesCodec(endian="little") if each.dtype.itemsize > 1 else BytesCodec(endian=None),
+            compressors=[Crc32cCodec()],
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("row",) if each.width is None else ("row", "dim"),
+        )
+    for metadata in path.rglob("zarr.json"):
+        with metadata.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(metadata.parent)
+
+
+def _check_fit(segment: Segment, start: int, block: Block) -> None:
+    rows = len(block.reasons)
+    stop = start + rows
+    if start % CHUNK_ROWS or not rows or stop > segment.rows or (stop % CHUNK_ROWS and stop != segment.rows):
+        raise ValueError(
+            f"rows {start}:{stop} are no whole number of chunks of {CHUNK_ROWS:,} rows "
+            f"of {segment.name}, which has {segment.rows:,} rows"
+        )
+    if block.features.shape != (rows, segment.dim):
+        raise ValueError(f"the features have the shape {block.features.shape}, not {(rows, segment.dim)}")
+    for name in ("norms", "losses", "tokens"):
+        if getattr(block, name).shape != (rows,):
+            raise ValueError(f"{name} has the shape {getattr(block, name).shape}, not {(rows,)}")
+
+
+def _write_chunks(
+    folder: Path, formats: Mapping[str, ArrayFormat], start: int, block: Block
+) -> dict[str, dict[str, Any]]:
+    """Write a file per chunk and array; returns the key, bytes and sha256 of each."""
+    files = {}
+    for first in range(0, len(block.reasons), CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        for name, values in _columns(block, rows, formats["features"].dtype).items():
+            each = formats[name]
+            body = _padded(values, each)
+            key = f"{name}/{each.key((start + first) // CHUNK_ROWS)}"
+            raw, check = body.view(np.uint8).reshape(-1).data, checksum(body)
+            write_file(folder / _flat(key), raw, check)
+            hashed = hashlib.sha256(raw)
+            hashed.update(check)
+            files[key] = {"bytes": each.chunk_bytes, "sha256": hashed.hexdigest()}
+    return files
+
+
+def _columns(block: Block, rows: slice, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
+    """The arrays of at most a chunk's rows; a row with a reason is zeros, whatever was computed for it."""
+    codes = np.array([_code(reason) for reason in block.reasons[rows]], np.uint8)
+    valid = codes == VALID
+    features = np.where(valid[:, None], block.features[rows], 0).astype(np.float32, copy=False)
+    scales = power_of_two_scales(features)
+    stored = (features * (1 / scales)[:, None]).astype(dtype)
+    return {
+        "features": stored,
+        "scales": np.where(valid, scales, 0),
+        "lengths": _lengths(stored),
+        "norms": np.where(valid, block.norms[rows], 0),
+        "losses": np.where(valid, block.losses[rows], 0),
+        "tokens": block.tokens[rows],
+        "reason": codes,
+    }
+
+
+def _code(reason: str | None) -> int:
+    return VALID if reason is None else _CODES.get(reason, OTHER_REASON)
+
+
+def _lengths(stored: NDArray[Any]) -> NDArray[np.float64]:
+    """L2 norms of rows as they are stored, summed in float64 (n,)."""
+    return np.array([np.sqrt(np.square(row.astype(np.float64)).sum()) for row in stored])
+
+
+def _padded(values: NDArray[Any], each: ArrayFormat) -> NDArray[Any]:
+    """The values of a whole chunk: where the array ends within it, the fill value follows, as zarr has it."""
+    body = np.full((CHUNK_ROWS, *each.row_shape), each.fill, each.dtype)
+    body[: len(values)] = values
+    return body
+
+
+def _manifest(start: int, stop: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    content = {"files": files, "start": start, "stop": stop}
+    return json.dumps(content, sort_keys=True, indent=1).encode()
+
+
+def _digest(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def _flat(key: str) -> str:
+    """Name of a chunk's file inside an attempt's folder."""
+    return key.replace("/", ".")
+
+
+def _move(source: Path, key: Path) -> None:
+    try:
+        source.replace(key)
+    except FileNotFoundError:
+        if not key.exists():
+            raise Damaged(
+                f"{key} is lost, and so is {source}; delete this feature set and POST /gradients again"
+            ) from None
+
+
+def _start_and_attempt(name: str) -> tuple[int, int]:
+    start, attempt = name.split("-")
+    return int(start), int(attempt)

@@ -1,0 +1,378 @@
+"""A segment of features as it is read: memory-mapped chunks, checked columns, and nothing that was never written.
+
+An uncompressed chunk file is the raw block of numbers followed by its crc32c, so it is mapped and used in place:
+3.7-4.3 GB/s warm and 8-10 ms for 256 random rows, where zarr's own reading gives 2.5 GB/s and 380 ms.
+Groups that some other tool has rewritten (compressed, other chunks) are read through zarr at its speed. Files are
+opened anew at each access, so that a store of any size needs no more than a few descriptors.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+import google_crc32c
+import numpy as np
+from gradstore.types import FeatureDtype
+from numpy.typing import NDArray
+
+from datastore.errors import Damaged
+from datastore.shards import CHUNK_ROWS
+
+FORMAT_VERSION = 1
+CHECKSUM_BYTES = 4
+
+REASONS: Final[Mapping[int, str]] = {
+    1: "no supervised token is left",
+    2: "the loss is not finite",
+    3: "the gradient is not finite",
+    4: "the gradient is zero",
+    5: "the feature is not finite",
+    6: "the feature is zero",
+    254: "another reason, which the catalog has in words",
+}
+"""Why a row has no feature, by its code in the array `reason`."""
+VALID, OTHER_REASON, NOT_WRITTEN = 0, 254, 255
+
+
+@dataclass(frozen=True)
+class ArrayFormat:
+    """An array of a segment: what a row is, and what stands where nothing was written."""
+
+    name: str
+    dtype: np.dtype[Any]
+    fill: float
+    width: int | None = None  # columns; None for one number a row
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return () if self.width is None else (self.width,)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk's file, with its checksum."""
+        return CHUNK_ROWS * (self.width or 1) * self.dtype.itemsize + CHECKSUM_BYTES
+
+    def key(self, chunk: int) -> str:
+        """Zarr's name of a chunk, and of its file inside the array's folder."""
+        return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
+
+
+def array_formats(dim: int, dtype: FeatureDtype) -> dict[str, ArrayFormat]:
+    """The arrays of a segment by name, in the order in which they are written."""
+    formats = [
+        ArrayFormat("features", np.dtype(dtype).newbyteorder("<"), np.nan, dim),
+        ArrayFormat("scales", np.dtype("<f4"), np.nan),
+        ArrayFormat("lengths", np.dtype("<f4"), np.nan),
+        ArrayFormat("norms", np.dtype("<f4"), np.nan),
+        ArrayFormat("losses", np.dtype("<f4"), np.nan),
+        ArrayFormat("tokens", np.dtype("<i4"), -1),
+        ArrayFormat("reason", np.dtype("u1"), NOT_WRITTEN),
+    ]
+    return {each.name: each for each in formats}
+
+
+def checksum(body: NDArray[Any]) -> bytes:
+    """The crc32c of a block, as zarr appends it to the chunk's bytes."""
+    return int(google_crc32c.value(body)).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def stored_bytes(rows: int, *, dim: int, dtype: FeatureDtype) -> int:
+    """Bytes that a segment takes on the disk, metadata apart."""
+    return chunk_count(rows) * sum(each.chunk_bytes for each in array_formats(dim, dtype).values())
+
+
+def chunk_count(rows: int) -> int:
+    """Chunks that hold `rows`."""
+    return -(-rows // CHUNK_ROWS)
+
+
+class Rows(ABC):
+    """Features of consecutive rows: one segment, or the segments of a grown feature set one after the other.
+
+    A feature is stored × scale (docs/on-disk-format.md). Its direction, which is what an influence needs, is
+    stored / length.
+    """
+
+    dim: int
+    dtype: FeatureDtype
+    rows: int
+
+    @abstractmethod
+    def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
+        """Rows `start:stop` as they are stored, (n, dim) in the stored dtype, read-only, in place within a chunk.
+
+        `check` compares the checksums of all chunks met first (16 GB/s). Raises `Damaged` where bytes are missing.
+        """
+
+    @abstractmethod
+    def column(self, name: str) -> NDArray[Any]:
+        """One number per row; checksums are always compared. Raises `Damaged`."""
+
+    @property
+    @abstractmethod
+    def edges(self) -> list[int]:
+        """Rows at which a chunk begins, and the number of rows: between two of them `stored` copies nothing."""
+
+    @property
+    @abstractmethod
+    def names(self) -> list[tuple[str, int]]:
+        """Segments and their rows, in order."""
+
+    def features(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start:stop` as they were computed, up to the rounding of the stored dtype: float32 (n, dim)."""
+        block = self.stored(start, stop, check=True).astype(np.float32)
+        block *= self.scales[start:stop, None]
+        return block
+
+    def blocks(self, *, rows: int = CHUNK_ROWS, check: bool = False) -> Iterator[tuple[int, NDArray[Any]]]:
+        """All rows as (start, stored rows), at most `rows` at a time, in place."""
+        for first, last in pairwise(self.edges):
+            for start in range(first, last, rows):
+                yield start, self.stored(start, min(start + rows, last), check=check)
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """What a stored row is multiplied with, a power of two (n,)."""
+        return self.column("scales")
+
+    @property
+    def lengths(self) -> NDArray[np.float32]:
+        """L2 norm of the row as it is stored (n,)."""
+        return self.column("lengths")
+
+    @property
+    def norms(self) -> NDArray[np.float32]:
+        """L2 norm of the gradient before its projection (n,)."""
+        return self.column("norms")
+
+    @property
+    def losses(self) -> NDArray[np.float32]:
+        """Mean cross-entropy per supervised token (n,)."""
+        return self.column("losses")
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Supervised tokens (n,)."""
+        return self.column("tokens")
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """Which rows have a feature (n,)."""
+        return cast("NDArray[np.bool_]", self.column("reason") == VALID)
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """The rows without a feature, and why."""
+        codes = self.column("reason")
+        return {int(row): REASONS.get(int(codes[row]), REASONS[OTHER_REASON]) for row in np.flatnonzero(codes)}
+
+
+class Segment(Rows):
+    """One Zarr group: an immutable range of rows."""
+
+    def __init__(self, name: str, group: Path) -> None:
+        header = _header(group)
+        self.name = name
+        self.rows = int(header["rows"])
+        self.dim = int(header["dim"])
+        self.dtype = cast("FeatureDtype", header["dtype"])
+        self.recipe = cast("dict[str, Any]", header["recipe"])
+        self.formats = array_formats(self.dim, self.dtype)
+        self._chunks = _chunks(group, self.formats, self.rows)
+        self._columns: dict[str, NDArray[Any]] = {}
+
+    def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
+        """See `Rows.stored`."""
+        _inside(start, stop, self.rows)
+        return self._chunks.read("features", start, stop, check=check)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """See `Rows.column`."""
+        if name not in self._columns:
+            column = self._chunks.read(name, 0, self.rows, check=True)
+            if name == "reason" and (column == NOT_WRITTEN).any():
+                raise Damaged(f"{self.name}: rows were never written; {_ADVICE}")
+            self._columns[name] = column
+        return self._columns[name]
+
+    @property
+    def edges(self) -> list[int]:
+        """See `Rows.edges`."""
+        return [*range(0, self.rows, CHUNK_ROWS), self.rows]
+
+    @property
+    def names(self) -> list[tuple[str, int]]:
+        """See `Rows.names`."""
+        return [(self.name, self.rows)]
+
+    def damage(self) -> dict[str, str]:
+        """Read everything: the chunks that are missing, cut short or altered, as array/key, and what is wrong."""
+        found = {}
+        for name, each in self.formats.items():
+            for chunk, start in enumerate(range(0, self.rows, CHUNK_ROWS)):
+                try:
+                    self._chunks.read(name, start, min(start + CHUNK_ROWS, self.rows), check=True)
+                except Damaged as error:
+                    found[f"{name}/{each.key(chunk)}"] = str(error)
+        return found
+
+    def verify(self) -> None:
+        """Read everything; raises `Damaged` naming the chunks that are missing, cut short or altered."""
+        found = self.damage()
+        if found:
+            shown = "; ".join(list(found.values())[:5]) + (" …" if len(found) > 5 else "")
+            raise Damaged(f"{len(found)} chunks of {self.name} are damaged: {shown}")
+
+
+class FeatureView(Rows):
+    """The segments of a feature set as one: a grown dataset's rows lie in its prefix's segments and a new one."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        kinds = {(segment.dim, segment.dtype) for segment in segments}
+        if len(kinds) != 1:
+            raise ValueError(f"the segments of a feature set share one dim and dtype, these have {sorted(kinds)}")
+        self.segments = tuple(segments)
+        self.dim, self.dtype = segments[0].dim, segments[0].dtype
+        self._starts = [0]
+        for segment in segments:
+            self._starts.append(self._starts[-1] + segment.rows)
+        self.rows = self._starts[-1]
+
+    def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
+        """See `Rows.stored`."""
+        _inside(start, stop, self.rows)
+        parts = [
+            segment.stored(max(start, first) - first, min(stop, last) - first, check=check)
+            for segment, (first, last) in zip(self.segments, pairwise(self._starts), strict=True)
+            if first < stop and start < last
+        ]
+        return _joined(parts, self.segments[0].formats["features"])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """See `Rows.column`."""
+        return np.concatenate([segment.column(name) for segment in self.segments])
+
+    @property
+    def edges(self) -> list[int]:
+        """See `Rows.edges`."""
+        starts = zip(self._starts, self.segments, strict=False)
+        return [first + edge for first, segment in starts for edge in segment.edges[:-1]] + [self.rows]
+
+    @property
+    def names(self) -> list[tuple[str, int]]:
+        """See `Rows.names`."""
+        return [(segment.name, segment.rows) for segment in self.segments]
+
+
+# Reading chunks ---------------------------------------------------------------------------------------------------
+
+_ADVICE = "delete this feature set and POST /gradients again to compute it anew"
+
+
+class _Chunks(Protocol):
+    def read(self, name: str, start: int, stop: int, *, check: bool) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class _MappedChunks:
+    """Chunk files in the layout of this store, mapped into memory."""
+
+    group: Path
+    formats: Mapping[str, ArrayFormat]
+
+    def read(self, name: str, start: int, stop: int, *, check: bool) -> NDArray[Any]:
+        parts = []
+        for chunk in range(start // CHUNK_ROWS, chunk_count(stop)):
+            first = chunk * CHUNK_ROWS
+            rows = self._chunk(self.formats[name], chunk, check=check)
+            parts.append(rows[max(start - first, 0) : min(stop - first, CHUNK_ROWS)])
+        return _joined(parts, self.formats[name])
+
+    def _chunk(self, each: ArrayFormat, chunk: int, *, check: bool) -> NDArray[Any]:
+        path = self.group / each.name / each.key(chunk)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise Damaged(f"{path} is missing: not published yet, or lost; {_ADVICE}") from None
+        if size != each.chunk_bytes:
+            raise Damaged(f"{path} has {size:,} bytes instead of {each.chunk_bytes:,}; {_ADVICE}")
+        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        body = raw[:-CHECKSUM_BYTES]
+        if check and checksum(body) != raw[-CHECKSUM_BYTES:].tobytes():
+            raise Damaged(f"{path} does not match its checksum; {_ADVICE}")
+        return body.view(each.dtype).reshape(CHUNK_ROWS, *each.row_shape)
+
+
+@dataclass(frozen=True)
+class _ZarrChunks:
+    """A group in any other layout, read by zarr, which compares the checksums that the layout has."""
+
+    group: Path
+    formats: Mapping[str, ArrayFormat]
+
+    def read(self, name: str, start: int, stop: int, *, check: bool) -> NDArray[Any]:  # noqa: ARG002 - the interface
+        import zarr  # noqa: PLC0415 - only for layouts of others
+
+        try:
+            array = zarr.open_array(self.group / name, mode="r")
+            rows = np.asarray(array[start:stop])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise Damaged(f"{self.group / name} cannot be read ({error}); {_ADVICE}") from error
+        if name in {"features", "lengths"} and np.isnan(rows).any():
+            raise Damaged(f"{self.group / name}: rows were never written; {_ADVICE}")
+        return rows.astype(self.formats[name].dtype, copy=False)
+
+
+def _chunks(group: Path, formats: Mapping[str, ArrayFormat], rows: int) -> _Chunks:
+    own = all(_has_own_layout(_read_json(group / name / "zarr.json"), each, rows) for name, each in formats.items())
+    return _MappedChunks(group, formats) if own else _ZarrChunks(group, formats)
+
+
+def _has_own_layout(metadata: Mapping[str, Any], each: ArrayFormat, rows: int) -> bool:
+    """Whether an array's chunk files are raw blocks followed by a crc32c."""
+    codecs = [codec["name"] for codec in metadata["codecs"]]
+    little = metadata["codecs"][0].get("configuration", {}).get("endian", "little") == "little"
+    return (
+        codecs == ["bytes", "crc32c"]
+        and little
+        and metadata["data_type"] == each.dtype.name
+        and metadata["shape"] == [rows, *each.row_shape]
+        and metadata["chunk_grid"]["configuration"]["chunk_shape"] == [CHUNK_ROWS, *each.row_shape]
+        and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+    )
+
+
+def _joined(parts: Sequence[NDArray[Any]], each: ArrayFormat) -> NDArray[Any]:
+    """One array of consecutive parts, in place where there is one."""
+    if not parts:
+        return np.empty((0, *each.row_shape), each.dtype)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _header(group: Path) -> dict[str, Any]:
+    attributes = _read_json(group / "zarr.json")["attributes"]
+    header = cast("dict[str, Any]", attributes["gradstore"])
+    if header["format"] != FORMAT_VERSION:
+        raise Damaged(
+            f"{group} has the format {header['format']}, this version reads {FORMAT_VERSION}: use a newer gradstore"
+        )
+    return {**header, "recipe": attributes["recipe"]}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} cannot be read ({error}); {_ADVICE}") from error
+
+
+def _inside(start: int, stop: int, rows: int) -> None:
+    if not 0 <= start <= stop <= rows:
+        raise IndexError(f"rows {start}:{stop} are not within 0:{rows}")
