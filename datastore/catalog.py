@@ -172,11 +172,7 @@ class Catalog:
     def add_checkpoint(self, checkpoint: Checkpoint, *, replace: bool = False) -> Checkpoint:
         """Record a checkpoint; one of the same content is returned as it is."""
         with self.transaction() as session:
-            row = session.get(CheckpointRow, checkpoint.id)
-            if row is None:
-                row = CheckpointRow(**checkpoint.model_dump(exclude={"run", "name"}), name=None)
-                session.add(row)
-                session.flush()
+            row = record_checkpoint(session, checkpoint)
             if checkpoint.name is not None:
                 _take_name(session, CheckpointRow, row, checkpoint.name, replace=replace)
             session.flush()
@@ -196,20 +192,7 @@ class Catalog:
     def add_run(self, *, id: str, checkpoints: Sequence[str], name: str | None, finetune: str | None = None) -> Run:
         """Record the checkpoints (ids) of one training, in order. Raises `Conflict` where their base models differ."""
         with self.transaction() as session:
-            row = session.get(RunRow, id)
-            if row is None:
-                found = [_find(session, CheckpointRow, reference) for reference in checkpoints]
-                bases = {(checkpoint.model, checkpoint.revision) for checkpoint in found}
-                if len(bases) > 1:
-                    raise Conflict(
-                        f"the checkpoints of a run share one base model; these have {sorted(map(str, bases))}"
-                    )
-                model, revision = next(iter(bases))
-                row = RunRow(id=id, name=None, model=model, revision=revision, finetune=finetune, created_at=utc_now())
-                session.add(row)
-                session.flush()
-                for position, checkpoint in enumerate(found):
-                    session.add(RunCheckpointRow(run_id=id, position=position, checkpoint_id=checkpoint.id))
+            row = record_run(session, id=id, checkpoints=checkpoints, finetune=finetune)
             if name is not None:
                 _take_name(session, RunRow, row, name, replace=False)
             session.flush()
@@ -326,6 +309,41 @@ def _outlived(now: datetime) -> ColumnElement[bool]:
     """Whether a key's day is over, or the server died with the request that took it."""
     died = IdempotencyRow.status.is_(None) & (IdempotencyRow.created_at < now - IDEMPOTENCY_WORK)
     return died | (IdempotencyRow.created_at < now - IDEMPOTENCY_LIFETIME)
+
+
+def record_checkpoint(session: Session, checkpoint: Checkpoint) -> CheckpointRow:
+    """Record a checkpoint, without its name, in a transaction of the caller's: a worker's commit is one."""
+    row = session.get(CheckpointRow, checkpoint.id)
+    if row is None:
+        row = CheckpointRow(**checkpoint.model_dump(exclude={"run", "name"}), name=None)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def record_run(session: Session, *, id: str, checkpoints: Sequence[str], finetune: str | None = None) -> RunRow:
+    """Record a run in a transaction of the caller's. Raises `NotFound`, and `Conflict` where base models differ."""
+    row = session.get(RunRow, id)
+    if row is None:
+        found = [_find(session, CheckpointRow, reference) for reference in checkpoints]
+        bases = {(checkpoint.model, checkpoint.revision) for checkpoint in found}
+        if len(bases) > 1:
+            raise Conflict(f"the checkpoints of a run share one base model; these have {sorted(map(str, bases))}")
+        model, revision = next(iter(bases))
+        row = RunRow(id=id, name=None, model=model, revision=revision, finetune=finetune, created_at=utc_now())
+        session.add(row)
+        session.flush()
+        for position, checkpoint in enumerate(found):
+            session.add(RunCheckpointRow(run_id=id, position=position, checkpoint_id=checkpoint.id))
+        session.flush()
+    return row
+
+
+def name_if_free(session: Session, row: Noun, name: str) -> None:
+    """Name a resource that has no name yet, unless another of its kind is called so."""
+    noun = type(row)
+    if row.name is None and session.scalar(select(noun.id).where(noun.name == name)) is None:
+        row.name = name
 
 
 def _engine(url: str) -> Engine:
