@@ -1,4 +1,4 @@
-"""The service's own worker: scores are array arithmetic without torch, and must not wait behind a GPU worker's shard."""
+"""The service's own worker: scores are array arithmetic, and must not wait behind a GPU worker's shard."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import threading
 import time
 from secrets import token_hex
 
-from gradstore.types import Problem
+from gradstore.types import JobKind, Problem
 
 from datastore.errors import GradstoreError
 from datastore.leases import Claim, Jobs
 from datastore.scoring import Scoring
 
 log = logging.getLogger(__name__)
+
+KINDS: tuple[JobKind, ...] = ("scoring",)
 
 
 class _Dropped(Exception):
@@ -50,7 +52,7 @@ class ScoringWorker:
         while not self._stopping:
             self._bell.clear()
             try:
-                claim = self._jobs.claim(self._owner, kinds=("scoring",)) if self._waiting() else None
+                claim = self._jobs.claim(self._owner, kinds=KINDS) if self._waiting() else None
             except Exception:  # the thread must outlive a catalog that is away for a while
                 log.exception("scoring cannot reach the catalog")
                 claim = None
@@ -60,7 +62,7 @@ class ScoringWorker:
                 self._do(claim)
 
     def _waiting(self) -> bool:
-        return self._jobs.waiting(kinds=("scoring",))
+        return self._jobs.waiting(kinds=KINDS)
 
     def _do(self, claim: Claim) -> None:
         renewed = time.monotonic()
@@ -79,14 +81,14 @@ class ScoringWorker:
             self._jobs.succeed(claim, result=result.model_dump(mode="json"))
         except _Dropped:
             self._jobs.release(claim)
-        except Exception as error:  # a job's failure is recorded on the job
-            self._jobs.fail(claim, _problem(claim, error), permanent=isinstance(error, GradstoreError))
+        except GradstoreError as error:
+            self._jobs.fail(claim, _problem(422, str(error)), permanent=True)
+        except Exception:  # a job's failure is recorded on the job
+            id = token_hex(8)
+            log.exception("scoring failed", extra={"job": claim.job, "error_id": id})
+            detail = f"an unexpected error; its traceback is in the service's log under {id}"
+            self._jobs.fail(claim, _problem(500, detail, instance=id), permanent=False)
 
 
-def _problem(claim: Claim, error: Exception) -> Problem:
-    if isinstance(error, GradstoreError):
-        return Problem(type="scoring-failed", title="Scoring failed", status=422, detail=str(error))
-    id = token_hex(8)
-    log.error("scoring failed", extra={"job": claim.job, "error_id": id}, exc_info=error)
-    detail = f"{type(error).__name__}: the traceback is in the service's log under {id}"
-    return Problem(type="scoring-failed", title="Scoring failed", status=500, detail=detail, instance=id)
+def _problem(status: int, detail: str, instance: str | None = None) -> Problem:
+    return Problem(type="scoring-failed", title="Scoring failed", status=status, detail=detail, instance=instance)

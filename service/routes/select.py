@@ -1,0 +1,191 @@
+"""GET /select and GET /scores: resolve the question, wait for scores, answer in the form that was asked for."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from fastapi import APIRouter, Request, Response
+from fastapi import Query as Parameters
+from fastapi.responses import JSONResponse
+from gradstore.types import (
+    FINISHED,
+    Aggregate,
+    AnyJob,
+    FeatureDtype,
+    Fraction,
+    GradientKind,
+    ProjectionName,
+    Scores,
+    ScoringJob,
+    Selection,
+    SelectionRecipe,
+)
+from gradstore.types import Request as RequestBody
+from pydantic import Field, model_validator
+
+from datastore.influence import TaskScores
+from datastore.recipes import Query, Sources
+from datastore.selection import combine
+from service.dependencies import Backend, BackendDep
+from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson, wanted_type
+from service.routing import Route
+
+NPY = "application/x-npy"
+PARQUET = "application/vnd.apache.parquet"
+LOOK_INTERVAL = 0.02  # seconds between two looks at a scoring job
+Format = Literal["json", "npy", "parquet"]
+
+router = APIRouter(tags=["selections"], route_class=Route)
+
+
+class ScoresQuery(RequestBody):
+    """Whose scores are asked for; what is left out must be the only one there is."""
+
+    task: list[str] = Field(min_length=1, max_length=100)
+    dataset: list[str] = Field([], max_length=100)
+    run: str | None = None
+    checkpoint: list[str] = Field([], max_length=1000)
+    kind: GradientKind | None = None
+    dim: int | None = Field(None, ge=1)
+    dtype: FeatureDtype | None = None
+    projection: ProjectionName | None = None
+    seed: int | None = Field(None, ge=0)
+    aggregate: Aggregate = "less"
+    """`less`: mean within a subtask, then the largest; `avg`, `max`, `min`: over all validation rows."""
+    combine: Literal["max", "mean"] = "max"
+    """How the scores of several tasks become one."""
+    limit: int = Field(20, ge=0, le=10_000)
+    after: int = Field(0, ge=0)
+    """Rank, or row of the pool, after which the page begins."""
+    wait: float | None = Field(None, ge=0, le=30)
+    """Seconds to wait for scores before the answer is 202."""
+
+    @model_validator(mode="after")
+    def _one_training(self) -> ScoresQuery:
+        if self.run is not None and self.checkpoint:
+            raise ValueError("name either a run or checkpoints")
+        return self
+
+    def query(self) -> Query:
+        """The question, in the datastore's words."""
+        return Query(
+            tasks=self.task,
+            datasets=self.dataset,
+            run=self.run,
+            checkpoints=self.checkpoint,
+            kind=self.kind,
+            dim=self.dim,
+            dtype=self.dtype,
+            projection=self.projection,
+            seed=self.seed,
+            aggregate=self.aggregate,
+            combine=self.combine,
+            pct=getattr(self, "pct", None),
+            k=getattr(self, "k", None),
+            exclude=getattr(self, "exclude", ()),
+        )
+
+
+class SelectQuery(ScoresQuery):
+    """What to select."""
+
+    pct: Fraction | None = None
+    k: int | None = Field(None, ge=1)
+    exclude: list[str] = Field([], max_length=100)
+    """Datasets and selections whose examples are left out."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> SelectQuery:
+        if (self.pct is None) == (self.k is None):
+            raise ValueError("say how much to select: either pct, a fraction (0.05 is 5 %), or k, a number of rows")
+        return self
+
+
+class ScoresPageQuery(ScoresQuery):
+    """What scores to show, and how."""
+
+    format: Format | None = None
+    """By default what `Accept` asks for, else JSON."""
+
+
+STARTED: dict[int | str, dict[str, Any]] = {
+    202: {"model": ScoringJob, "description": "The scores are being computed: ask again when the job is done."}
+}
+
+
+@router.get("/select", response_model=Selection, responses={**STARTED, 200: {"content": {NDJSON: {}, CSV: {}}}})
+def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], backend: BackendDep) -> Response:
+    """The examples of the pool that help the task most, best first."""
+    recipe, sources = backend.recipes.resolve(parameters.query(), path=request.url.path)
+    found = backend.answers.find(recipe, limit=parameters.limit, after=parameters.after)
+    if found is None:
+        scores = _scores(backend, recipe, sources, parameters.wait)
+        if isinstance(scores, Response):
+            return scores
+        found = backend.answers.select(recipe, sources, scores, limit=parameters.limit, after=parameters.after)
+    form = wanted_type(request, [NDJSON, CSV])
+    if form == NDJSON:
+        return as_ndjson(backend, found)
+    if form == CSV:
+        return as_csv(backend, found)
+    return JSONResponse(found.model_dump(mode="json"), headers={"Content-Location": f"/selections/{found.id}"})
+
+
+@router.get("/scores", response_model=Scores, responses={**STARTED, 200: {"content": {NPY: {}, PARQUET: {}}}})
+def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()], backend: BackendDep) -> Response:
+    """The score of every row of the pool, in the order of the pool."""
+    recipe, sources = backend.recipes.resolve(parameters.query(), path=request.url.path)
+    found = _scores(backend, recipe, sources, parameters.wait)
+    if isinstance(found, Response):
+        return found
+    form = {"npy": NPY, "parquet": PARQUET}.get(parameters.format or "") or wanted_type(request, [NPY, PARQUET])
+    if parameters.format != "json" and form == NPY:
+        return _npy(found, recipe)
+    if parameters.format != "json" and form == PARQUET:
+        buffer = io.BytesIO()
+        pq.write_table(backend.answers.score_table(recipe, sources, found), buffer)
+        return Response(buffer.getvalue(), media_type=PARQUET, headers=_download("scores.parquet"))
+    start, stop = parameters.after, parameters.after + parameters.limit
+    rows = len(found[0].score)
+    data = backend.answers.scored(recipe, sources, found, start=start, stop=stop)
+    page = Scores(recipe=recipe, rows=rows, data=data, has_more=start + len(data) < rows)
+    return JSONResponse(page.model_dump(mode="json"))
+
+
+def _scores(
+    backend: Backend, recipe: SelectionRecipe, sources: Sources, wait: float | None
+) -> Sequence[TaskScores] | Response:
+    """The scores, or the answer that they are not ready."""
+    known = backend.scoring.known(recipe, sources)
+    if known is not None:
+        return known
+    job = backend.scoring.start(recipe, sources)
+    backend.scorer.ring()
+    deadline = time.monotonic() + (backend.settings.select_wait if wait is None else wait)
+    while job.status not in FINISHED and time.monotonic() < deadline:
+        time.sleep(LOOK_INTERVAL)
+        job = backend.jobs.get(job.id)
+    known = backend.scoring.known(recipe, sources)
+    return _not_ready(job) if known is None else known
+
+
+def _not_ready(job: AnyJob) -> Response:
+    headers = {"Location": f"/jobs/{job.id}", "Retry-After": "1"}
+    return Response(job.model_dump_json(), status_code=202, headers=headers, media_type="application/json")
+
+
+def _npy(found: Sequence[TaskScores], recipe: SelectionRecipe) -> Response:
+    """One float32 a row, NaN where a row has no feature."""
+    combined = combine(found, recipe.combine)
+    buffer = io.BytesIO()
+    np.save(buffer, np.where(combined.valid, combined.score, np.float32(np.nan)), allow_pickle=False)
+    return Response(buffer.getvalue(), media_type=NPY, headers=_download("scores.npy"))
+
+
+def _download(name: str) -> dict[str, str]:
+    return {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -1,0 +1,105 @@
+"""Selections: read back what /select has answered, by id or name."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from fastapi import Query, Request, Response
+from fastapi.responses import StreamingResponse
+from gradstore.types import Page, Rename, Selection
+from pydantic import Field
+
+from datastore.schema import SelectionRow
+from service.dependencies import Backend, BackendDep, Paging, Reference
+from service.routing import noun
+
+NDJSON = "application/x-ndjson"
+CSV = "text/csv"
+
+router = noun("selections")
+
+
+@router.get("")
+def list_selections(paging: Annotated[Paging, Query()], backend: BackendDep) -> Page[Selection]:
+    """Selections, newest first, without their rows."""
+    data, has_more = backend.answers.page(limit=paging.limit, after=paging.after)
+    return Page[Selection](data=data, has_more=has_more)
+
+
+@router.get("/{selection}")
+def get_selection(
+    selection: Reference,
+    backend: BackendDep,
+    limit: Annotated[int, Field(ge=0, le=10_000)] = 20,
+    after: Annotated[int, Field(ge=0)] = 0,
+) -> Selection:
+    """A selection and a page of its rows: those after rank `after`."""
+    return backend.answers.read(selection, limit=limit, after=after)
+
+
+@router.patch("/{selection}")
+def rename_selection(selection: Reference, body: Rename, backend: BackendDep) -> Selection:
+    """Give a selection another name, or none."""
+    return backend.answers.read(backend.catalog.rename(SelectionRow, selection, body.name), limit=0)
+
+
+@router.delete("/{selection}", status_code=204)
+def delete_selection(selection: Reference, backend: BackendDep) -> None:
+    """Delete a selection that no fine-tune uses."""
+    backend.answers.remove(selection)
+
+
+@router.get("/{selection}/content", responses={200: {"content": {NDJSON: {}, CSV: {}}}}, response_class=Response)
+def selection_content(selection: Reference, request: Request, backend: BackendDep) -> Response:
+    """The original rows of a selection, best first; as `text/csv` their places and scores."""
+    found = backend.answers.read(selection, limit=0)
+    return as_csv(backend, found) if wanted_type(request, [NDJSON, CSV]) == CSV else as_ndjson(backend, found)
+
+
+def wanted_type(request: Request, offered: Sequence[str]) -> str | None:
+    """The first media type of the request's `Accept` that is offered; None leaves it to the route's own."""
+    for part in request.headers.get("accept", "").split(","):
+        media_type = part.partition(";")[0].strip().lower()
+        if media_type in offered:
+            return media_type
+    return None
+
+
+def as_ndjson(backend: Backend, selection: Selection) -> Response:
+    """The chosen original rows, best first, one a line."""
+    lines = (line + b"\n" for line in backend.answers.lines(selection.id))
+    return _stream(lines, NDJSON, selection, "jsonl")
+
+
+def as_csv(backend: Backend, selection: Selection) -> Response:
+    """Where the chosen rows come from, and their scores: file, row, id and score, best first."""
+    return _stream(_csv_lines(backend, selection), CSV, selection, "csv")
+
+
+def _csv_lines(backend: Backend, selection: Selection) -> Iterator[bytes]:
+    files = {id: _file_name(backend, id) for id in selection.recipe.datasets}
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["file", "row", "id", "origin", "score", "task", "subtask"])
+    for row in backend.answers.rows(selection.id):
+        writer.writerow([files[row.dataset], row.row, row.id, row.origin, repr(row.score), row.task, row.subtask])
+        yield buffer.getvalue().encode()
+        buffer.seek(0)
+        buffer.truncate()
+
+
+def _file_name(backend: Backend, dataset: str) -> str:
+    """What a pool's user calls it: its name, else the file it was first uploaded from."""
+    found = backend.catalog.dataset(dataset)
+    return found.name or (found.sources[0].filename if found.sources else dataset)
+
+
+def _stream(lines: Iterator[bytes], media_type: str, selection: Selection, suffix: str) -> Response:
+    headers = {
+        "Content-Disposition": f'attachment; filename="{selection.id}.{suffix}"',
+        "Content-Location": f"/selections/{selection.id}",
+    }
+    return StreamingResponse(lines, media_type=media_type, headers=headers)
