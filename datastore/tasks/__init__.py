@@ -1,0 +1,155 @@
+"""Target tasks: their files read into examples, and those kept under the hash of their content.
+
+A built-in task is one module of this package with a `READER` (see `datastore.tasks.reading`), found by being there.
+
+    <root>/<task id>/validation.jsonl   one TaskExample per line, ordered by subtask: the order of its feature rows
+                     test.jsonl         likewise
+                     manifest.json      kind, and the SHA-256 of both files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradstore.types import Metric, Split, Subtask
+
+from datastore.durable import place, unfinished, write_file
+from datastore.errors import Damaged, InvalidTask, NotFound
+from datastore.identity import DIGITS, content_id
+from datastore.rows import Example, Message
+from datastore.strict_json import canonical
+from datastore.tasks.reading import Reader, TaskExample, TaskRows
+
+__all__ = ["Reader", "StoredTask", "TaskExample", "TaskRows", "Tasks", "readers"]
+
+FORMAT = 1
+_ID = re.compile(rf"task_[0-9a-f]{{{DIGITS}}}")
+
+
+@dataclass(frozen=True)
+class StoredTask:
+    """A task as it was stored."""
+
+    id: str
+    kind: str
+    subtasks: list[Subtask]
+    notes: list[str]
+
+
+def readers() -> dict[str, Reader]:
+    """Every built-in task by its kind: the modules of this package that hold a READER."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in sorted(names)]
+    found: list[Reader] = [module.READER for module in modules if hasattr(module, "READER")]
+    return {reader.kind: reader for reader in found}
+
+
+class Tasks:
+    """The stored tasks under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def store(self, kind: str, folder: Path) -> StoredTask:
+        """Read the files of a task and keep its examples; the same examples are the same task.
+
+        `folder` may be a single file. Raises InvalidTask, naming files and lines.
+        """
+        reader = readers().get(kind)
+        if reader is None:
+            raise InvalidTask(f"no kind of task is called {kind!r}; there are {', '.join(sorted(readers()))}")
+        rows = reader.read(folder)
+        validation, test = _ordered(rows.validation), _ordered(rows.test)
+        if not validation:
+            raise InvalidTask(f"the {kind} files hold no validation row: there is nothing to select for")
+        subtasks = _subtasks(validation, test)
+        content = {"validation.jsonl": _lines(validation), "test.jsonl": _lines(test)}
+        digests = {name: hashlib.sha256(text).hexdigest() for name, text in content.items()}
+        task = content_id("task", {"kind": kind, "files": digests})
+        if not (self._root / task).is_dir():
+            manifest = canonical({"format": FORMAT, "kind": kind, "files": digests})
+            with unfinished(self._root / "unfinished", task) as partial:
+                for name, text in {**content, "manifest.json": manifest}.items():
+                    write_file(partial / name, text)
+                place(partial, self._root / task)
+        return StoredTask(id=task, kind=kind, subtasks=subtasks, notes=[*_coverage(subtasks), *rows.notes])
+
+    def validation(self, task: str) -> list[TaskExample]:
+        """The examples to select for, in the order of the task's feature rows; raises NotFound, Damaged."""
+        return self._examples(task, "validation")
+
+    def test(self, task: str) -> list[TaskExample]:
+        """The examples to evaluate on, ordered by subtask; raises NotFound, Damaged."""
+        return self._examples(task, "test")
+
+    def delete(self, task: str) -> None:
+        """Remove a task's examples; one that is not there is removed already."""
+        folder = self._root / task
+        if _ID.fullmatch(task) and folder.is_dir():
+            with unfinished(self._root / "unfinished", task) as partial:
+                folder.rename(partial / task)
+
+    def _examples(self, task: str, split: Split) -> list[TaskExample]:
+        folder = self._root / task
+        if not _ID.fullmatch(task) or not folder.is_dir():
+            raise NotFound("task", task, collection="/tasks")
+        name = f"{split}.jsonl"
+        try:
+            text = (folder / name).read_bytes()
+            digest = json.loads((folder / "manifest.json").read_bytes())["files"][name]
+        except (OSError, ValueError, KeyError) as error:
+            raise Damaged(f"the files of task {task} cannot be read ({error}): upload the task again") from error
+        if hashlib.sha256(text).hexdigest() != digest:
+            raise Damaged(f"{name} of task {task} has changed since it was stored: delete the task and upload it again")
+        return [_task_example(json.loads(line)) for line in text.split(b"\n")[:-1]]
+
+
+def _ordered(rows: Sequence[TaskExample]) -> list[TaskExample]:
+    return sorted(rows, key=lambda row: row.subtask)
+
+
+def _subtasks(validation: Sequence[TaskExample], test: Sequence[TaskExample]) -> list[Subtask]:
+    metrics: dict[str, Metric] = {}
+    for row in (*validation, *test):
+        if metrics.setdefault(row.subtask, row.metric) != row.metric:
+            first = metrics[row.subtask]
+            raise InvalidTask(f"subtask {row.subtask!r} has rows with the metrics {first} and {row.metric}: part them")
+    counts = [Counter(row.subtask for row in rows) for rows in (validation, test)]
+    return [
+        Subtask(name=name, validation=counts[0][name], test=counts[1][name], metric=metric)
+        for name, metric in sorted(metrics.items())
+    ]
+
+
+def _coverage(subtasks: Sequence[Subtask]) -> list[str]:
+    """Notes on subtasks without rows to select for, or without rows to evaluate on."""
+    if not any(subtask.test for subtask in subtasks):
+        return ["no test rows: the task can be selected for, not evaluated on"]
+    notes = []
+    for split in ("validation", "test"):
+        without = [subtask.name for subtask in subtasks if not getattr(subtask, split)]
+        if without:
+            shown = ", ".join(without[:5]) + (" …" if len(without) > 5 else "")
+            covered = len(subtasks) - len(without)
+            notes.append(f"{split} rows for {covered} of {len(subtasks)} subtasks, none for {shown}")
+    return notes
+
+
+def _lines(rows: Sequence[TaskExample]) -> bytes:
+    return b"".join(canonical(asdict(row)) + b"\n" for row in rows)
+
+
+def _task_example(value: dict[str, Any]) -> TaskExample:
+    example = value.pop("example")
+    messages = tuple(Message(**message) for message in example.pop("messages"))
+    choices, answers = (tuple(value.pop(name)) for name in ("choices", "answers"))
+    return TaskExample(example=Example(messages=messages, **example), choices=choices, answers=answers, **value)

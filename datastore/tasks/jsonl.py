@@ -1,0 +1,156 @@
+"""Any other task: JSONL of messages, prompt and completion, or another shape a dataset may have (`datastore.shapes`).
+
+Files: `validation*.jsonl` (also `val*`, `dev*`) to select for and `test*.jsonl` to evaluate on, or one file of any
+name, all of it to select for. JSON arrays and Parquet are read too, gzipped or not. Fields of a row beside its text:
+
+    subtask   name of the part the row belongs to; "all" without one
+    metric    choice, exact_match, token_f1 or none; by default choice with `choices`, exact_match with `pattern`
+    choices   texts that may stand in the place of the answer (the last assistant content, or the completion)
+    answers   a text or a list of them; by default the row's own answer (what `pattern` finds in it)
+    pattern   regular expression; its last match (first group, where it has one) in a generated text is the answer
+
+A message of an assistant may have a `prefix`: the beginning of its turn that is given to the model and not learnt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from gradstore.types import Metric
+
+from datastore import shapes
+from datastore.rows import Example
+from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows
+
+LONGEST_PATTERN = 500  # characters
+ROWS = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet")
+
+
+class _Wrong(ValueError):
+    """A field that cannot be used."""
+
+
+class Jsonl:
+    """Reads rows of any shape a dataset may have, with a subtask and a metric."""
+
+    kind = "jsonl"
+
+    def read(self, folder: Path) -> TaskRows:
+        """Read the rows in `folder`."""
+        task = TaskFolder(folder, kind=self.kind)
+        found = task.require(task.find(*ROWS), "validation.jsonl, and test.jsonl to evaluate on")
+        test = [path for path in found if path.name.startswith("test")]
+        validation = [path for path in found if path.name.startswith(("val", "dev"))]
+        if len(found) == 1:
+            validation, test = found, []
+        task.require(validation, "a file called validation.jsonl, or one file alone")
+        rows = TaskRows(list(_rows(task, validation)), list(_rows(task, test)))
+        return task.finish(rows)
+
+
+def _rows(task: TaskFolder, paths: Iterable[Path]) -> Iterator[TaskExample]:
+    for path in paths:
+        for line, row in task.rows(path):
+            try:
+                yield _row(row, file=path.name.split(".")[0])
+            except (shapes.BadRow, _Wrong) as error:
+                task.problem(path, str(error), line=line)
+
+
+def _row(row: dict[str, Any], *, file: str) -> TaskExample:
+    example, _ = shapes.example(row, file=file)
+    example = _with_prefixes(example, row.get("messages"))
+    subtask = row.get("subtask", "all")
+    if not isinstance(subtask, str) or not subtask.strip():
+        raise _Wrong("subtask must be a text that is not empty")
+    choices, pattern = _choices(row), _pattern(row)
+    metric = _metric(row, choices, pattern)
+    answer = example.messages[-1].content if example.messages else example.completion or ""
+    answers = _answers(row, metric, answer, choices, pattern)
+    return TaskExample(example, subtask, metric, choices, answers, pattern)
+
+
+def _with_prefixes(example: Example, turns: object) -> Example:
+    if not example.messages or example.messages[-1].role != "assistant":
+        if example.messages:
+            raise _Wrong("the last message must be the assistant's: it is the answer")
+        return example
+    prefixes = [turn.get("prefix", "") for turn in turns] if isinstance(turns, list) else [""] * len(example.messages)
+    if not all(isinstance(prefix, str) for prefix in prefixes):
+        raise _Wrong("prefix must be a text")
+    if any(prefix and m.role != "assistant" for prefix, m in zip(prefixes, example.messages, strict=True)):
+        raise _Wrong("only an assistant's message may have a prefix")
+    messages = (replace(m, prefix=prefix) for prefix, m in zip(prefixes, example.messages, strict=True))
+    return replace(example, messages=tuple(messages))
+
+
+def _choices(row: dict[str, Any]) -> tuple[str, ...]:
+    choices = row.get("choices")
+    if choices is None:
+        return ()
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise _Wrong("choices must be a list of texts")
+    if len(set(choices)) != len(choices) or len(choices) < 2:
+        raise _Wrong("choices must be at least two different texts")
+    return tuple(choices)
+
+
+def _pattern(row: dict[str, Any]) -> str | None:
+    pattern = row.get("pattern")
+    if pattern is None:
+        return None
+    if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
+        raise _Wrong(f"pattern must be a text of at most {LONGEST_PATTERN} characters")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _Wrong(f"pattern is no regular expression: {error}") from error
+    return pattern
+
+
+def _metric(row: dict[str, Any], choices: tuple[str, ...], pattern: str | None) -> Metric:
+    metric: Metric | None = row.get("metric")
+    if metric is None:
+        if row.get("answers") is not None and not choices and pattern is None:
+            raise _Wrong("answers alone do not say how they are judged: add a metric, exact_match or token_f1")
+        return "choice" if choices else "exact_match" if pattern else "none"
+    if metric not in get_args(Metric):
+        raise _Wrong(f"the metric {metric!r} is none of {', '.join(get_args(Metric))}")
+    if (metric == "choice") != bool(choices):
+        raise _Wrong("the metric choice needs choices, and only it has them")
+    if pattern and metric != "exact_match":
+        raise _Wrong("only the metric exact_match has a pattern")
+    return metric
+
+
+def _answers(
+    row: dict[str, Any], metric: Metric, answer: str, choices: tuple[str, ...], pattern: str | None
+) -> tuple[str, ...]:
+    given = row.get("answers")
+    if metric == "none":
+        return ()
+    if given is None:
+        given = [_own_answer(metric, answer, pattern)]
+    elif isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+        raise _Wrong("answers must be a text or a list of texts")
+    if metric == "choice" and (len(given) != 1 or given[0] not in choices):
+        raise _Wrong("the right answer must be one of choices, to the letter")
+    return tuple(given)
+
+
+def _own_answer(metric: Metric, answer: str, pattern: str | None) -> str:
+    if metric != "exact_match" or pattern is None:
+        return answer
+    matches = list(re.finditer(pattern, answer))
+    if not matches:
+        raise _Wrong("pattern finds nothing in the row's own answer, and there are no answers")
+    return matches[-1][1 if matches[-1].re.groups else 0] or ""
+
+
+READER = Jsonl()
