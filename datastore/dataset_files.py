@@ -140,10 +140,6 @@ class DatasetFolder:
         ]
         return sorted(records, key=lambda source: (source.created_at, source.sha256))
 
-    def add_source(self, source: DatasetSource) -> DatasetSource:
-        """Record an upload; one with the same bytes that is recorded already stays as it is, and is returned."""
-        return add_source(self.path, source)
-
     def _file(self, row: int) -> str:
         return self.manifest.parts[bisect_right(self._ends, row)].file
 
@@ -219,12 +215,13 @@ class DatasetWriter:
 
 
 def add_source(path: Path, source: DatasetSource) -> DatasetSource:
-    """Record an upload in a dataset's folder, whoever else is doing the same."""
+    """Record an upload; one with the same bytes that is recorded already stays as it is, and is returned."""
     record = path / SOURCES / f"{source.sha256}.json"
     draft = record.with_suffix(f".{os.urandom(8).hex()}")
     write_through(draft, source.model_dump_json(indent=1).encode())
     try:
         os.link(draft, record)
+        sync_folder(record.parent)
     except FileExistsError:
         return DatasetSource.model_validate_json(record.read_bytes())
     finally:

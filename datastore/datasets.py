@@ -48,6 +48,7 @@ from datastore.strict_json import NotJson, canonical, compact, parse
 __all__ = ["REPORTED", "Datasets", "Ingested", "RowLabel"]
 
 REPORTED = 100  # problems, and remarks, that a report holds; all are counted
+DETAIL = 400  # characters of a reason, which may quote the row
 ABANDONED = 60.0  # seconds after which an unlocked folder of incoming/ belongs to nobody
 NO_DATASETS: Mapping[str, int] = MappingProxyType({})
 
@@ -172,6 +173,7 @@ class Datasets:
         (work / "source").replace(self._sources / source.sha256)
         sync_folder(self._sources)
         source = add_source(draft.path, source)
+        sync_folder(draft.path)
         home = self._root / draft.manifest.id
         created = _moved(draft.path, home)
         if created:
@@ -231,7 +233,8 @@ class _Findings:
     def add(self, line: int, detail: str) -> None:
         self.total += 1
         if len(self.first) < REPORTED:
-            self.first.append(RowProblem(line=line, detail=detail))
+            shown = detail if len(detail) <= DETAIL else detail[: DETAIL - 1] + "…"
+            self.first.append(RowProblem(line=line, detail=shown))
 
     def merge(self, first: list[RowProblem], *, total: int) -> None:
         self.total += total
@@ -260,7 +263,7 @@ class _Intake:
             row = parse(raw.text)
             found, remarks = example(row, file=file)
             canonical_row = canonical(row)
-            line = raw.text if self._noun == "line" else compact(row)
+            line = raw.text if self._noun == "line" else compact(row)  # a line is kept byte for byte
         except (NotJson, BadRow) as error:
             hint = "" if raw.ended or isinstance(error, BadRow) else "; the file ends in this line: was it cut off?"
             self.problems.add(raw.line, f"{error}{hint}")

@@ -128,9 +128,9 @@ def _instruction(row: dict[str, Any], remarks: list[str]) -> Content:
 _SHAPES: Sequence[tuple[str, Callable[[dict[str, Any], list[str]], Content]]] = (
     ("messages", _conversation("messages")),
     ("conversations", _conversation("conversations")),
-    ("prompt", _prompt_completion),
     ("completion", _prompt_completion),
     ("instruction", _instruction),
+    ("prompt", _prompt_completion),
 )
 """Fields that show a shape, the first one found decides."""
 

@@ -70,6 +70,7 @@ def conversation(*turns: tuple[str, str]) -> dict[str, Any]:
             (Message("user", "2 +\n2?"), ANSWERED),
         ),
         ({"messages": TURNS, "prompt": "unused", "completion": "unused"}, (ASKED, ANSWERED)),
+        ({"instruction": "2 + 2?", "output": "4", "prompt": "Below is an instruction: 2 + 2?"}, (ASKED, ANSWERED)),
         ({"messages": None, "instruction": "2 + 2?", "output": "4"}, (ASKED, ANSWERED)),
     ],
 )

@@ -307,6 +307,13 @@ def test_problems_are_reported_up_to_a_limit_and_all_counted(datasets: Datasets)
     assert (len(found.report.problems), found.report.skipped) == (REPORTED, 250)
 
 
+def test_a_reason_does_not_quote_a_whole_row(datasets: Datasets) -> None:
+    turns = [{"role": "x" * 10_000, "content": "?"}]
+    with pytest.raises(InvalidDataset) as caught:
+        ingest(datasets, jsonl([{"messages": turns}]))
+    assert len(caught.value.errors[0].detail) == 400
+
+
 def test_remarks_are_in_the_order_of_the_file_up_to_a_limit_and_all_counted(datasets: Datasets) -> None:
     odd = [row(number, tools=[{"name": "add"}]) for number in range(150)]
     found = ingest(datasets, jsonl([row(0), row(0), *odd, {"prompt": "", "completion": "1"}]))
