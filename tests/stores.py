@@ -1,0 +1,157 @@
+"""A whole store in a folder, and a worker that writes given numbers as features: no torch, no service."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gradstore.types import Checkpoint, Dataset, Task
+from numpy.typing import NDArray
+
+from datastore.answers import Answers
+from datastore.catalog import Catalog, utc_now
+from datastore.datasets import Datasets
+from datastore.features import Features
+from datastore.gradients import Block, FeatureStore
+from datastore.leases import Claim, Jobs, NewChunk
+from datastore.recipes import Recipes
+from datastore.scores import ScoreCache
+from datastore.scoring import Scoring
+from datastore.settings import Settings
+from datastore.tasks import Tasks
+
+Numbers = Callable[[str, int, int, int], NDArray[np.float32]]
+"""(checkpoint, first row, last row, dim) → features (n, dim)."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Everything below the service."""
+
+    settings: Settings
+    catalog: Catalog
+    jobs: Jobs
+    datasets: Datasets
+    tasks: Tasks
+    features: Features
+    store: FeatureStore
+    recipes: Recipes
+    scoring: Scoring
+    answers: Answers
+
+    @classmethod
+    def at(cls, folder: Path) -> Store:
+        """Open a store, made where there is none."""
+        settings = Settings(data=folder)
+        catalog = Catalog(settings.catalog_url)
+        catalog.migrate()
+        jobs, store, tasks = Jobs(catalog), FeatureStore(settings.features), Tasks(settings.tasks)
+        features = Features(catalog, jobs, store, settings)
+        jobs.results["gradients"] = features.result
+        datasets = Datasets(settings.datasets)
+        scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
+        answers = Answers(catalog, datasets, scoring, settings.selections)
+        recipes = Recipes(catalog, features)
+        return cls(settings, catalog, jobs, datasets, tasks, features, store, recipes, scoring, answers)
+
+    def pool(self, rows: int, *, name: str | None = None, first: int = 0) -> Dataset:
+        """A dataset of numbered rows; a longer one begins with a shorter one."""
+        lines = "".join(json.dumps(_row(number)) + "\n" for number in range(first, first + rows))
+        found = self.datasets.ingest(
+            io.BytesIO(lines.encode()), filename="pool.jsonl", known=self.catalog.dataset_sizes()
+        )
+        return self.catalog.add_dataset(
+            id=found.id,
+            rows=found.rows,
+            bytes=found.bytes,
+            origins=found.origins,
+            prefix=found.prefix,
+            source=found.source,
+            name=name,
+            replace=False,
+        )
+
+    def task(self, subtasks: dict[str, int], *, folder: Path, name: str = "target") -> Task:
+        """A task with so many validation rows per subtask."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"prompt": f"{name} {subtask} {number}", "completion": "yes", "subtask": subtask}
+            for subtask, count in subtasks.items()
+            for number in range(count)
+        ]
+        (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        stored = self.tasks.store("jsonl", folder)
+        return self.catalog.add_task(
+            id=stored.id, name=name, kind="jsonl", subtasks=stored.subtasks, notes=stored.notes, replace=False
+        )
+
+    def checkpoint(self, number: int, **changes: Any) -> Checkpoint:
+        """A checkpoint's record, without files."""
+        values: dict[str, Any] = {
+            "id": f"ck_{number}", "name": None, "run": None, "model": "tiny", "revision": None, "method": "lora",
+            "epoch": number, "step": number, "learning_rate": 1e-4 / (number + 1), "has_moments": True,
+            "moments_note": None, "parameters": 100, "precision": "float32", "template": "tulu", "max_length": 64,
+            "bytes": 1, "created_at": utc_now(),
+        }  # fmt: skip
+        return self.catalog.add_checkpoint(Checkpoint.model_validate(values | changes))
+
+    def work(self, numbers: Numbers, *, shards: int | None = None) -> list[Claim]:
+        """Do the gradients shards that wait, with these numbers as features; returns what was done."""
+        return list(self._work(numbers, shards))
+
+    def score(self) -> None:
+        """Do the scoring jobs that wait."""
+        while (claim := self.jobs.claim("test", kinds=["scoring"])) is not None:
+            result = self.scoring.work(claim, lambda _: None)
+            assert self.jobs.succeed(claim, result=result.model_dump(mode="json"))
+
+    def _work(self, numbers: Numbers, shards: int | None) -> Iterator[Claim]:
+        done = 0
+        while (shards is None or done < shards) and (claim := self.jobs.claim("test", kinds=["gradients"])) is not None:
+            self._write(claim, numbers)
+            done += 1
+            yield claim
+
+    def _write(self, claim: Claim, numbers: Numbers) -> None:
+        payload, chunks = claim.payload, []
+        start, stop = payload["start"], payload["stop"]
+        for output in payload["outputs"]:
+            segment, base = output["segment"], output["base"]
+            features = numbers(payload["checkpoint"], start, stop, output["dim"])
+            self.store.create(
+                segment,
+                rows=output["rows"],
+                dim=output["dim"],
+                dtype=claim.plan["dtype"],
+                attributes=output["attributes"],
+            )
+            block = block_of(features)
+            digest = self.store.write(segment, start=start - base, attempt=claim.token, block=block)
+            excluded = [(start - base + row, reason) for row, reason in block.excluded.items()]
+            chunks.append(NewChunk(segment, start - base, stop - base, digest, excluded, tokens=stop - start))
+        assert self.jobs.succeed(claim, chunks=chunks)
+        waiting = self.jobs.unpublished(attempt=claim.token)
+        for chunk in waiting:
+            self.store.publish(chunk.segment, start=chunk.start, attempt=chunk.attempt, digest=chunk.digest)
+        self.jobs.published(waiting)
+
+
+def block_of(features: NDArray[np.float32]) -> Block:
+    """Features with made-up statistics; a row of zeros counts as one whose gradient is zero."""
+    rows = len(features)
+    return Block(
+        features=features,
+        norms=np.ones(rows, np.float32),
+        losses=np.ones(rows, np.float32),
+        tokens=np.ones(rows, np.int32),
+        reasons=[None if row.any() else "the gradient is zero" for row in features],
+    )
+
+
+def _row(number: int) -> dict[str, Any]:
+    return {"dataset": f"origin{number % 3}", "id": str(number), "prompt": f"row {number}", "completion": "done"}

@@ -1,0 +1,307 @@
+"""From a gradients request to feature sets, and from these to scores and selections: every number checked by hand."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradstore.types import GradientsRequest
+from numpy.typing import NDArray
+
+from datastore.errors import Ambiguous, GradientsMissing, InUse, InvalidInput, NotEnoughSpace, NotFound
+from datastore.recipes import Query
+from tests.stores import Store
+
+DIM = 16
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store.at(tmp_path / "store")
+    for number in range(2):
+        store.checkpoint(number)
+    store.catalog.add_run(id="run_1", checkpoints=["ck_0", "ck_1"], name="warm-up")
+    return store
+
+
+def numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+    """Features that depend on the row and the checkpoint only."""
+    rows = [np.random.default_rng([row, int(checkpoint[-1]), dim]).normal(size=dim) for row in range(start, stop)]
+    return np.array(rows, np.float32)
+
+
+def task_numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+    return numbers(checkpoint, start + 1_000_000, stop + 1_000_000, dim)
+
+
+def request(**changes: object) -> GradientsRequest:
+    return GradientsRequest.model_validate({"run": "warm-up", "dims": [DIM], **changes})
+
+
+def filled(store: Store, tmp_path: Path, rows: int = 2500) -> None:
+    """A pool and a task with all their features."""
+    store.pool(rows, name="pool")
+    store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    store.task({"algebra": 3, "history": 2}, folder=tmp_path / "task")
+    store.features.start(request(task="target"))
+    store.work(task_numbers)
+
+
+def select(store: Store, **query: object):  # type: ignore[no-untyped-def]  # a Selection
+    recipe, sources = store.recipes.resolve(Query(**{"tasks": ["target"], "pct": 0.05, **query}), path="/select")  # type: ignore[arg-type]
+    store.scoring.start(recipe, sources)
+    store.score()
+    scores = store.scoring.known(recipe, sources)
+    assert scores is not None
+    return store.answers.select(recipe, sources, scores, limit=10_000)
+
+
+def test_a_job_covers_every_row_of_every_checkpoint_once(store: Store) -> None:
+    store.pool(2500, name="pool")
+    job, started = store.features.start(request(dataset="pool", dims=[DIM, 8]))
+    assert (started, job.progress.total) == (True, 5000)
+    done = store.work(numbers)
+    ranges = sorted((claim.payload["checkpoint"], claim.payload["start"], claim.payload["stop"]) for claim in done)
+    spans = [(0, 1024), (1024, 2048), (2048, 2500)]
+    assert ranges == [(checkpoint, *span) for checkpoint in ("ck_0", "ck_1") for span in spans]
+    result = store.jobs.get(job.id).result
+    assert result is not None
+    found = result.model_dump()
+    assert (found["rows"], found["computed_rows"], found["tokens"]) == (2500, 5000, 5000)
+    assert [(one["checkpoint"], one["dim"]) for one in found["feature_sets"]] == [
+        ("ck_0", DIM), ("ck_0", 8), ("ck_1", DIM), ("ck_1", 8),
+    ]  # fmt: skip
+    view = store.store.view(store.features.segments(found["feature_sets"][1]["id"]))
+    np.testing.assert_allclose(view.features(0, 2500), numbers("ck_0", 0, 2500, 8), rtol=2e-3, atol=2e-3)
+
+
+def test_asking_again_returns_what_exists(store: Store) -> None:
+    store.pool(10, name="pool")
+    first, _ = store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    again, started = store.features.start(request(dataset="pool"))
+    assert (again.id, again.status, started) == (first.id, "succeeded", False)
+
+
+def test_fewer_dims_of_what_exists_are_nothing_new(store: Store) -> None:
+    store.pool(10, name="pool")
+    store.features.start(request(dataset="pool", dims=[DIM, 8]))
+    store.work(numbers)
+    job, started = store.features.start(request(dataset="pool", dims=[8]))
+    assert (job.status, started) == ("succeeded", False)
+    assert job.result is not None
+    assert job.result.model_dump()["computed_rows"] == 0
+
+
+def test_a_grown_dataset_computes_its_new_rows_only(store: Store) -> None:
+    store.pool(2000, name="pool")
+    store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    grown = store.pool(2200)
+    estimate = store.features.estimate(request(dataset=grown.id), tokens_per_row=3, model_bytes=None)
+    assert (estimate.rows, estimate.reused_rows, estimate.tokens) == (400, 4000, 1200)
+    job, _ = store.features.start(request(dataset=grown.id))
+    assert job.progress.total == 400
+    assert all(claim.payload["start"] == 2000 for claim in store.work(numbers))
+    result = store.jobs.get(job.id).result
+    assert result is not None
+    for feature in result.model_dump()["feature_sets"]:
+        view = store.store.view(store.features.segments(feature["id"]))
+        expected = numbers(feature["checkpoint"], 0, 2200, DIM)
+        np.testing.assert_allclose(view.features(0, 2200), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_job_that_follows_a_deleted_one_takes_over_its_finished_shards(store: Store) -> None:
+    store.pool(2500, name="pool")
+    first, _ = store.features.start(request(dataset="pool", dims=[DIM]))
+    store.features.start(request(dataset="pool", dims=[DIM], checkpoints=["ck_0"], run=None))
+    store.work(numbers, shards=2)
+    store.jobs.cancel(first.id)
+    store.features.remove(first.id)
+    again, _ = store.features.start(request(dataset="pool"))
+    assert again.progress.done == 2048
+    done = store.work(numbers)
+    starts = [(claim.job, claim.payload["checkpoint"], claim.payload["start"]) for claim in done]
+    assert (again.id, "ck_0", 0) not in starts
+    assert store.jobs.get(again.id).status == "succeeded"
+
+
+def test_deleting_a_job_keeps_the_segments_that_a_grown_dataset_refers_to(store: Store) -> None:
+    store.pool(1500, name="pool")
+    first, _ = store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    grown = store.pool(1600)
+    second, _ = store.features.start(request(dataset=grown.id))
+    store.work(numbers)
+    store.features.remove(first.id)
+    result = store.jobs.get(second.id).result
+    assert result is not None
+    feature = result.model_dump()["feature_sets"][0]
+    segments = store.features.segments(feature["id"])
+    assert store.store.view(segments).features(0, 1600).shape == (1600, DIM)
+    store.features.remove(second.id)
+    with pytest.raises(NotFound):
+        store.store.open(segments[0])
+
+
+def test_what_gradients_are_made_from_is_in_use(store: Store) -> None:
+    from datastore.schema import DatasetRow
+
+    store.pool(10, name="pool")
+    job, _ = store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    with pytest.raises(InUse, match=job.id):
+        store.catalog.remove(DatasetRow, "pool")
+    store.features.remove(job.id)
+    store.catalog.remove(DatasetRow, "pool")
+
+
+def test_a_row_without_a_feature_is_named_with_its_reason(store: Store) -> None:
+    def with_zero(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+        found = numbers(checkpoint, start, stop, dim)
+        if checkpoint == "ck_1" and start == 1024:
+            found[6] = 0
+        return found
+
+    store.pool(1100, name="pool")
+    job, _ = store.features.start(request(dataset="pool"))
+    store.work(with_zero)
+    result = store.jobs.get(job.id).result
+    assert result is not None
+    found = result.model_dump()
+    assert found["excluded"] == [{"row": 1030, "checkpoint": "ck_1", "reason": "the gradient is zero"}]
+    assert [feature["excluded"] for feature in found["feature_sets"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"checkpoints": ["ck_9"], "run": None}, "no Adam moments", id="adam without moments"),
+        pytest.param({"checkpoints": ["ck_8"], "run": None}, "full fine-tune", id="no adapter"),
+        pytest.param({"projection": "none"}, r"dims=\[100\]", id="no projection, other dim"),
+        pytest.param({"checkpoints": ["ck_0", "ck_7"], "run": None}, "different base models", id="two models"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(store: Store, changes: dict[str, object], message: str) -> None:
+    store.checkpoint(9, has_moments=False, moments_note="the folder holds no optimizer state")
+    store.checkpoint(8, method="full")
+    store.checkpoint(7, model="other")
+    store.pool(10, name="pool")
+    with pytest.raises(InvalidInput, match=message):
+        store.features.start(request(dataset="pool", **changes))
+
+
+def test_what_cannot_fit_on_the_disk_is_refused_before_it_starts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.pool(10, name="pool")
+    usage = shutil.disk_usage(store.settings.data)
+    monkeypatch.setattr("datastore.features.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(NotEnoughSpace):
+        store.features.start(request(dataset="pool"))
+    assert store.jobs.page(limit=1).data == []
+
+
+def test_a_selection_is_the_brute_force_one(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path)
+    selection = select(store)
+    weights = np.array([1e-4, 1e-4 / 2]) / (1e-4 + 1e-4 / 2)
+    means = np.zeros((2500, 2))
+    for weight, checkpoint in zip(weights, ("ck_0", "ck_1"), strict=True):
+        pool = numbers(checkpoint, 0, 2500, DIM).astype(np.float64)
+        target = task_numbers(checkpoint, 0, 5, DIM).astype(np.float64)
+        pool /= np.linalg.norm(pool, axis=1, keepdims=True)
+        target /= np.linalg.norm(target, axis=1, keepdims=True)
+        similarity = pool @ target.T
+        means += weight * np.stack([similarity[:, :3].mean(axis=1), similarity[:, 3:].mean(axis=1)], axis=1)
+    expected = np.argsort(-means.max(axis=1), kind="stable")[:125]
+    assert selection.count == 125
+    assert len(set(expected) & {row.row for row in selection.data}) >= 124  # one tie within float16's rounding
+    scores = np.array([row.score for row in selection.data])
+    np.testing.assert_allclose(scores, means.max(axis=1)[[row.row for row in selection.data]], atol=2e-3)
+    assert (np.diff(scores) <= 0).all()
+    names = ["algebra", "history"]
+    subtasks = [names[best] for best in means.argmax(axis=1)[[row.row for row in selection.data]]]
+    assert sum(row.subtask == name for row, name in zip(selection.data, subtasks, strict=True)) >= 124
+    assert [row.id for row in selection.data] == [str(row.row) for row in selection.data]
+    assert selection.pool_origins == {"origin0": 834, "origin1": 833, "origin2": 833}
+
+
+def test_a_selection_is_found_again_and_its_lines_are_the_original_rows(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=100)
+    selection = select(store, pct=None, k=3)
+    assert store.answers.read(selection.id, limit=2).data == selection.data[:2]
+    assert store.answers.read(selection.id, limit=2, after=2).data == selection.data[2:]
+    lines = list(store.answers.lines(selection.id))
+    original = store.datasets.content(selection.recipe.datasets[0]).read_bytes().split(b"\n")
+    assert lines == [original[row.row] for row in selection.data]
+    assert store.answers.find(selection.recipe, limit=1) is not None
+
+
+def test_left_out_rows_are_replaced_by_the_next_best(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=100)
+    first = select(store, pct=None, k=5)
+    second = select(store, pct=None, k=5, exclude=(first.id,))
+    both = select(store, pct=None, k=10)
+    assert [row.row for row in second.data] == [row.row for row in both.data[5:]]
+    assert second.left_out == {"excluded": 5}
+    assert second.pool == 95
+
+
+def test_with_one_candidate_everything_but_the_task_may_be_left_out(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=50)
+    recipe, _ = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    assert (recipe.run, recipe.kind, recipe.task_kind, recipe.dim) == ("run_1", "adam", "sgd", DIM)
+    assert recipe.weights == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=50)
+    store.features.start(request(dataset="pool", kind="sgd"))
+    store.work(numbers)
+    with pytest.raises(Ambiguous) as caught:
+        store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    assert len(caught.value.choices) == 2
+    assert {"kind=adam" in choice for choice in caught.value.choices} == {True, False}
+    assert store.recipes.resolve(Query(tasks=["target"], k=1, kind="sgd"), path="/select")[0].kind == "sgd"
+
+
+def test_missing_features_are_answered_with_the_post_that_computes_them(store: Store, tmp_path: Path) -> None:
+    store.task({"one": 2}, folder=tmp_path / "task")
+    pool = store.pool(20, name="pool")
+    with pytest.raises(GradientsMissing) as caught:
+        store.recipes.resolve(Query(tasks=["target"], datasets=["pool"], k=1), path="/select")
+    assert caught.value.body == {"dataset": pool.id, "run": "run_1"}
+    store.features.start(GradientsRequest.model_validate({**caught.value.body, "dims": [DIM]}))
+    store.work(numbers)
+    with pytest.raises(GradientsMissing) as caught:
+        store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    store.features.start(GradientsRequest.model_validate(caught.value.body))
+    store.work(task_numbers)
+    assert store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")[0].datasets == [pool.id]
+
+
+def test_an_unfinished_job_answers_nothing(store: Store, tmp_path: Path) -> None:
+    store.pool(1500, name="pool")
+    store.features.start(request(dataset="pool"))
+    store.work(numbers, shards=3)
+    store.task({"one": 2}, folder=tmp_path / "task")
+    with pytest.raises(GradientsMissing):
+        store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+
+
+def test_a_grown_pool_scores_like_one_computed_at_once(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=1500)
+    grown = store.pool(1700)
+    store.features.start(request(dataset=grown.id))
+    store.work(numbers)
+    other = Store.at(tmp_path / "other")
+    for number in range(2):
+        other.checkpoint(number)
+    other.catalog.add_run(id="run_1", checkpoints=["ck_0", "ck_1"], name="warm-up")
+    filled(other, tmp_path, rows=1700)
+    pieces = select(store, datasets=(grown.id,))
+    whole = select(other)
+    assert [row.row for row in pieces.data] == [row.row for row in whole.data]
+    np.testing.assert_allclose([row.score for row in pieces.data], [row.score for row in whole.data], atol=1e-6)
