@@ -50,7 +50,7 @@ class Body(BaseModel):
 class Request(BaseModel):
     """Base of every request: unknown fields are refused, so that a typing error never silently does nothing."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class CheckpointRegister(Request):
     """Base model; by default the one named in the adapter's own configuration."""
     revision: str | None = None
     learning_rate: float | None = Field(None, gt=0)
-    step: int | None = Field(None, ge=0)
+    step: int | None = Field(None, ge=0, lt=1 << 53)
     precision: Precision = "float32"
 
 
