@@ -1,0 +1,227 @@
+"""Fine-tunes: what a request means in ids, what it would cost, and what goes with it when it is deleted.
+
+The training itself is the worker's (`worker/finetune.py`); it draws the rows of a fraction from the seed, so the plan
+holds their number only.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradstore.types import AnyJob, Estimate, FinetuneRequest, Precision, ProblemItem
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from datastore import models
+from datastore.catalog import Catalog
+from datastore.checkpoints import Checkpoints
+from datastore.datasets import Datasets
+from datastore.errors import Conflict, InUse, InvalidInput, NotEnoughSpace
+from datastore.identity import content_id
+from datastore.leases import Jobs, NewShard
+from datastore.rows import Example
+from datastore.schema import CheckpointRow, JobRow, RunCheckpointRow, RunRow, UseRow
+from datastore.selection import count
+from datastore.settings import Settings
+
+STORED_BYTES = 12  # of a trainable parameter in a checkpoint: weight and two moments in float32
+TRAINED_BYTES = 16  # of a trainable parameter in memory: the same and its gradient
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """A request resolved to ids."""
+
+    id: str
+    model: str
+    dataset: str | None
+    selection: str | None
+    rows: int
+    steps: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the worker needs beside the request."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "selection": self.selection,
+            "row_count": self.rows,
+        }
+
+
+@dataclass(frozen=True)
+class Finetunes:
+    """The fine-tunes of a catalog."""
+
+    catalog: Catalog
+    jobs: Jobs
+    datasets: Datasets
+    checkpoints: Checkpoints
+    settings: Settings
+
+    def start(self, request: FinetuneRequest) -> tuple[AnyJob, bool]:
+        """Start a fine-tune, or return the one of the same content; says whether there is work to do.
+
+        Raises `NotFound`, `InvalidInput` and `NotEnoughSpace`.
+        """
+        plan = self.plan(request)
+        free = self._free_bytes()
+        needed = self._stored_bytes(request, self._size(plan.model, request))
+        if needed > free:
+            raise NotEnoughSpace(needed=needed, free=free)
+        return self.jobs.create(
+            id=plan.id,
+            kind="finetune",
+            request=request.model_dump(mode="json"),
+            plan=plan.settings,
+            shards=[NewShard(payload={}, units=plan.steps)],
+            name=request.name,
+            uses=[name for name in (plan.dataset, plan.selection) if name is not None],
+        )
+
+    def plan(self, request: FinetuneRequest) -> FinetunePlan:
+        """Resolve a request. Raises `NotFound` and `InvalidInput`."""
+        model = models.resolve(request.model, roots=self.settings.allowed_roots)
+        dataset = selection = None
+        if request.selection is not None:
+            found = self.catalog.selection(request.selection)
+            selection, rows = found.id, int(found.summary["count"])
+        else:
+            pool = self.catalog.dataset(request.dataset or "")
+            dataset, rows = pool.id, _drawn(request, pool.rows)
+        meant = request.model_dump(mode="json", exclude={"name", "dry_run"})
+        meant |= {"model": model, "dataset": dataset, "selection": selection, "rows": rows, "fraction": None}
+        return FinetunePlan(
+            id=content_id("ft", meant),
+            model=model,
+            dataset=dataset,
+            selection=selection,
+            rows=rows,
+            steps=math.ceil(rows / request.batch_size) * request.epochs,
+        )
+
+    def estimate(self, request: FinetuneRequest) -> Estimate:
+        """What the request would cost; its tokens are those of one epoch."""
+        plan = self.plan(request)
+        size = self._size(plan.model, request)
+        folder = models.folder_of(plan.model, request.revision)
+        lengths = models.lengths(self._sample(plan), folder=folder, max_length=request.max_length)
+        tokens = round(plan.rows * lengths.mean)
+        rate = self._measured_rate(plan.model)
+        return Estimate(
+            rows=plan.rows,
+            tokens=tokens,
+            bytes=self._stored_bytes(request, size),
+            free_bytes=self._free_bytes(),
+            seconds=tokens * request.epochs / rate if rate else None,
+            memory_bytes=None if size is None else _memory_bytes(request, size, longest=lengths.longest),
+        )
+
+    def last_checkpoint(self, reference: str) -> str:
+        """Id of the checkpoint that a fine-tune ended with. Raises `NotFound`, and `Conflict` before it has ended."""
+        job = self.jobs.get(reference, kind="finetune")
+        if job.status != "succeeded" or job.result is None:
+            raise Conflict(f"{job.id} is {job.status}: it has its checkpoints when it has succeeded")
+        return str(job.result.model_dump()["checkpoints"][-1])
+
+    def remove(self, reference: str) -> str:
+        """Delete a fine-tune with its run and checkpoints, and return its id. Raises `InUse` where these are needed."""
+        gone: list[str] = []
+        id = self.jobs.remove(
+            reference, kind="finetune", before=lambda session, job: gone.extend(_take_apart(session, job))
+        )
+        for checkpoint in gone:
+            self.checkpoints.delete(checkpoint)
+        shutil.rmtree(self.settings.work / id, ignore_errors=True)
+        return id
+
+    def _size(self, model: str, request: FinetuneRequest) -> models.Size | None:
+        folder = models.folder_of(model, request.revision)
+        return models.size_of(folder) if folder else None
+
+    def _sample(self, plan: FinetunePlan) -> Iterator[Example]:
+        """Some of the rows trained on; for a selection, of the pool it was made from."""
+        if plan.dataset is not None:
+            pools = [plan.dataset]
+        else:
+            pools = self.catalog.selection(plan.selection or "").recipe["datasets"]
+        for pool in pools:
+            for rows in models.sample(self.catalog.dataset(pool).rows, size=256 // len(pools) or 1, block=8):
+                yield from self.datasets.examples(pool, rows.start, rows.stop)
+
+    def _stored_bytes(self, request: FinetuneRequest, size: models.Size | None) -> int:
+        """Bytes of the checkpoints of all epochs; 0 where the base model is not on this machine."""
+        if size is None:
+            return 0
+        trained = size.lora_parameters(request.lora) if request.method == "lora" else size.parameters
+        return request.epochs * trained * STORED_BYTES
+
+    def _measured_rate(self, model: str) -> float | None:
+        """Tokens per second of the last finished fine-tune of this model."""
+        query = select(JobRow).where(JobRow.kind == "finetune", JobRow.status == "succeeded")
+        with self.catalog.reading() as session:
+            for job in session.scalars(query.order_by(JobRow.finished_at.desc()).limit(50)):
+                result = job.result or {}
+                if job.plan["model"] == model and result.get("tokens") and result["seconds"] > 0:
+                    return float(result["tokens"] * job.request["epochs"] / result["seconds"])
+        return None
+
+    def _free_bytes(self) -> int:
+        self.settings.checkpoints.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.settings.checkpoints).free
+
+
+def _drawn(request: FinetuneRequest, rows: int) -> int:
+    """How many rows of a dataset the request trains on."""
+    if request.rows is not None and request.rows > rows:
+        detail = f"the dataset has {rows:,} rows"
+        raise InvalidInput(f"rows: {detail}", errors=[ProblemItem(pointer="/rows", detail=detail)])
+    if request.rows is None and request.fraction is None:
+        return rows
+    return count(rows, pct=request.fraction, k=request.rows)
+
+
+def _memory_bytes(request: FinetuneRequest, size: models.Size, *, longest: int) -> int:
+    precision: Precision = "float32" if request.precision == "auto" else request.precision
+    lora = request.method == "lora"
+    base = size.stored_bytes(request.quantisation or precision) if lora else 0
+    trained = size.lora_parameters(request.lora) if lora else size.parameters
+    activations = size.activation_bytes(
+        tokens=min(request.device_batch_size, request.batch_size) * longest,
+        item_bytes=models.ITEM_BYTES[precision],
+        checkpointing=request.gradient_checkpointing,
+    )
+    return base + trained * TRAINED_BYTES + activations
+
+
+def _take_apart(session: Session, job: JobRow) -> Sequence[str]:
+    """Delete the records of a fine-tune's run and checkpoints, and return the checkpoints' ids."""
+    run = session.scalar(select(RunRow).where(RunRow.finetune == job.id))
+    if run is None:
+        return []
+    heir = _another_with(session, run.id, job.id)
+    if heir is not None:  # two recipes that came to the very same checkpoints
+        run.finetune = heir
+        return []
+    mine = list(session.scalars(select(RunCheckpointRow.checkpoint_id).where(RunCheckpointRow.run_id == run.id)))
+    users = set(session.scalars(select(UseRow.user).where(UseRow.used.in_([run.id, *mine]), UseRow.user != job.id)))
+    elsewhere = select(RunCheckpointRow.run_id).where(
+        RunCheckpointRow.checkpoint_id.in_(mine), RunCheckpointRow.run_id != run.id
+    )
+    users |= set(session.scalars(elsewhere))
+    if users:
+        raise InUse("the run or a checkpoint of fine-tune", job.id, sorted(users))
+    session.execute(delete(RunCheckpointRow).where(RunCheckpointRow.run_id == run.id))
+    session.execute(delete(CheckpointRow).where(CheckpointRow.id.in_(mine)))
+    session.delete(run)
+    return mine
+
+
+def _another_with(session: Session, run: str, job: str) -> str | None:
+    others = select(JobRow).where(JobRow.kind == "finetune", JobRow.status == "succeeded", JobRow.id != job)
+    return next((other.id for other in session.scalars(others) if (other.result or {}).get("run") == run), None)

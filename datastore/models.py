@@ -1,0 +1,185 @@
+"""Base models, as far as they can be known without torch: which may be named, how large they are, how long rows are.
+
+Sizes come from the headers of the safetensors files, lengths from `tokenizer.json` through the `tokenizers` library
+where it is installed; a model of the hub is looked up among the downloads of this machine, never fetched. Estimates
+are made from this: they are meant to be right within tens of per cent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradstore.types import LoraSettings, Precision, ProblemItem, Quantisation
+
+from datastore.archives import allowed_path
+from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
+from datastore.rows import Example
+from datastore.tensors import TensorInfo, read_header
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+BYTES_PER_TOKEN = 4  # of English text under the usual vocabularies; taken where there is no tokenizer to ask
+TOKENS_PER_TURN = 5  # that a chat template puts around a message
+ITEM_BYTES: dict[Precision | Quantisation, float] = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.55,
+}  # fmt: skip
+
+
+def resolve(model: str, *, roots: Sequence[Path]) -> str:
+    """The model as workers are told: a hub id as it is, a folder as its absolute path inside one of `roots`.
+
+    Raises `InvalidInput` where it is neither, and `PathNotAllowed`.
+    """
+    # transformers takes a relative name for a folder where there is one, so what looks like a hub id may be none
+    if HUB_ID.fullmatch(model) and not Path(model).exists():
+        return model
+    try:
+        folder = allowed_path(model, roots)
+    except PathNotAllowed as error:
+        detail = f"{error}, and it is no hub id such as Qwen/Qwen3-0.6B"
+        raise PathNotAllowed(detail, errors=[ProblemItem(pointer="/model", detail=detail)]) from error
+    if not (folder / "config.json").is_file():
+        detail = f"{model!r} is no model: the folder has no config.json"
+        raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])
+    return str(folder)
+
+
+def folder_of(model: str, revision: str | None) -> Path | None:
+    """The folder of a model on this machine, where it has one."""
+    if Path(model).is_absolute():
+        return Path(model) if Path(model).is_dir() else None
+    try:
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - comes with the worker's packages only
+    except ImportError:
+        return None
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+# Sizes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a base model."""
+
+    tensors: dict[str, TensorInfo]
+    hidden: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    def stored_bytes(self, kind: Precision | Quantisation) -> int:
+        """Bytes of the weights in memory."""
+        return round(self.parameters * ITEM_BYTES[kind])
+
+    def lora_parameters(self, lora: LoraSettings) -> int:
+        """Numbers of an adapter: r·(in + out) for every matrix it is put on (LoRA, arXiv:2106.09685, §4.1)."""
+        return sum(
+            lora.r * sum(tensor.shape) for name, tensor in self.tensors.items() if _is_target(name, tensor, lora)
+        )
+
+    def activation_bytes(self, *, tokens: int, item_bytes: float, checkpointing: bool) -> int:
+        """Bytes of what a training step of this many padded tokens keeps for its backward pass.
+
+        34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al. 2022, eq. 1, without the attention
+        scores, which fused kernels do not keep); with gradient checkpointing only each layer's input, and one layer.
+        Two float32 copies of the logits.
+        """
+        layer = tokens * self.hidden * 17 * item_bytes
+        kept = layer + tokens * self.hidden * item_bytes * self.layers if checkpointing else layer * self.layers
+        return round(kept + tokens * self.vocabulary * 8)
+
+
+def size_of(folder: Path) -> Size | None:
+    """The size of the model in a folder, or None where its weights are no safetensors or not there."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        tensors = {name: tensor for path in _weight_files(folder) for name, tensor in read_header(path).tensors.items()}
+    except (OSError, ValueError, KeyError, InvalidCheckpoint):
+        return None
+    text: dict[str, Any] = config.get("text_config") or config
+    keys = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"), ("vocab_size",))
+    hidden, layers, vocabulary = (next((int(text[key]) for key in names if text.get(key)), 0) for names in keys)
+    return Size(tensors, hidden=hidden, layers=layers, vocabulary=vocabulary) if tensors else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _is_target(name: str, tensor: TensorInfo, lora: LoraSettings) -> bool:
+    module, _, kind = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    if kind != "weight" or len(tensor.shape) != 2:
+        return False
+    if lora.targets == "all-linear":
+        return last not in {"lm_head", "embed_tokens", "wte", "wpe", "embed_out", "shared"}
+    return last in lora.targets or any(module.endswith(f".{target}") for target in lora.targets)
+
+
+# Lengths ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sample of rows, after truncation."""
+
+    mean: float
+    longest: int
+
+
+def lengths(examples: Iterable[Example], *, folder: Path | None, max_length: int) -> Lengths:
+    """Lengths of examples under the tokenizer in `folder`, or at 4 bytes a token where there is none."""
+    count = _counter(folder)
+    found = [min(_tokens(example, count), max_length) for example in examples]
+    return Lengths(sum(found) / len(found), max(found)) if found else Lengths(0.0, 0)
+
+
+def sample(rows: int, *, size: int = 256, block: int = 32) -> list[range]:
+    """Ranges of about `size` rows, spread evenly over all.
+
+    >>> sample(10)
+    [range(0, 10)]
+    """
+    if rows <= size:
+        return [range(rows)]
+    blocks = size // block
+    starts = (number * (rows - block) // (blocks - 1) for number in range(blocks))
+    return [range(start, start + block) for start in starts]
+
+
+def _counter(folder: Path | None) -> Callable[[str], int]:
+    path = folder / "tokenizer.json" if folder else None
+    if path is None or not path.is_file():
+        return _by_bytes
+    try:
+        from tokenizers import Tokenizer  # noqa: PLC0415 - comes with the worker's packages only
+    except ImportError:
+        return _by_bytes
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    return lambda text: len(tokenizer.encode(text).ids)
+
+
+def _by_bytes(text: str) -> int:
+    return math.ceil(len(text.encode(errors="replace")) / BYTES_PER_TOKEN)
+
+
+def _tokens(example: Example, count: Callable[[str], int]) -> int:
+    if example.messages:
+        return sum(count(message.prefix + message.content) + TOKENS_PER_TURN for message in example.messages)
+    return count((example.prompt or "") + (example.completion or ""))
