@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.services import RedisServer
+from tests.serving import service, shared_service
+
+__all__ = ["service", "shared_service"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

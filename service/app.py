@@ -1,0 +1,105 @@
+"""The API as an ASGI application."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from anyio.to_thread import current_default_thread_limiter, run_sync
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from gradstore import __version__
+
+from datastore.catalog import Catalog
+from datastore.settings import Settings
+from service import openapi, problems
+from service.dependencies import Backend
+from service.metrics import Metrics
+from service.middleware import Bodies, Conversation, Door
+from service.queue import Queue, queue_of
+from service.routes import (
+    checkpoints,
+    datasets,
+    evaluations,
+    finetunes,
+    gradients,
+    health,
+    jobs,
+    runs,
+    select,
+    selections,
+    tasks,
+)
+
+log = logging.getLogger(__name__)
+
+ROUTERS = (
+    datasets.router,
+    tasks.router,
+    checkpoints.router,
+    runs.router,
+    gradients.router,
+    select.router,
+    selections.router,
+    finetunes.router,
+    evaluations.router,
+    jobs.router,
+    health.router,
+)
+THREADS = 128  # handlers at work at once; a GET /select that waits for scores is one of them
+ABANDONED = 86400.0  # seconds after which an upload that a killed server left half-received is deleted
+
+
+def create_app(settings: Settings, *, catalog: Catalog | None = None, queue: Queue | None = None) -> FastAPI:
+    """The API over the store that `settings` name; by default with the catalog and queue that they name, too."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    backend = Backend.of(settings, catalog or Catalog(settings.catalog_url), queue or queue_of(settings.broker))
+    app = FastAPI(
+        title="gradstore",
+        version=__version__,
+        lifespan=_lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.backend = backend
+    app.state.metrics = Metrics(backend)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]  # FastAPI's way of changing it
+    problems.install(app)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    app.add_middleware(Door, api_key=key)
+    app.add_middleware(Bodies, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(Conversation, observe=app.state.metrics.observe)  # the last one added is the outermost
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    backend: Backend = app.state.backend
+    await run_sync(backend.catalog.migrate)
+    await run_sync(_sweep, backend.settings)
+    current_default_thread_limiter().total_tokens = THREADS
+    backend.scorer.start()
+    yield
+    backend.stopping.set()
+    await run_sync(backend.scorer.stop)
+    backend.catalog.close()
+
+
+def _sweep(settings: Settings) -> None:
+    """Delete what killed servers left of uploads."""
+    for folder in (settings.data / "incoming").glob("form-*"):
+        if time.time() - folder.stat().st_mtime > ABANDONED:
+            log.info("an abandoned upload is deleted", extra={"folder": folder.name})
+            shutil.rmtree(folder, ignore_errors=True)

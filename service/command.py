@@ -1,0 +1,117 @@
+"""`gradstore serve`: the API, and beside it a worker."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import SecretStr, ValidationError
+
+from datastore.settings import Settings
+from service import logs
+from service.app import create_app
+from service.dependencies import Backend
+from service.embedded import EmbeddedWorker
+from service.middleware import is_loopback
+
+DRAIN = 10  # seconds that requests at work have when the server is asked to stop
+
+
+class Server(uvicorn.Server):
+    """uvicorn with what has to happen when it is ready and when it is asked to stop."""
+
+    def __init__(self, config: uvicorn.Config, backend: Backend, worker: EmbeddedWorker | None) -> None:
+        super().__init__(config)
+        self.backend = backend
+        self.worker = worker
+        self.url = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, start the worker, and say so."""
+        await super().startup(sockets)
+        host, port = (sockets or [])[0].getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        if self.worker is not None:
+            self.worker.start()
+        store = self.backend.settings.data.absolute()
+        worker = "with a worker" if self.worker else "without a worker"
+        typer.echo(f"gradstore is ready at {self.url} ({worker}; store: {store}). Ctrl-C stops it.", err=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the streams end, then the connections, then the worker."""
+        self.backend.stopping.set()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            if self.worker is not None:
+                self.worker.stop()
+
+
+def serve(
+    *,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; beyond this machine it needs a key.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+    allow: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose models, tasks and checkpoints may be named; repeatable.")
+    ] = None,
+    worker: Annotated[bool | None, typer.Option("--worker/--no-worker", help="Start a worker beside the API.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device of the worker: auto, cpu, cuda, cuda:1.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key every request must carry; better as a variable.")] = None,
+) -> None:
+    """Serve the API, and start a worker beside it. What is left out comes from the environment (GRADSTORE_…)."""
+    settings = configured(
+        host=host,
+        port=port,
+        data=data,
+        allowed_roots=tuple(allow) if allow else None,
+        embedded_worker=worker,
+        device=device,
+        api_key=SecretStr(api_key) if api_key else None,
+    )
+    logs.configure()
+    with listen(settings) as listener:
+        server_of(settings).run(sockets=[listener])
+
+
+def configured(**given: Any) -> Settings:
+    """The settings of the environment, with those in their place that were given on the command line.
+
+    Raises typer.BadParameter where they cannot be, or would let anybody in.
+    """
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise typer.BadParameter(reasons) from error
+    if settings.api_key is None and not is_loopback(settings.host):
+        raise typer.BadParameter(
+            f"on {settings.host} anybody on the network could use the store: "
+            "set GRADSTORE_API_KEY, or listen on 127.0.0.1"
+        )
+    return settings
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A listening socket; exits with a reason where there cannot be one."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        typer.echo(f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --port", err=True)
+        sys.exit(1)
+
+
+def server_of(settings: Settings) -> Server:
+    """The server and its worker, ready to run."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN, lifespan="on"
+    )
+    worker = EmbeddedWorker(settings) if settings.embedded_worker else None
+    return Server(config, app.state.backend, worker)

@@ -1,0 +1,254 @@
+"""What happens to every request around its route: its id, its log line, its limits, and who may send it.
+
+Plain ASGI, so that streams pass untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from fastapi.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from datastore.errors import TooLarge
+from service import problems
+from service.forms import MEDIA_TYPE as FORM
+from service.problems import NotAllowed, NotAuthenticated
+
+log = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 16 << 20
+MAX_DRAINED_BYTES = 64 << 20  # read of a refused body, so that its sender gets to see the answer
+MAX_DRAIN = 2.0  # seconds
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # keep it, and ask each time whether it is still so
+}
+
+Observer = Callable[[str, str, int, float], None]
+"""Told of every answer: method, route, status, seconds."""
+
+
+class Conversation:
+    """Gives every request an id, every answer its headers, and the log one line; the border where no error passes."""
+
+    def __init__(self, app: ASGIApp, *, observe: Observer) -> None:
+        self.app = app
+        self.observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        id = _request_id(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = id
+        answer = _Answer(send, id)
+        began = time.perf_counter()
+        try:
+            await self.app(scope, receive, answer.send)
+        except ClientDisconnect:
+            log.info("the client went away", extra={"request": id})
+        except Exception:
+            log.exception("unexpected error", extra={"request": id, "path": scope["path"]})
+            if answer.status is not None:
+                raise  # the body has begun: all that is left is to break the connection off
+            await problems.respond(problems.unexpected(id))(scope, receive, answer.send)
+        finally:
+            seconds = time.perf_counter() - began
+            status = answer.status or 499
+            self.observe(scope["method"], _route(scope), status, seconds)
+            log.info(
+                "request",
+                extra={
+                    "request": id,
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                },
+            )
+
+
+class _Answer:
+    """Passes an answer on with the headers that all have, and a plain-text error of the framework as a problem."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self._held: Message | None = None
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(raw=message.setdefault("headers", []))
+            headers["X-Request-ID"] = self._request_id
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            if message["status"] >= 400 and headers.get("content-type", "").startswith("text/plain"):
+                self._held = message
+                return
+        elif self._held is not None:
+            message = await self._problem(self._held, message)
+            self._held = None
+        await self._send(message)
+
+    async def _problem(self, start: Message, body: Message) -> Message:
+        text = bytes(body.get("body", b"")).decode(errors="replace")
+        detail = text or {416: "the range lies outside the content; Content-Range says how long it is"}.get(
+            start["status"], "the request was refused"
+        )
+        problem = problems.of_status(start["status"], detail, request_id=self._request_id)
+        content = problems.respond(problem).body
+        headers = MutableHeaders(raw=start["headers"])
+        headers["content-type"], headers["content-length"] = problems.MEDIA_TYPE, str(len(content))
+        await self._send(start)
+        return {"type": "http.response.body", "body": bytes(content)}
+
+
+class Bodies:
+    """Limits what a request may send, and reads what is left of a refused body before the refusal is sent.
+
+    A server that answers and closes while its client still sends resets the connection, and the client sees no answer.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_upload_bytes: int) -> None:
+        self.app = app
+        self.max_upload_bytes = max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        limit = self.max_upload_bytes if headers.get("content-type", "").startswith(FORM) else MAX_JSON_BYTES
+        body = _Body(receive, limit=limit, headers=headers)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                await body.drain()
+            await send(message)
+
+        await self.app(scope, body.receive, answer)
+
+
+class _Body:
+    def __init__(self, receive: Receive, *, limit: int, headers: Headers) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._length = headers.get("content-length", "")
+        self._empty = not self._length and "transfer-encoding" not in headers
+        self._waits = headers.get("expect", "").lower() == "100-continue"
+        self._read = 0
+        self._finished = self._empty
+
+    async def receive(self) -> Message:
+        if self._length.isdecimal() and int(self._length) > self._limit:
+            raise self._too_large()
+        message = await self._next()
+        if self._read > self._limit:
+            raise self._too_large()
+        return message
+
+    async def drain(self) -> None:
+        """Read what the client still sends, within bounds; one that waits for leave to send is sending nothing."""
+        if self._finished or (self._waits and not self._read):
+            return
+        before = self._read
+        try:
+            async with asyncio.timeout(MAX_DRAIN):
+                while not self._finished and self._read - before < MAX_DRAINED_BYTES:
+                    await self._next()
+        except TimeoutError:
+            return
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._read += len(message.get("body", b""))
+            self._finished = not message.get("more_body", False)
+        else:
+            self._finished = True
+        return message
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"the body is larger than {self._limit:,} bytes: send less at once, or raise GRADSTORE_MAX_UPLOAD_BYTES"
+        )
+
+
+class Door:
+    """Lets in who may come in: with an API key, whoever has it; without one, programs of this machine.
+
+    Without a key, a web page open in a browser of this machine could send forms to the service, or read it through a
+    name that resolves to 127.0.0.1. So a request that names another origin or another host is refused.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+        self.app = app
+        self.api_key = api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        refusal = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        if refusal is None:
+            await self.app(scope, receive, send)
+            return
+        problem = problems.describe(refusal, request_id=scope["state"]["request_id"])
+        headers = {"WWW-Authenticate": "Bearer"} if isinstance(refusal, NotAuthenticated) else None
+        answer: Response = problems.respond(problem, headers)
+        await answer(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> NotAuthenticated | NotAllowed | None:
+        if self.api_key is not None:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.api_key.encode()):
+                return None
+            return NotAuthenticated("send the server's API key: Authorization: Bearer <GRADSTORE_API_KEY>")
+        host = headers.get("host", "")
+        if host and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            return NotAllowed(f"without an API key the service answers to this machine's own names only, not {host}")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return NotAllowed(f"a web page of {origin} may not use this service")
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own.
+
+    >>> is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, True, False)
+    """
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
+
+
+def _route(scope: Scope) -> str:
+    """The path's pattern: a metric for every id would never end."""
+    return str(getattr(scope.get("route"), "path", "unknown"))

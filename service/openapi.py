@@ -1,0 +1,92 @@
+"""The OpenAPI document: FastAPI's, with the answers that every route can give."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from gradstore.types import CheckpointRegister, Problem, TaskRegister
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import forms, problems
+from service.idempotency import HEADER
+
+DESCRIPTION = "Computes the gradient of every training example once, keeps it, and answers which examples help a task."
+BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, CheckpointRegister)
+"""Models that routes name by hand."""
+
+JOB_STARTED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The job exists and has finished; or, with `dry_run`, what it would cost."},
+    202: {
+        "description": "The job has been started, or is at work.",
+        "headers": {
+            "Location": {"description": "The job.", "schema": {"type": "string"}},
+            "Retry-After": {"description": "Seconds until it is worth asking.", "schema": {"type": "integer"}},
+        },
+    },
+}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The document, made once."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title="gradstore", version=app.version, description=DESCRIPTION, routes=app.routes)
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in BEYOND_FASTAPI], ref_template="#/components/schemas/{model}"
+        )
+        components = schema.setdefault("components", {})
+        components["schemas"] = definitions["$defs"] | components.get("schemas", {})
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(unused, None)
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{}, {"key": []}]
+        for path, operations in schema["paths"].items():
+            for method, operation in operations.items():
+                _complete(operation, path=path, method=method)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def upload(fields: type[BaseModel], *, file: str, also_json: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The `openapi_extra` of a route that takes a form with files called `file`, or a JSON body instead."""
+    schema = fields.model_json_schema()
+    binary = {"type": "string", "contentMediaType": "application/octet-stream"}
+    many = {"type": "array", "items": binary, "minItems": 1}
+    schema["properties"] = {file: many if file.endswith("s") else binary, **schema["properties"]}
+    schema["required"] = [file, *schema.get("required", [])]
+    content: dict[str, Any] = {forms.MEDIA_TYPE: {"schema": schema}}
+    if also_json is not None:
+        content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{also_json.__name__}"}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _complete(operation: dict[str, Any], *, path: str, method: str) -> None:
+    """Add the problems a route can answer with, and the header that every POST takes."""
+    statuses = {400, 401, 403, 422, 500, 503}
+    if "{" in path:
+        statuses.add(404)
+    if "requestBody" in operation:
+        statuses |= {404, 409, 413, 415}
+    if method in {"post", "patch", "delete"}:
+        statuses |= {409, 413}
+    if method == "post":
+        statuses.add(507)
+        operation.setdefault("parameters", []).append(
+            {
+                "name": HEADER,
+                "in": "header",
+                "required": False,
+                "description": "A text of your own: sent again with it, the request gets its first answer.",
+                "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+            }
+        )
+    answers = operation.setdefault("responses", {})
+    answers.pop("422", None)
+    for status in sorted(statuses):
+        answers[str(status)] = {
+            "description": HTTPStatus(status).phrase,
+            "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }

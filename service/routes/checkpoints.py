@@ -1,0 +1,128 @@
+"""Checkpoints: adapters with their optimizer state, brought from elsewhere or left by a fine-tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, Query, Response
+from fastapi.responses import StreamingResponse
+from gradstore.types import Checkpoint, CheckpointRegister, Name, Page, Precision, Rename
+from gradstore.types import Request as RequestBody
+from pydantic import Field
+
+from datastore import models
+from datastore.archives import allowed_path
+from datastore.checkpoints import base_model
+from datastore.errors import InvalidCheckpoint, PathNotAllowed
+from datastore.schema import CheckpointRow
+from service import zips
+from service.dependencies import Backend, BackendDep, Paging, Reference
+from service.forms import Form, form_or_json
+from service.openapi import upload
+from service.routing import noun
+from service.uploads import is_recorded, recording
+
+router = noun("checkpoints")
+
+
+class CheckpointForm(RequestBody):
+    """The fields beside the files."""
+
+    name: Name | None = None
+    model: str | None = None
+    """Base model; by default the one named in the adapter's own configuration."""
+    revision: str | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    """Mean learning rate of the epoch, the checkpoint's weight in the influence."""
+    step: int | None = Field(None, ge=0, lt=1 << 53)
+    precision: Precision = "float32"
+
+
+Sent = Annotated[Form | CheckpointRegister, Depends(form_or_json(CheckpointRegister))]
+ZIP: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The files.", "content": {"application/zip": {"schema": {"type": "string"}}}}
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=upload(CheckpointForm, file="files", also_json=CheckpointRegister),
+    responses={200: {"model": Checkpoint, "description": "The same checkpoint was stored already."}},
+)
+def create_checkpoint(backend: BackendDep, sent: Sent, response: Response) -> Checkpoint:
+    """Store an adapter folder of PEFT, the HF Trainer or LESS: its files or one zip, or JSON naming a server folder."""
+    if isinstance(sent, Form):
+        return _register(backend, sent.read(CheckpointForm, files=["files", "file"]), sent.content(), response)
+    return _register(backend, sent, allowed_path(sent.path, backend.settings.allowed_roots), response)
+
+
+@router.get("")
+def list_checkpoints(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[Checkpoint]:
+    """A page of checkpoints, newest first."""
+    return backend.catalog.checkpoints(limit=paging.limit, after=paging.after)
+
+
+@router.get("/{reference}")
+def get_checkpoint(backend: BackendDep, reference: Reference) -> Checkpoint:
+    """A checkpoint."""
+    return backend.catalog.checkpoint(reference)
+
+
+@router.get("/{reference}/content", response_class=StreamingResponse, responses=ZIP)
+def get_checkpoint_content(backend: BackendDep, reference: Reference) -> StreamingResponse:
+    """The adapter as a zip of a PEFT folder; of a full fine-tune, the model."""
+    return weights(backend, backend.catalog.checkpoint(reference).id)
+
+
+@router.patch("/{reference}")
+def rename_checkpoint(backend: BackendDep, reference: Reference, body: Rename) -> Checkpoint:
+    """Give a checkpoint another name, or none."""
+    return backend.catalog.checkpoint(backend.catalog.rename(CheckpointRow, reference, body.name))
+
+
+@router.delete("/{reference}", status_code=204)
+def delete_checkpoint(backend: BackendDep, reference: Reference) -> None:
+    """Delete a checkpoint; 409 while a run or something else needs it."""
+    backend.checkpoints.delete(backend.catalog.remove(CheckpointRow, reference))
+
+
+def weights(backend: Backend, checkpoint: str) -> StreamingResponse:
+    """The weights of a checkpoint as a zip."""
+    folder = backend.checkpoints.weights(checkpoint)
+    headers = {"ETag": f'"{checkpoint}"', "Content-Disposition": f'attachment; filename="{checkpoint}.zip"'}
+    return StreamingResponse(zips.stream(folder), media_type="application/zip", headers=headers)
+
+
+def _register(
+    backend: Backend, wanted: CheckpointForm | CheckpointRegister, folder: Path, response: Response
+) -> Checkpoint:
+    model = _allowed_model(backend, wanted.model, folder)
+    found = backend.checkpoints.register(
+        folder, model=model, revision=wanted.revision, learning_rate=wanted.learning_rate, step=wanted.step,
+        precision=wanted.precision, name=wanted.name,
+    )  # fmt: skip
+    known = is_recorded(backend.catalog, CheckpointRow, found.id)
+    with recording(backend.catalog, CheckpointRow, found.id, undo=lambda: backend.checkpoints.delete(found.id)):
+        checkpoint = backend.catalog.add_checkpoint(found)
+    response.status_code = 200 if known else 201
+    response.headers["Location"] = f"/checkpoints/{checkpoint.id}"
+    return checkpoint
+
+
+def _allowed_model(backend: Backend, model: str | None, folder: Path) -> str | None:
+    """The base model that was sent; without one, check that the one the files name may be read."""
+    roots = backend.settings.allowed_roots
+    if model is not None:
+        return models.resolve(model, roots=roots)
+    named = base_model(folder)
+    if named is not None:
+        try:
+            models.resolve(named, roots=roots)
+        except PathNotAllowed as error:
+            raise InvalidCheckpoint(
+                f"the adapter was trained on {named!r}, which is neither a hub id nor a folder that this server may "
+                "read; say where its base model is with `model`"
+            ) from error
+    return None

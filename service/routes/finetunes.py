@@ -1,0 +1,57 @@
+"""Fine-tunes: trainings on a selection, a dataset or a part of one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Query, Response
+from fastapi.responses import StreamingResponse
+from gradstore.types import Estimate, FinetuneJob, FinetuneRequest, Page, Rename
+
+from service.dependencies import BackendDep, Paging, Reference
+from service.openapi import JOB_STARTED
+from service.routes.checkpoints import ZIP, weights
+from service.routes.jobs import started, typed, typed_page
+from service.routing import noun
+
+router = noun("finetunes")
+
+
+@router.post("", status_code=202, responses=JOB_STARTED)
+def create_finetune(backend: BackendDep, body: FinetuneRequest, response: Response) -> FinetuneJob | Estimate:
+    """Fine-tune a model. The same request gives the same fine-tune; `dry_run=true` answers what it would cost."""
+    if body.dry_run:
+        response.status_code = 200
+        return backend.finetunes.estimate(body)
+    job, _ = backend.finetunes.start(body)
+    return started(backend, job, response, model=FinetuneJob)
+
+
+@router.get("")
+def list_finetunes(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[FinetuneJob]:
+    """A page of fine-tunes, newest first."""
+    return typed_page(backend.jobs.page(kind="finetune", limit=paging.limit, after=paging.after), FinetuneJob)
+
+
+@router.get("/{reference}")
+def get_finetune(backend: BackendDep, reference: Reference) -> FinetuneJob:
+    """A fine-tune, its loss curve and its checkpoints."""
+    return typed(backend.jobs.get(reference, kind="finetune"), FinetuneJob)
+
+
+@router.get("/{reference}/content", response_class=StreamingResponse, responses=ZIP)
+def get_finetune_content(backend: BackendDep, reference: Reference) -> StreamingResponse:
+    """The last checkpoint as a zip of a PEFT folder; of a full fine-tune, the model. 409 before it has succeeded."""
+    return weights(backend, backend.finetunes.last_checkpoint(reference))
+
+
+@router.patch("/{reference}")
+def rename_finetune(backend: BackendDep, reference: Reference, body: Rename) -> FinetuneJob:
+    """Give a fine-tune another name, or none."""
+    return typed(backend.jobs.rename(reference, body.name, kind="finetune"), FinetuneJob)
+
+
+@router.delete("/{reference}", status_code=204)
+def delete_finetune(backend: BackendDep, reference: Reference) -> None:
+    """Delete a fine-tune with its run and checkpoints; 409 while one of them is needed, or it is at work."""
+    backend.finetunes.remove(reference)

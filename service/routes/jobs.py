@@ -1,0 +1,87 @@
+"""Jobs of all kinds: look, follow, cancel, try again."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from anyio.to_thread import run_sync
+from fastapi import Query, Response
+from fastapi.responses import StreamingResponse
+from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page
+
+from service import events
+from service.dependencies import Backend, BackendDep, Paging, Reference
+from service.openapi import JOB_STARTED
+from service.routing import noun
+
+router = noun("jobs")
+JobT = TypeVar("JobT", bound=Job)  # type: ignore[type-arg]  # of any kind
+RETRY_AFTER = 1  # seconds
+
+
+class JobFilter(Paging):
+    """Which jobs are listed."""
+
+    kind: JobKind | None = None
+    status: JobStatus | None = None
+
+
+def started(backend: Backend, job: AnyJob, response: Response, *, model: type[JobT]) -> JobT:
+    """The answer to what started a job: 202 and where to look, or 200 where it has finished before."""
+    if job.finished:
+        response.status_code = 200
+    else:
+        response.headers["Location"] = f"/jobs/{job.id}"
+        response.headers["Retry-After"] = str(RETRY_AFTER)
+        if job.kind == "scoring":
+            backend.scorer.ring()
+        else:
+            backend.queue.ring(job.id, job.kind)
+    return typed(job, model)
+
+
+def typed(job: AnyJob, model: type[JobT]) -> JobT:
+    """The job with the request and result of its kind."""
+    return model.model_validate(job.model_dump())
+
+
+def typed_page(page: Page[AnyJob], model: type[JobT]) -> Page[JobT]:
+    """A page of jobs of one kind."""
+    return Page[model](data=[typed(job, model) for job in page.data], has_more=page.has_more)  # type: ignore[valid-type]
+
+
+@router.get("")
+def list_jobs(backend: BackendDep, wanted: Annotated[JobFilter, Query()]) -> Page[AnyJob]:
+    """A page of jobs, newest first."""
+    return backend.jobs.page(kind=wanted.kind, status=wanted.status, limit=wanted.limit, after=wanted.after)
+
+
+@router.get("/{reference}")
+def get_job(backend: BackendDep, reference: Reference) -> AnyJob:
+    """A job by id; by name, where only one job has it."""
+    return backend.jobs.get(reference)
+
+
+@router.post("/{reference}/cancel")
+def cancel_job(backend: BackendDep, reference: Reference) -> AnyJob:
+    """Stop a job. Its finished shards stay, and `retry` goes on from there. 409 where it has finished."""
+    return backend.jobs.cancel(reference)
+
+
+@router.post("/{reference}/retry", status_code=202, responses=JOB_STARTED)
+def retry_job(backend: BackendDep, reference: Reference, response: Response) -> AnyJob:
+    """Go on with a failed or cancelled job from its last finished shard; 409 for any other."""
+    return started(backend, backend.jobs.retry(reference), response, model=AnyJob)
+
+
+@router.get(
+    "/{reference}/events",
+    response_class=StreamingResponse,
+    responses={200: {"description": "The events.", "content": {events.MEDIA_TYPE: {"schema": {"type": "string"}}}}},
+)
+async def follow_job(backend: BackendDep, reference: Reference) -> StreamingResponse:
+    """The states of a job as server-sent events: `progress` at every change, and `finished`; data is the job."""
+    job = await run_sync(backend.jobs.get, reference)
+    states = events.job_events(lambda: backend.jobs.get(job.id), stopping=backend.stopping)
+    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}  # nginx would hold events back
+    return StreamingResponse(states, media_type=events.MEDIA_TYPE, headers=headers)

@@ -1,0 +1,77 @@
+"""What every route does beside its own work: the media types it takes, idempotency, entity tags.
+
+A route takes the media types that its entry in the OpenAPI document names, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.routing import APIRoute
+
+from service import forms, idempotency
+from service.dependencies import backend_of
+from service.problems import UnsupportedMediaType
+
+JSON = "application/json"
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class Route(APIRoute):
+    """A route of this API."""
+
+    def get_route_handler(self) -> Handler:
+        """Wrap the handler that FastAPI makes."""
+        answer = super().get_route_handler()
+        accepted = self._media_types()
+
+        async def handle(request: Request) -> Response:
+            if request.method == "GET":
+                return conditional(request, await answer(request))
+            media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if media_type == forms.MEDIA_TYPE and media_type in accepted:
+                async with forms.received(request, inside=backend_of(request).settings.data / "incoming") as form:
+                    request.state.form = form
+                    return await _once(request, form.fingerprint, answer)
+            body = await request.body()
+            if body and accepted and media_type not in accepted:
+                given = f", not {media_type}" if media_type else ""
+                raise UnsupportedMediaType(f"the body is sent as {' or '.join(sorted(accepted))}{given}")
+            return await _once(request, body, answer)
+
+        return handle
+
+    def _media_types(self) -> frozenset[str]:
+        documented = (self.openapi_extra or {}).get("requestBody", {}).get("content", {})
+        return frozenset(documented or ({JSON} if self.body_field else ()))
+
+
+def noun(collection: str) -> APIRouter:
+    """A router of routes below `/collection`."""
+    return APIRouter(prefix=f"/{collection}", tags=[collection], route_class=Route)
+
+
+def conditional(request: Request, response: Response) -> Response:
+    """The response with its entity tag, or 304 where the client has it already."""
+    if response.status_code != 200:
+        return response
+    tag = response.headers.get("etag")
+    if tag is None:
+        if isinstance(response, FileResponse | StreamingResponse):
+            return response
+        tag = f'"{hashlib.sha256(response.body).hexdigest()[:32]}"'
+        response.headers["ETag"] = tag
+    wanted = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
+    if tag in wanted or "*" in wanted:
+        return Response(status_code=304, headers={"ETag": tag})
+    return response
+
+
+async def _once(request: Request, content: bytes, answer: Handler) -> Response:
+    if request.method != "POST":
+        return await answer(request)
+    return await idempotency.once(request, backend_of(request).catalog, content=content, answer=lambda: answer(request))
