@@ -140,8 +140,8 @@ class FeatureStore:
         _check_fit(target, start, block)
         final = self._attempt(segment, start, attempt)
         with unfinished(self._unfinished, f"{segment}.{start}-{attempt}") as partial:
-            files = _write_chunks(partial, target.formats, start, sound(block))
-            manifest = _manifest(start, start + len(block.reasons), files)
+            block = sound(block)
+            manifest = _manifest(start, block, _write_chunks(partial, target.formats, start, block))
             write_file(partial / _MANIFEST, manifest)
             try:
                 placed = place(partial, final)
@@ -192,7 +192,7 @@ class FeatureStore:
         folder = self._folder(segment)
         if not folder.is_dir():
             raise NotFound("segment", segment, collection="/gradients")
-        return Segment(segment, folder / _GROUP)
+        return Segment(segment, folder / _GROUP, receipts=folder / "receipts")
 
     def view(self, segments: Sequence[str]) -> FeatureView:
         """The segments of a feature set as one, in this order. Raises `NotFound`."""
@@ -357,8 +357,9 @@ def _padded(values: NDArray[Any], each: ArrayFormat) -> NDArray[Any]:
     return body
 
 
-def _manifest(start: int, stop: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:
-    content = {"files": files, "start": start, "stop": stop}
+def _manifest(start: int, block: Block, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    texts = {str(start + row): reason for row, reason in block.excluded.items() if reason not in _CODES}
+    content = {"files": files, "reasons": texts, "start": start, "stop": start + len(block.reasons)}
     return json.dumps(content, sort_keys=True, indent=1).encode()
 
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from datastore.durable import place, sweep, unfinished, write_file
 from datastore.errors import Damaged
+from datastore.identity import content_id
 from datastore.influence import (
     Floats,
     Subtasks,
@@ -43,7 +44,7 @@ from datastore.influence import (
     usable_rows,
 )
 from datastore.segments import Rows
-from datastore.shards import CHUNK_ROWS, content_id
+from datastore.shards import CHUNK_ROWS
 
 log = logging.getLogger(__name__)
 

@@ -28,15 +28,15 @@ FORMAT_VERSION = 1
 CHECKSUM_BYTES = 4
 
 REASONS: Final[Mapping[int, str]] = {
-    1: "no supervised token is left",
-    2: "the loss is not finite",
-    3: "the gradient is not finite",
-    4: "the gradient is zero",
-    5: "the feature is not finite",
-    6: "the feature is zero",
-    254: "another reason, which the catalog has in words",
+    1: "no supervised token",
+    2: "loss is not finite",
+    3: "gradient is not finite",
+    4: "gradient is zero",
+    5: "feature is not finite",
+    6: "feature is zero",
+    254: "another reason",
 }
-"""Why a row has no feature, by its code in the array `reason`."""
+"""Why a row has no feature, by its code in the array `reason`; another reason's words are in the shard's receipt."""
 VALID, OTHER_REASON, NOT_WRITTEN = 0, 254, 255
 
 
@@ -117,6 +117,11 @@ class Rows(ABC):
 
     @property
     @abstractmethod
+    def reasons(self) -> dict[int, str]:
+        """The rows without a feature, and why."""
+
+    @property
+    @abstractmethod
     def edges(self) -> list[int]:
         """Rows at which a chunk begins, and the number of rows: between two of them `stored` copies nothing."""
 
@@ -167,17 +172,11 @@ class Rows(ABC):
         """Which rows have a feature (n,)."""
         return cast("NDArray[np.bool_]", self.column("reason") == VALID)
 
-    @property
-    def reasons(self) -> dict[int, str]:
-        """The rows without a feature, and why."""
-        codes = self.column("reason")
-        return {int(row): REASONS.get(int(codes[row]), REASONS[OTHER_REASON]) for row in np.flatnonzero(codes)}
-
 
 class Segment(Rows):
     """One Zarr group: an immutable range of rows."""
 
-    def __init__(self, name: str, group: Path) -> None:
+    def __init__(self, name: str, group: Path, *, receipts: Path) -> None:
         header = _header(group)
         self.name = name
         self.rows = int(header["rows"])
@@ -186,6 +185,7 @@ class Segment(Rows):
         self.recipe = cast("dict[str, Any]", header["recipe"])
         self.formats = array_formats(self.dim, self.dtype)
         self._chunks = _chunks(group, self.formats, self.rows)
+        self._receipts = receipts
         self._columns: dict[str, NDArray[Any]] = {}
 
     def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
@@ -201,6 +201,18 @@ class Segment(Rows):
                 raise Damaged(f"{self.name}: rows were never written; {_ADVICE}")
             self._columns[name] = column
         return self._columns[name]
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """See `Rows.reasons`."""
+        codes = self.column("reason")
+        texts = self._texts() if (codes == OTHER_REASON).any() else {}
+        return {int(row): texts.get(int(row), REASONS[int(codes[row])]) for row in np.flatnonzero(codes)}
+
+    def _texts(self) -> dict[int, str]:
+        """The words of reasons that have no code of their own."""
+        receipts = [_read_json(path) for path in self._receipts.glob("*.json")]
+        return {int(row): text for receipt in receipts for row, text in receipt["reasons"].items()}
 
     @property
     def edges(self) -> list[int]:
@@ -258,6 +270,12 @@ class FeatureView(Rows):
     def column(self, name: str) -> NDArray[Any]:
         """See `Rows.column`."""
         return np.concatenate([segment.column(name) for segment in self.segments])
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """See `Rows.reasons`."""
+        starts = zip(self._starts, self.segments, strict=False)
+        return {first + row: text for first, segment in starts for row, text in segment.reasons.items()}
 
     @property
     def edges(self) -> list[int]:

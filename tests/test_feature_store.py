@@ -215,7 +215,7 @@ def test_a_row_with_a_reason_is_zeros_and_not_valid(store: FeatureStore) -> None
     fill(store, SEGMENT, Block(block.features, block.norms, block.losses, block.tokens, reasons))
     segment = store.open(SEGMENT)
     assert np.flatnonzero(~segment.valid).tolist() == [3, 7]
-    assert segment.reasons == {3: REASONS[2], 7: REASONS[254]}
+    assert segment.reasons == {3: REASONS[2], 7: "the moon was full"}
     for row in (3, 7):
         assert not segment.stored(row, row + 1).any()
         for name in ("scales", "lengths", "norms", "losses"):
@@ -242,6 +242,22 @@ def test_a_number_that_is_none_gets_a_reason_although_the_worker_gave_none(
     assert sound(block).excluded == {5: reason}
     fill(store, SEGMENT, block)
     assert store.open(SEGMENT).reasons == {5: reason}
+
+
+def test_words_of_a_reason_are_found_in_any_shard_of_a_grown_set(store: FeatureStore) -> None:
+    for name in ("seg_a", "seg_b"):
+        block = block_of(2100)
+        reasons: list[str | None] = [None] * 2100
+        reasons[2050], reasons[1] = f"a tale of {name}", REASONS[4]
+        fill(store, name, Block(block.features, block.norms, block.losses, block.tokens, reasons))
+    found = store.view(["seg_a", "seg_b"]).reasons
+    assert found == {1: REASONS[4], 2050: "a tale of seg_a", 2101: REASONS[4], 4150: "a tale of seg_b"}
+
+
+def test_the_reasons_of_the_gradient_engine_have_codes() -> None:
+    engine = pytest.importorskip("worker.gradients")
+    own = {engine.LOSS_NOT_FINITE, engine.GRADIENT_NOT_FINITE, engine.GRADIENT_ZERO, engine.NOTHING_SUPERVISED}
+    assert own <= {*REASONS.values()}
 
 
 def test_a_workers_own_reason_stands(store: FeatureStore) -> None:
@@ -762,3 +778,28 @@ def test_a_full_disk_leaves_nothing_behind_and_the_attempt_can_be_repeated(tmp_p
     digest = store.write("seg_x", start=0, attempt=1, block=killed_block())
     store.publish("seg_x", start=0, attempt=1, digest=digest)
     assert_whole(store)
+
+
+# The document -------------------------------------------------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).resolve().parent.parent / "docs" / "on-disk-format.md").read_text()
+
+
+def test_the_documented_lines_read_a_segment(store: FeatureStore) -> None:
+    block = block_of(1500, size=1e-7)
+    block.features[9] = 0
+    fill(store, SEGMENT, block)
+    code = DOCUMENT.split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {"path": group_of(store)}
+    exec(code, names)  # noqa: S102 - the document's own lines
+    segment = store.open(SEGMENT)
+    np.testing.assert_array_equal(np.asarray(names["features"]), segment.features(0, 1500))
+    np.testing.assert_array_equal(np.asarray(names["valid"]), segment.valid)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(names["directions"]), axis=1), 1, rtol=1e-5)
+
+
+def test_the_document_names_every_array_and_reason() -> None:
+    for name in array_formats(DIM, "float16"):
+        assert f"| `{name}` |" in DOCUMENT
+    for code, text in REASONS.items():
+        assert f"| {code} | {text} |" in DOCUMENT

@@ -1,17 +1,12 @@
-"""Shards and names by content."""
+"""Shards."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.shards import CHUNK_ROWS, content_id, feature_id, plan, segment_id
-
-RECIPE = {"checkpoint": "ck_1", "kind": "adam", "dim": 8192, "learning": {"b": 1, "a": "é"}}
+from datastore.shards import CHUNK_ROWS, plan
 
 
 @given(rows=st.integers(0, 100_000), chunks=st.integers(1, 9))
@@ -35,44 +30,3 @@ def test_a_shard_is_a_whole_number_of_chunks(rows: int, chunks: int) -> None:
 def test_a_shard_that_splits_a_chunk_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="whole number of chunks"):
         plan(10, size=size)
-
-
-def test_a_segment_has_the_same_name_in_another_process() -> None:
-    code = f"from datastore.shards import segment_id\nprint(segment_id({RECIPE!r}, rows_hash='ds_1', start=0, stop=10))"
-    name = segment_id(RECIPE, rows_hash="ds_1", start=0, stop=10)
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == name
-    )
-
-
-def test_a_name_does_not_depend_on_the_order_of_the_recipe() -> None:
-    turned = dict(reversed(RECIPE.items()))
-    assert segment_id(turned, rows_hash="ds_1", start=0, stop=9) == segment_id(
-        RECIPE, rows_hash="ds_1", start=0, stop=9
-    )
-    assert feature_id(turned, rows_hash="ds_1") == feature_id(RECIPE, rows_hash="ds_1")
-
-
-def test_everything_that_a_segment_is_made_from_changes_its_name() -> None:
-    names = {
-        segment_id(RECIPE, rows_hash="ds_1", start=0, stop=9),
-        segment_id({**RECIPE, "dim": 4096}, rows_hash="ds_1", start=0, stop=9),
-        segment_id(RECIPE, rows_hash="ds_2", start=0, stop=9),
-        segment_id(RECIPE, rows_hash="ds_1", start=1, stop=9),
-        segment_id(RECIPE, rows_hash="ds_1", start=0, stop=8),
-    }
-    assert len(names) == 5
-
-
-def test_names_have_their_prefix_and_24_hex_digits() -> None:
-    for prefix, name in (
-        ("seg_", segment_id(RECIPE, rows_hash="ds_1", start=0, stop=9)),
-        ("feat_", feature_id(RECIPE, rows_hash="ds_1")),
-    ):
-        assert name.startswith(prefix)
-        assert len(bytes.fromhex(name.removeprefix(prefix))) == 12
-
-
-def test_a_number_that_json_does_not_know_is_refused() -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        content_id("seg", {"rate": float("nan")})
