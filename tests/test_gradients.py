@@ -1,0 +1,613 @@
+"""The gradient engine against float64 autograd of one example alone, on small models of several architectures.
+
+Only the engine's `features` is compared; the reference (model in double precision, one example, one backward pass, the
+formulas of LESS written out) shares no code with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from worker.batches import IGNORED, Encoded
+from worker.gradients import (
+    GRADIENT_NOT_FINITE,
+    GRADIENT_ZERO,
+    LOSS_NOT_FINITE,
+    NOTHING_SUPERVISED,
+    AdamForm,
+    Features,
+    GradientEngine,
+    GradientKind,
+    Moments,
+)
+from worker.models import use_gradient_checkpointing
+
+# peft 0.21 asks transformers 5.23 for an attribute under its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+VOCABULARY = 96
+BROKEN_TOKEN = VOCABULARY - 1  # in no row but the ones that ask for it
+PAD = 10**6  # outside every vocabulary: padding must not be looked up
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SHAPE,
+    "mistral": SHAPE | {"sliding_window": 8},
+    "qwen2": SHAPE,
+    "qwen3": SHAPE | {"tie_word_embeddings": True},
+    "gemma2": SHAPE | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.2,
+        "attn_pdrop": 0.2,  # on if anything left the model in training mode
+    },
+    "opt": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 32,
+        "init_std": 0.2,
+        "dropout": 0.2,  # a number of the layer's own, not a module
+    },
+    "mixtral": SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": SHAPE
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    "opt": {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(lengths: Sequence[int] = (9, 23, 4, 31, 12, 2, 17), *, seed: int = 3) -> list[Encoded]:
+    """Random tokens; the first third of each row is a prompt, and a hole in the middle another turn of the user."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        ids = torch.randint(1, BROKEN_TOKEN, (length,), generator=generator).tolist()
+        hole = range(length // 2, length // 2 + length // 6)
+        labels = [IGNORED if t < max(1, length // 3) or t in hole else token for t, token in enumerate(ids)]
+        made.append(Encoded(tuple(ids), tuple(labels)))
+    return made
+
+
+def base_model(architecture: str, **overrides: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def adapt(model: PreTrainedModel, **settings: Any) -> PeftModel:
+    """Put a LoRA on the model whose A and B are both random: at LoRA's usual start, B = 0, A has no gradient."""
+    settings = {"target_modules": ATTENTION, "r": 3, "lora_alpha": 6, "lora_dropout": 0.3} | settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def loss_of(model: torch.nn.Module, row: Encoded) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the features must be, from float64: `gradients` (n, p), flat in the order of named_parameters."""
+
+    gradients: torch.Tensor
+    losses: torch.Tensor
+
+
+def reference(model: PeftModel, examples: Sequence[Encoded]) -> Reference:
+    double = copy.deepcopy(model).double().eval()
+    double.get_base_model().set_experts_implementation("eager")  # the fused one has no double precision
+    gradients, losses = [], []
+    for row in examples:
+        loss = loss_of(double, row)
+        parts = torch.autograd.grad(loss, list(trainable(double).values()), allow_unused=True, materialize_grads=True)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+        losses.append(loss.detach())
+    return Reference(torch.stack(gradients), torch.stack(losses))
+
+
+def train(model: PeftModel, *, steps: int = 12) -> Moments:
+    """Take real AdamW steps and return its moments by name."""
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
+    batches = rows([12, 20, 7, 28], seed=11)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]  # torch's
+        optimizer.step()
+    optimizer.zero_grad()
+    state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    return Moments(
+        exp_avg={name: values["exp_avg"] for name, values in state.items()},
+        exp_avg_sq={name: values["exp_avg_sq"] for name, values in state.items()},
+        step=steps,
+    )
+
+
+@cache
+def trained(architecture: str) -> tuple[PeftModel, Moments, Reference]:
+    """A model after twelve steps, its moments, and the reference of `rows()`; not to be changed."""
+    model = adapt(base_model(architecture), **ADAPTERS.get(architecture, {}))
+    moments = train(model.eval())
+    return model, moments, reference(model, rows())
+
+
+def flat(moments: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([moment.double().flatten() for moment in moments.values()])
+
+
+def direction(gradients: torch.Tensor, kind: str, adam: str, moments: Moments) -> torch.Tensor:
+    """LESS's formulas, as its specification writes them, in float64."""
+    if kind == "sgd":
+        return gradients
+    m = 0.9 * flat(moments.exp_avg) + (1 - 0.9) * gradients
+    v = 0.999 * flat(moments.exp_avg_sq) + (1 - 0.999) * gradients**2
+    if adam == "less":
+        return m / torch.sqrt(v + 1e-8)
+    step = moments.step + 1
+    return (m / (1 - 0.9**step)) / (torch.sqrt(v / (1 - 0.999**step)) + 1e-8)
+
+
+def whole(model: PeftModel, *, kind: GradientKind = "sgd", **settings: Any) -> GradientEngine:
+    """An engine that does not project."""
+    count = sum(parameter.numel() for parameter in trainable(model).values())
+    return GradientEngine(model, kind=kind, projection="none", dims=[count], **settings)
+
+
+def only(features: Features) -> NDArray[np.float32]:
+    (array,) = features.by_dim.values()
+    return array
+
+
+def run(engine: GradientEngine, examples: Sequence[Encoded], *, token_budget: int = 80) -> Features:
+    return engine.features(examples, pad_id=PAD, token_budget=token_budget)
+
+
+def relative_error(got: NDArray[np.float32] | torch.Tensor, wanted: NDArray[np.float32] | torch.Tensor) -> float:
+    """Largest over the rows of ‖got − wanted‖ / ‖wanted‖."""
+    got, wanted = torch.as_tensor(got).double(), torch.as_tensor(wanted).double()
+    return float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+# Correctness ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "adam"), [("sgd", "less"), ("adam", "less"), ("adam", "exact")])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_feature_is_the_float64_gradient_of_its_example_alone(
+    architecture: str, kind: GradientKind, adam: AdamForm
+) -> None:
+    model, moments, truth = trained(architecture)
+    engine = whole(model, kind=kind, adam=adam, moments=moments)
+    features = run(engine, rows())
+    wanted = direction(truth.gradients, kind, adam, moments)
+    assert engine.one_at_a_time == []
+    assert features.reasons == [None] * len(rows())
+    assert relative_error(only(features), wanted) < 1e-5
+    assert np.allclose(features.norms, wanted.norm(dim=1), rtol=1e-5)
+    assert np.allclose(features.losses, truth.losses, rtol=1e-5)
+    assert features.tokens.tolist() == [sum(label != IGNORED for label in row.labels) for row in rows()]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_signs_are_those_of_the_float64_gradient_wherever_it_is_not_tiny(architecture: str) -> None:
+    model, _, truth = trained(architecture)
+    features = run(whole(model, kind="sign"), rows())
+    decided = truth.gradients.abs() > 1e-5 * truth.gradients.abs().amax(1, keepdim=True)
+    assert decided.float().mean() > 0.5
+    assert torch.equal(torch.as_tensor(only(features)).double()[decided], truth.gradients.sign()[decided])
+    assert np.allclose(features.norms, np.linalg.norm(only(features), axis=1), rtol=1e-6)
+
+
+def test_eager_attention_gives_the_same_features() -> None:
+    model = adapt(base_model("llama", attn_implementation="eager"))
+    assert model.config._attn_implementation == "eager"
+    assert relative_error(only(run(whole(model), rows())), reference(model, rows()).gradients) < 1e-5
+
+
+def special_adapters() -> dict[str, tuple[str, dict[str, Any], bool]]:
+    """Name → architecture, LoRA settings, and whether all examples of a batch still go together."""
+    biased = {"target_modules": ["q_proj", "v_proj"]}
+    return {
+        "a bias of LoRA's own": ("qwen2", biased | {"lora_bias": True}, True),
+        "trained biases of the base": ("qwen2", biased | {"bias": "lora_only"}, True),
+        "a trained output layer": ("llama", {"modules_to_save": ["lm_head"]}, True),
+        "LoRA on the output layer": ("llama", {"target_modules": ["q_proj", "lm_head"]}, True),
+        "rank-stabilised LoRA on all linear layers": (
+            "llama",
+            {"target_modules": "all-linear", "use_rslora": True},
+            True,
+        ),
+        "DoRA": ("llama", {"use_dora": True}, False),
+        "trained biases of a Conv1D": (
+            "gpt2",
+            {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True},
+            False,
+        ),
+        "LoRA on the embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, False),
+        "trained norms": ("llama", {"modules_to_save": ["input_layernorm"]}, False),
+        "LoRA on fused experts": ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj"]}, False),
+        "LoRA on flattened tokens": ("qwen2_moe", {"target_modules": ["shared_expert.up_proj"]}, False),
+    }
+
+
+@pytest.mark.parametrize("name", special_adapters())
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_whatever_else_an_adapter_trains_is_covered_exactly(name: str) -> None:
+    architecture, settings, together = special_adapters()[name]
+    model = adapt(base_model(architecture), **({"lora_dropout": 0.0} | settings))
+    truth = reference(model, rows())
+    engine = whole(model)
+    features = run(engine, rows())
+    assert relative_error(only(features), truth.gradients) < 1e-5
+    assert (engine.one_at_a_time == []) == together
+    assert set(engine.one_at_a_time) <= set(trainable(model))
+    assert relative_error(only(run(engine, rows())), truth.gradients) < 1e-5, "the second time"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Twice(torch.nn.Module):
+    """A decoder layer that is gone through twice."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: torch.Tensor, **settings: Any) -> Any:
+        return self.layer(self.layer(hidden, **settings), **settings)
+
+
+@pytest.mark.parametrize("where", ["in two places", "in one place"])
+def test_a_layer_used_twice_is_covered_exactly(where: str) -> None:
+    base = base_model("llama")
+    base.model.layers[1] = base.model.layers[0] if where == "in two places" else Twice(base.model.layers[1])
+    model = adapt(base)
+    engine = whole(model)
+    assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
+    assert engine.one_at_a_time
+
+
+def test_adam_moves_parameters_that_the_loss_does_not_depend_on() -> None:
+    """The last layer's o_proj is cut off; its Γ is β₁m / √(β₂v + ε), not 0."""
+    model, moments, _ = trained("llama")
+    model = copy.deepcopy(model)
+    layer = model.get_base_model().model.layers[1].self_attn
+    layer.o_proj.forward = layer.o_proj.base_layer.forward
+    truth = reference(model, rows())
+    features = run(whole(model, kind="adam", moments=moments), rows())
+    unused = [name for name in moments.exp_avg if "layers.1.self_attn.o_proj" in name]
+    start = list(moments.exp_avg).index(unused[0])
+    first = sum(moment.numel() for moment in list(moments.exp_avg.values())[:start])
+    assert truth.gradients[:, first].abs().max() == 0
+    assert np.abs(only(features)[:, first]).min() > 0
+    assert relative_error(only(features), direction(truth.gradients, "adam", "less", moments)) < 1e-5
+
+
+# What must not matter -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_batch_size_and_order_do_not_change_a_feature(architecture: str, kind: GradientKind) -> None:
+    model, moments, _ = trained(architecture)
+    engine = GradientEngine(model, kind=kind, moments=moments, dims=[512])
+    examples = rows()
+    usual = run(engine, examples)
+    for order in (range(len(examples)), (6, 2, 4, 0, 5, 3, 1)):
+        for token_budget in (1, 40, 10_000):
+            again = run(engine, [examples[row] for row in order], token_budget=token_budget)
+            assert relative_error(only(again), only(usual)[list(order)]) < 1e-5
+            assert np.allclose(again.norms, usual.norms[list(order)], rtol=1e-5)
+
+
+def test_the_same_plan_twice_gives_the_same_bytes() -> None:
+    model, moments, _ = trained("llama")
+    first, second = (
+        run(GradientEngine(copy.deepcopy(model), kind="adam", moments=moments, dims=[512, 64]), rows())
+        for _ in range(2)
+    )
+    for dim in (512, 64):
+        assert first.by_dim[dim].tobytes() == second.by_dim[dim].tobytes()
+    assert first.norms.tobytes() == second.norms.tobytes()
+    assert first.losses.tobytes() == second.losses.tobytes()
+
+
+def test_several_dims_in_one_pass_are_each_alone() -> None:
+    model, moments, _ = trained("llama")
+    for projection in ("blocks", "rademacher"):
+        settings: dict[str, Any] = {"kind": "adam", "moments": moments, "projection": projection, "seed": 4}
+        together = run(GradientEngine(model, dims=[96, 700], **settings), rows())
+        for dim in (96, 700):
+            alone = run(GradientEngine(model, dims=[dim], **settings), rows())
+            assert relative_error(together.by_dim[dim], only(alone)) < 1e-5
+
+
+def test_layers_taken_in_small_slices_of_the_batch_give_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moments, _ = trained("llama")
+    engine = GradientEngine(model, kind="adam", moments=moments, dims=[128])
+    usual = run(engine, rows())
+    monkeypatch.setattr("worker.gradients.GRADIENT_ELEMENTS", 1)
+    monkeypatch.setattr("worker.gradients.LOGIT_ELEMENTS", 1)
+    assert relative_error(only(run(engine, rows())), only(usual)) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(architecture: str) -> None:
+    model, moments, _ = trained(architecture)
+    usual = run(GradientEngine(model, kind="adam", moments=moments, dims=[256]), rows(), token_budget=10_000)
+    model = copy.deepcopy(model)
+    use_gradient_checkpointing(model)
+    engine = GradientEngine(model, kind="adam", moments=moments, dims=[256])
+    calls = []
+    (layer, *_) = [
+        module for name, module in model.named_modules() if name.endswith(("mlp.c_fc", "mlp.up_proj", "fc1"))
+    ]
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    again = run(engine, rows(), token_budget=10_000)
+    assert len(calls) == 2, "once forward and once more on the way back"
+    assert relative_error(only(again), only(usual)) < 1e-6
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = adapt(base_model("llama"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+    def fail(_done: int) -> None:
+        raise InterruptedError
+
+    engine = whole(model)
+    hooked = next(module for name, module in model.named_modules() if name.endswith("lora_A.default"))
+    hooked.forward = own = lambda inputs: type(hooked).forward(hooked, inputs)  # as accelerate's hooks do
+    run(engine, rows())
+    with pytest.raises(InterruptedError):
+        engine.features(rows(), pad_id=PAD, token_budget=80, on_batch=fail)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert frozen == [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert [module for module in model.modules() if "forward" in vars(module)] == [hooked]
+    assert hooked.forward is own
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+def test_a_gradient_left_from_training_is_not_taken_for_a_part_of_a_feature() -> None:
+    model = adapt(base_model("llama"))
+    loss_of(model, rows()[0]).backward()  # type: ignore[no-untyped-call]  # torch's
+    engine = whole(model)
+    assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
+    assert engine.one_at_a_time == []
+
+
+# Fidelity -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", ["blocks", "rademacher"])
+def test_projected_inner_products_match_the_unprojected_ones_within_the_bound(projection: Any) -> None:
+    """For unit x and y both maps have E⟨φx, φy⟩ = ⟨x, y⟩ and Var ≤ (1 + ⟨x, y⟩²)/k ≤ 2/k.
+
+    By Chebyshev a pair misses by √(2/(kδ)) with a probability of at most δ; with δ = 1 % / 28 pairs, no pair does so
+    with a probability of 99 %. And over pairs and ten seeds the error's root mean square is within 1.1 times that of
+    the variance.
+    """
+    k, seeds = 2048, range(10)
+    model, moments, truth = trained("llama")
+    unit = torch.nn.functional.normalize(direction(truth.gradients, "adam", "less", moments), dim=1)
+    pairs = torch.triu_indices(len(unit), len(unit))
+    cosines = (unit @ unit.T)[pairs[0], pairs[1]]
+    errors = []
+    for seed in seeds:
+        engine = GradientEngine(model, kind="adam", moments=moments, projection=projection, dims=[k], seed=seed)
+        features = run(engine, rows())
+        image = torch.as_tensor(only(features) / features.norms[:, None]).double()
+        errors.append((image @ image.T)[pairs[0], pairs[1]] - cosines)
+    stacked = torch.stack(errors)
+    assert len(cosines) == 28
+    assert stacked[0].abs().max() <= (2 / (k * 0.01 / 28)) ** 0.5
+    assert stacked.square().mean() <= 1.1**2 * ((1 + cosines.square()) / k).mean()
+    assert stacked.abs().max() > 0
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_nearly_the_features_of_single_precision(precision: torch.dtype) -> None:
+    """float16 has 6e-8 as its smallest number: without a scaled loss a long row's gradients would vanish in it."""
+    examples = rows([60, 9, 64])
+    base = base_model("llama")
+    base.lm_head.weight.data *= 3e-5  # small gradients
+    model = adapt(base)
+    wanted = torch.as_tensor(only(run(whole(model), examples)))
+    base.to(precision)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()  # as PEFT keeps adapters
+    got = run(whole(model), examples)
+    assert got.reasons == [None] * 3
+    similarity = torch.nn.functional.cosine_similarity(torch.as_tensor(only(got)), wanted)
+    assert similarity.min() > 0.99
+
+
+# Rows without a feature -----------------------------------------------------------------------------------------------
+
+
+def beginning_with(token: int, row: Encoded) -> Encoded:
+    return Encoded((token, *row.input_ids[1:]), row.labels)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(float("nan"), LOSS_NOT_FINITE), (float("inf"), LOSS_NOT_FINITE), (0.0, GRADIENT_NOT_FINITE)]
+)
+@pytest.mark.parametrize("kind", ["sgd", "adam", "sign"])
+def test_a_row_that_is_not_finite_is_named_and_touches_no_other(kind: GradientKind, value: float, reason: str) -> None:
+    """A first token of zeros stays zero through all layers, and each norm without an ε to speak of divides by it:
+    nothing in the forward pass, and 10¹⁹ each on the way back.
+    """
+    model = adapt(base_model("llama", rms_norm_eps=1e-38))
+    moments = train(model.eval())
+    engine = GradientEngine(model, kind=kind, moments=moments, dims=[256])
+    examples = [beginning_with(BROKEN_TOKEN, row) if n in {1, 4} else row for n, row in enumerate(rows())]
+    healthy = run(engine, examples, token_budget=10_000)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BROKEN_TOKEN] = value
+    features = run(engine, examples, token_budget=10_000)
+    others = [0, 2, 3, 5, 6]
+    assert [features.reasons[n] for n in (1, 4)] == [reason] * 2
+    assert [features.reasons[n] for n in others] == [None] * 5
+    assert only(features)[others].tobytes() == only(healthy)[others].tobytes()
+    assert not only(features)[[1, 4]].any()
+    assert np.isfinite(features.losses).all()
+    assert not features.norms[[1, 4]].any()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "sign"])
+def test_a_zero_gradient_is_named_even_where_adam_would_step(kind: GradientKind) -> None:
+    """LoRA on q and k gives a row of two tokens none: its only prediction is made where attention has no choice."""
+    model = adapt(base_model("llama", attn_implementation="eager"), target_modules=["q_proj", "k_proj"])
+    moments = train(model.eval())
+    features = run(whole(model, kind=kind, moments=moments), rows(), token_budget=10_000)
+    lengths = [len(row.input_ids) for row in rows()]
+    assert [reason for reason, length in zip(features.reasons, lengths, strict=True) if length == 2] == [GRADIENT_ZERO]
+    assert [reason for reason, length in zip(features.reasons, lengths, strict=True) if length > 2] == [None] * 6
+    assert not only(features)[lengths.index(2)].any()
+    assert features.losses[lengths.index(2)] > 0
+
+
+def test_a_row_with_nothing_supervised_is_named_and_touches_no_other() -> None:
+    model, _, truth = trained("llama")
+    examples = rows()
+    silent = Encoded(examples[1].input_ids, (IGNORED,) * len(examples[1].labels))
+    first_only = Encoded((5, 6), (5, IGNORED))  # nothing predicts the first token
+    features = run(whole(model), [silent, *examples, first_only, Encoded((5,), (5,))])
+    assert features.reasons == [NOTHING_SUPERVISED, *[None] * len(examples), NOTHING_SUPERVISED, NOTHING_SUPERVISED]
+    assert features.tokens[[0, -2, -1]].tolist() == [0, 0, 0]
+    assert relative_error(only(features)[1:-2], truth.gradients) < 1e-5
+
+
+def test_no_rows_give_no_features() -> None:
+    model, _, _ = trained("llama")
+    features = run(GradientEngine(model, kind="sgd", dims=[16]), [])
+    assert features.by_dim[16].shape == (0, 16)
+    assert features.reasons == []
+
+
+# The edges ------------------------------------------------------------------------------------------------------------
+
+
+def test_on_batch_hears_how_many_rows_are_done() -> None:
+    model, _, _ = trained("llama")
+    heard: list[int] = []
+    examples = [*rows(), Encoded((5,), (5,))]
+    GradientEngine(model, kind="sgd", dims=[16]).features(examples, pad_id=PAD, token_budget=40, on_batch=heard.append)
+    assert heard == sorted(set(heard))
+    assert heard[-1] == len(examples)
+    assert len(heard) > 2
+
+
+def broken_moments() -> dict[str, tuple[Moments | None, str]]:
+    _, moments, _ = trained("llama")
+    name = next(iter(moments.exp_avg))
+    m, v = dict(moments.exp_avg), dict(moments.exp_avg_sq)
+    without = {key: value for key, value in m.items() if key != name}
+    return {
+        "none": (None, "needs Adam's moments"),
+        "missing": (Moments(without, v, 1), rf"exp_avg\) lack the trainable parameter '{name}'"),
+        "extra": (Moments(m, v | {"other": v[name]}, 1), r"exp_avg_sq\) name what is no trainable parameter: 'other'"),
+        "shape": (Moments(m | {name: m[name].T}, v, 1), "the moments belong to another adapter"),
+        "nan": (Moments(m | {name: m[name] * float("nan")}, v, 1), "not finite"),
+        "negative": (Moments(m, v | {name: v[name] - 1}, 1), "negative"),
+        "step": (Moments(m, v, -1), "step is -1"),
+    }
+
+
+@pytest.mark.parametrize("fault", ["none", "missing", "extra", "shape", "nan", "negative", "step"])
+def test_moments_that_do_not_fit_are_refused(fault: str) -> None:
+    model, _, _ = trained("llama")
+    moments, message = broken_moments()[fault]
+    with pytest.raises(ValueError, match=message):
+        GradientEngine(model, kind="adam", moments=moments, dims=[16])
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    model = adapt(base_model("llama"))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        GradientEngine(model, kind="sgd", dims=[16])
+
+
+def test_the_engine_imports_with_torch_transformers_peft_and_numpy_alone() -> None:
+    """A bare GPU machine runs it; the service's and the store's libraries are not there."""
+    code = (
+        "import sys, worker.gradients, worker.models, worker.projection;"
+        "print(*{'gradstore', 'fastapi', 'celery', 'sqlalchemy', 'zarr', 'pyarrow', 'faiss'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_gpu_gives_the_same_features(kind: GradientKind) -> None:
+    model, moments, _ = trained("llama")
+    wanted = run(GradientEngine(model, kind=kind, moments=moments, dims=[512]), rows())
+    on_gpu = copy.deepcopy(model).to("cuda")
+    got = run(GradientEngine(on_gpu, kind=kind, moments=moments, dims=[512]), rows())
+    assert relative_error(only(got), only(wanted)) < 1e-5
