@@ -80,8 +80,8 @@ def _turns(name: str, prompt: _Prompt) -> list[TaskExample]:
     rows = []
     for number, (asked, answer) in enumerate(prompt.blocks):
         others = prompt.blocks[:number] + prompt.blocks[number + 1 :]
-        said = re.findall(PATTERN, answer)
-        rows.append(_row(f"{name}_{number}", name, prompt.user(asked, others), answer, said[-1] if said else answer))
+        said = re.search(PATTERN, answer)
+        rows.append(_row(f"{name}_{number}", name, prompt.user(asked, others), answer, said[1] if said else answer))
     return rows
 
 

@@ -7,7 +7,7 @@ name, all of it to select for. JSON arrays and Parquet are read too, gzipped or 
     metric    choice, exact_match, token_f1 or none; by default choice with `choices`, exact_match with `pattern`
     choices   texts that may stand in the place of the answer (the last assistant content, or the completion)
     answers   a text or a list of them; by default the row's own answer (what `pattern` finds in it)
-    pattern   regular expression; its last match (first group, where it has one) in a generated text is the answer
+    pattern   regular expression; its first match (first group, where it has one) in a generated text is the answer
 
 A message of an assistant may have a `prefix`: the beginning of its turn that is given to the model and not learnt.
 """
@@ -147,10 +147,10 @@ def _answers(
 def _own_answer(metric: Metric, answer: str, pattern: str | None) -> str:
     if metric != "exact_match" or pattern is None:
         return answer
-    matches = list(re.finditer(pattern, answer))
-    if not matches:
+    match = re.search(pattern, answer)
+    if match is None:
         raise _Wrong("pattern finds nothing in the row's own answer, and there are no answers")
-    return matches[-1][1 if matches[-1].re.groups else 0] or ""
+    return match[1 if match.re.groups else 0] or ""
 
 
 READER = Jsonl()

@@ -40,7 +40,7 @@ class TaskExample:
     answers: tuple[str, ...] = ()
     """Right answers: one of `choices`, or what a generated text is compared with."""
     pattern: str | None = None
-    """`exact_match`: the regular expression whose last match (its first group) in a generated text is the answer."""
+    """`exact_match`: the regular expression whose first match (its first group) in a generated text is the answer."""
 
 
 @dataclass(frozen=True)
