@@ -1,0 +1,452 @@
+"""Each call of the API once, as a pure function: arguments → request. Nothing is sent here.
+
+A function returns a `Call`: method, path, parameters, body, and the type of the answer. Arguments that are left out
+are not sent, so that every default is the server's. What takes several requests (waiting, pages, downloads) is in
+`_flows.py`; `client.py` puts the functions under their names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Required, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
+
+from pydantic import BaseModel
+
+from gradstore._uploads import PathOrFile, Upload, source
+from gradstore.results import EvaluationJob, FinetuneJob, Selection
+from gradstore.types import (
+    AdamForm,
+    Aggregate,
+    AnyJob,
+    Checkpoint,
+    Estimate,
+    FeatureDtype,
+    GradientKind,
+    GradientsJob,
+    Health,
+    JobKind,
+    JobStatus,
+    LoraSettings,
+    Method,
+    Page,
+    Precision,
+    ProjectionName,
+    Quantisation,
+    Run,
+    Scores,
+    Task,
+    TaskKind,
+    TemplateName,
+    UploadedDataset,
+)
+
+AnswerT = TypeVar("AnswerT")
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+INGESTING = 3600.0  # seconds a server may take to read through an upload after its last byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Generic[AnswerT]):
+    """One request, and the type of its answer."""
+
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
+    path: str
+    answer: type[AnswerT] | None
+    """Model of the JSON answer; None where there is no body, or one that is not JSON."""
+    params: tuple[tuple[str, str], ...] = ()
+    json: Mapping[str, Any] | None = None
+    upload: Upload | None = None
+    accept: str = "application/json"
+    timeout: float | None = None
+    """Seconds the server may take between two bytes; None: what the client was made with."""
+
+
+# The same for every noun ------------------------------------------------------------------------------------------
+
+
+def getter(collection: str, body: type[BodyT]) -> Callable[[str], Call[BodyT]]:
+    """Make the call that gets one resource."""
+
+    def get(name: str, /) -> Call[BodyT]:
+        """Get the one with this id or name."""
+        return Call(method="GET", path=_path(collection, name), answer=body)
+
+    return get
+
+
+def renamer(collection: str, body: type[BodyT]) -> Callable[[str, str | None], Call[BodyT]]:
+    """Make the call that renames one resource."""
+
+    def rename(name: str, new: str | None, /) -> Call[BodyT]:
+        """Give the one with this id or name another name; None takes its name away."""
+        return Call(method="PATCH", path=_path(collection, name), json={"name": new}, answer=body)
+
+    return rename
+
+
+def deleter(collection: str) -> Callable[[str], Call[None]]:
+    """Make the call that deletes one resource."""
+
+    def delete(name: str, /) -> Call[None]:
+        """Delete the one with this id or name; Conflict while something else needs it."""
+        return Call(method="DELETE", path=_path(collection, name), answer=None)
+
+    return delete
+
+
+def lister(collection: str, page: type[Page[BodyT]]) -> Callable[[], Call[Page[BodyT]]]:
+    """Make the call that gets a page of a collection."""
+
+    def list_all() -> Call[Page[BodyT]]:
+        """Iterate over all of them, the newest first."""
+        return Call(method="GET", path=_path(collection), answer=page)
+
+    return list_all
+
+
+# Datasets ---------------------------------------------------------------------------------------------------------
+
+
+def datasets_upload(
+    file: PathOrFile,
+    *,
+    name: str | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    append_to: str | None = None,
+    replace: bool = False,
+    filename: str | None = None,
+    progress: bool = False,
+) -> Call[UploadedDataset]:
+    """Upload a JSONL, JSON or Parquet file, streamed; the same rows again give the same dataset.
+
+    `on_error="skip"` takes the good rows and reports the others. `append_to` names a dataset whose rows come first.
+    `replace` moves a name that other rows have. `filename` is the name an open file is known by; a row without a
+    `dataset` field has it as its origin. Raises `Invalid` with the bad lines, and then nothing is stored.
+    """
+    form = _form(name=name, on_error=on_error, append_to=append_to, replace=replace)
+    return _uploading("datasets", UploadedDataset, file, "file", form, filename=filename, progress=progress)
+
+
+def datasets_content(dataset: str, /, *, source: str | None = None) -> Call[None]:
+    """Get the original rows, one per line; with `source` one uploaded file, byte for byte, by its SHA-256."""
+    return _content(_path("datasets", dataset, "content"), _params(source=source))
+
+
+# Tasks ------------------------------------------------------------------------------------------------------------
+
+
+def tasks_upload(
+    path: PathOrFile, *, name: str, kind: TaskKind, replace: bool = False, progress: bool = False
+) -> Call[Task]:
+    """Upload a task's files: one file, a zip, or a folder, which is zipped while it is sent."""
+    form = _form(name=name, kind=kind, replace=replace)
+    return _uploading("tasks", Task, path, "files", form, progress=progress)
+
+
+def tasks_register(path: str | os.PathLike[str], *, name: str, kind: TaskKind, replace: bool = False) -> Call[Task]:
+    """Register a task that lies in a folder or file of the server, inside an allowed root."""
+    return _post("tasks", Task, path=os.fspath(path), name=name, kind=kind, replace=replace)
+
+
+# Checkpoints and runs -----------------------------------------------------------------------------------------------
+
+
+class CheckpointFields(TypedDict, total=False):
+    """What the adapter's own files do not say, see `gradstore.types.CheckpointRegister`."""
+
+    name: str | None
+    model: str | None
+    revision: str | None
+    learning_rate: float | None
+    step: int | None
+    precision: Precision | None
+
+
+def checkpoints_upload(
+    folder: PathOrFile, *, progress: bool = False, **fields: Unpack[CheckpointFields]
+) -> Call[Checkpoint]:
+    """Upload an adapter folder (PEFT, HF Trainer or LESS layout) or a zip of one."""
+    form = _form(**fields)
+    return _uploading("checkpoints", Checkpoint, folder, "files", form, progress=progress)
+
+
+def checkpoints_register(path: str | os.PathLike[str], **fields: Unpack[CheckpointFields]) -> Call[Checkpoint]:
+    """Register an adapter folder that lies on the server, inside an allowed root."""
+    return _post("checkpoints", Checkpoint, path=os.fspath(path), **fields)
+
+
+def runs_create(checkpoints: Sequence[str], *, name: str | None = None) -> Call[Run]:
+    """Group checkpoints of one base model into a run, in this order."""
+    return _post("runs", Run, checkpoints=_many(checkpoints), **_given(name=name))
+
+
+# Gradients --------------------------------------------------------------------------------------------------------
+
+
+class GradientsFields(TypedDict, total=False):
+    """The fields of `gradstore.types.GradientsRequest`, which describes them and has their defaults."""
+
+    dataset: str | None
+    task: str | None
+    run: str | None
+    checkpoints: str | Sequence[str] | None
+    kind: GradientKind | None
+    adam: AdamForm | None
+    dims: int | Sequence[int] | None
+    projection: ProjectionName | None
+    seed: int | None
+    dtype: FeatureDtype | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | None
+    gradient_checkpointing: bool | None
+    token_budget: int | None
+    name: str | None
+
+
+def gradients_create(**fields: Unpack[GradientsFields]) -> Call[GradientsJob]:
+    """Compute the projected gradient of every row of a dataset, or of a task's validation rows; rows that have one
+    already are not computed again."""
+    return _post("gradients", GradientsJob, **_lists(fields))
+
+
+def gradients_estimate(**fields: Unpack[GradientsFields]) -> Call[Estimate]:
+    """Say what `create` with the same arguments would cost, and start nothing."""
+    return _post("gradients", Estimate, **_lists(fields), dry_run=True)
+
+
+# Selection --------------------------------------------------------------------------------------------------------
+
+
+class Question(TypedDict, total=False):
+    """Which scores are meant; with one candidate in the store the rest may be left out, with several `Conflict` lists
+    them."""
+
+    task: Required[str | Sequence[str]]
+    dataset: str | Sequence[str] | None
+    run: str | None
+    checkpoint: str | Sequence[str] | None
+    kind: GradientKind | None
+    dim: int | None
+    dtype: FeatureDtype | None
+    projection: ProjectionName | None
+    seed: int | None
+    aggregate: Aggregate | None
+    combine: Literal["max", "mean"] | None
+    exclude: str | Sequence[str] | None
+
+
+def select(
+    *,
+    pct: float | None = None,
+    k: int | None = None,
+    limit: int | None = None,
+    wait: float = 0.0,
+    **question: Unpack[Question],
+) -> Call[Selection]:
+    """Choose the rows that help the task most; 202 and a scoring job where scores take longer than `wait` seconds."""
+    params = _params(**question, pct=pct, k=k, limit=limit, wait=wait)
+    return Call(method="GET", path="/select", params=params, answer=Selection)
+
+
+def scores(
+    *, limit: int | None = None, after: str | None = None, wait: float = 0.0, **question: Unpack[Question]
+) -> Call[Scores]:
+    """Get a page of the score vector, in the order of the pool."""
+    return Call(
+        method="GET",
+        path="/scores",
+        params=_params(**question, limit=limit, after=after, wait=wait),
+        answer=Scores,
+    )
+
+
+def selections_get(name: str, /, *, limit: int | None = None, after: str | None = None) -> Call[Selection]:
+    """Get a selection and a page of its rows."""
+    return Call(
+        method="GET", path=_path("selections", name), params=_params(limit=limit, after=after), answer=Selection
+    )
+
+
+def selections_content(name: str, /, *, format: Literal["ndjson", "csv"] = "ndjson") -> Call[None]:
+    """Get the chosen original rows, best first; or, as CSV, the sorted table (file, row, score)."""
+    accept = "text/csv" if format == "csv" else "application/x-ndjson"
+    return _content(_path("selections", name, "content"), accept=accept)
+
+
+# Fine-tunes -------------------------------------------------------------------------------------------------------
+
+
+class FinetuneFields(TypedDict, total=False):
+    """The fields of `gradstore.types.FinetuneRequest`, which describes them and has their defaults."""
+
+    dataset: str | None
+    selection: str | None
+    fraction: float | None
+    rows: int | None
+    model: Required[str]
+    revision: str | None
+    method: Method | None
+    lora: LoraSettings | None
+    learning_rate: float | None
+    scheduler: Literal["linear", "cosine", "constant"] | None
+    warmup_ratio: float | None
+    weight_decay: float | None
+    epochs: int | None
+    batch_size: int | None
+    device_batch_size: int | None
+    max_length: int | None
+    template: TemplateName | None
+    precision: Precision | Literal["auto"] | None
+    quantisation: Quantisation | None
+    gradient_checkpointing: bool | None
+    seed: int | None
+    name: str | None
+
+
+def finetunes_create(**fields: Unpack[FinetuneFields]) -> Call[FinetuneJob]:
+    """Fine-tune a model on a selection, a dataset, or a random part of one; the defaults are LESS's recipe."""
+    return _post("finetunes", FinetuneJob, **fields)
+
+
+def finetunes_estimate(**fields: Unpack[FinetuneFields]) -> Call[Estimate]:
+    """Say what `create` with the same arguments would cost, and start nothing."""
+    return _post("finetunes", Estimate, **fields, dry_run=True)
+
+
+# Evaluations ------------------------------------------------------------------------------------------------------
+
+
+class EvaluationFields(TypedDict, total=False):
+    """The fields of `gradstore.types.EvaluationRequest`, which describes them and has their defaults."""
+
+    finetune: str | None
+    checkpoint: str | None
+    model: str | None
+    revision: str | None
+    tasks: Required[str | Sequence[str]]
+    baseline: bool | None
+    max_rows: int | None
+    max_new_tokens: int | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | None
+    bootstrap_samples: int | None
+    seed: int | None
+    name: str | None
+
+
+def evaluations_create(**fields: Unpack[EvaluationFields]) -> Call[EvaluationJob]:
+    """Measure a model on the test rows of tasks: loss and the task's metric, with confidence intervals."""
+    return _post("evaluations", EvaluationJob, **_lists(fields))
+
+
+# Jobs and the service -----------------------------------------------------------------------------------------------
+
+
+def jobs_list(*, kind: JobKind | None = None, status: JobStatus | None = None) -> Call[Page[AnyJob]]:
+    """Iterate over the jobs, the newest first."""
+    return Call(method="GET", path="/jobs", params=_params(kind=kind, status=status), answer=Page[AnyJob])
+
+
+def jobs_events(job: str, /) -> Call[None]:
+    """Follow a job's state as server-sent events."""
+    return Call(method="GET", path=_path("jobs", job, "events"), answer=None, accept="text/event-stream")
+
+
+def canceller(job: type[BodyT]) -> Callable[[str], Call[BodyT]]:
+    """Make the call that cancels a job of one kind."""
+
+    def cancel(name: str, /) -> Call[BodyT]:
+        """Cancel the job with this id; what it finished stays."""
+        return Call(method="POST", path=_path("jobs", name, "cancel"), answer=job)
+
+    return cancel
+
+
+def retrier(job: type[BodyT]) -> Callable[[str], Call[BodyT]]:
+    """Make the call that retries a job of one kind."""
+
+    def retry(name: str, /) -> Call[BodyT]:
+        """Go on with a failed or cancelled job from where it stopped."""
+        return Call(method="POST", path=_path("jobs", name, "retry"), answer=job)
+
+    return retry
+
+
+def checkpoints_content(name: str, /) -> Call[None]:
+    """Get the adapter as a zip of a PEFT folder."""
+    return _content(_path("checkpoints", name, "content"), accept="application/zip")
+
+
+def finetunes_content(name: str, /) -> Call[None]:
+    """Get the last checkpoint as a zip of a PEFT folder, or of the model after a full fine-tune."""
+    return _content(_path("finetunes", name, "content"), accept="application/zip")
+
+
+def health() -> Call[Health]:
+    """Say whether the service can work, and which workers it has seen."""
+    return Call(method="GET", path="/health", answer=Health)
+
+
+# Parts of a request -------------------------------------------------------------------------------------------------
+
+
+def _path(*parts: str) -> str:
+    if "" in parts:
+        raise ValueError("an id or name is empty")
+    return "".join(f"/{quote(part, safe='')}" for part in parts)
+
+
+def _post(collection: str, answer: type[BodyT], /, **fields: Any) -> Call[BodyT]:
+    body = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in fields.items()}
+    return Call(method="POST", path=_path(collection), json=_given(**body), answer=answer)
+
+
+def _content(path: str, params: tuple[tuple[str, str], ...] = (), *, accept: str = "*/*") -> Call[None]:
+    return Call(method="GET", path=path, params=params, answer=None, accept=accept)
+
+
+def _uploading(
+    collection: str,
+    answer: type[BodyT],
+    file: PathOrFile,
+    field: str,
+    form: Mapping[str, str],
+    *,
+    filename: str | None = None,
+    progress: bool,
+) -> Call[BodyT]:
+    upload = Upload(source=source(file, filename=filename), field=field, form=form, progress=progress)
+    return Call(method="POST", path=_path(collection), upload=upload, answer=answer, timeout=INGESTING)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _form(**values: Any) -> dict[str, str]:
+    return {key: _text(value) for key, value in _given(**values).items()}
+
+
+def _params(**values: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((key, _text(item)) for key, value in _given(**values).items() for item in _many(value))
+
+
+def _many(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    several = {"checkpoints", "dims", "tasks"}
+    return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

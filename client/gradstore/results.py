@@ -1,0 +1,69 @@
+"""Answers with helpers: the same fields as in `gradstore.types`, and a way into a table where there are rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic
+
+from pydantic import BaseModel
+
+from gradstore import frames, types
+from gradstore.types import (
+    EvaluationRequest,
+    FinetuneRequest,
+    Job,
+    RequestT,
+    ResultT,
+)
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+
+class Table:
+    """An answer that holds rows."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        raise NotImplementedError
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The rows as a pandas.DataFrame (extra: pandas)."""
+        return frames.to_pandas(self._table())
+
+    def to_datasets(self) -> datasets.Dataset:
+        """The rows as a datasets.Dataset (extra: datasets)."""
+        return frames.to_datasets(self._table())
+
+
+class Selection(Table, types.Selection):
+    """The answer of /select; `data` holds all chosen rows unless fewer were asked for."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        if self.count and not self.data:
+            raise ValueError(f"this answer came without its rows: get them with store.selections.get({self.id!r})")
+        return self.data
+
+
+class FinetuneResult(Table, types.FinetuneResult):
+    """What a fine-tune left behind; its table is the loss curve."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.loss_curve
+
+
+class EvaluationResult(Table, types.EvaluationResult):
+    """The measured rows."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.rows
+
+
+FinetuneJob = Job[FinetuneRequest, FinetuneResult]
+EvaluationJob = Job[EvaluationRequest, EvaluationResult]
+
+
+class SucceededJob(Job[RequestT, ResultT], Generic[RequestT, ResultT]):
+    """A job that has been waited for: its result is there."""
+
+    result: ResultT

@@ -1,0 +1,349 @@
+"""A real HTTP server on a socket that says what a test has written down, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.message import Message
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it arrived."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: Message
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def parts(self) -> dict[str, tuple[str | None, bytes]]:
+        """The parts of a multipart body: name → (filename, content)."""
+        head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+        message: Any = BytesParser().parsebytes(head + self.body)
+        found: dict[str, tuple[str | None, bytes]] = {}
+        for part in message.get_payload():
+            name = part.get_param("name", header="content-disposition")
+            found[name] = (part.get_filename(), part.get_payload(decode=True))
+        return found
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer; `json` or `body`. With `breaks_after` the connection ends after so many bytes of the body."""
+
+    json: Any = None
+    status: int = 200
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    breaks_after: int | None = None
+
+
+Answerer = Callable[[Asked], Said]
+
+
+class CannedServer:
+    """Answers with `answerer` on a free port of this machine, in threads, until it is closed."""
+
+    def __init__(self, answerer: Answerer, *, port: int = 0) -> None:
+        self.asked: list[Asked] = []
+        self._open: list[socket.socket] = []
+        self.answerer = answerer
+        canned = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                return None
+
+            def _answer(self) -> None:
+                canned._answer(self)
+
+            do_GET = do_POST = do_PATCH = do_DELETE = _answer  # noqa: N815  # http.server's names
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            allow_reuse_address = True
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                canned._open.append(request)
+                super().process_request(request, client_address)
+
+            def handle_error(self, *_: Any) -> None:
+                return None  # clients that go away are part of the tests
+
+        self._server = Server(("127.0.0.1", port), Handler)
+        self.port: int = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop as a killed server does: connections that are kept alive end, too."""
+        self._server.shutdown()
+        self._thread.join()
+        for connection in self._open:
+            with suppress(OSError):  # ended already
+                connection.shutdown(socket.SHUT_RDWR)
+        self._server.server_close()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        address = urlsplit(handler.path)
+        asked = Asked(
+            handler.command,
+            unquote(address.path),
+            parse_qs(address.query),
+            handler.headers,
+            b"".join(_body(handler)),
+        )
+        self.asked.append(asked)
+        said = self.answerer(asked)
+        body = said.body if said.body is not None else b"" if said.json is None else json.dumps(said.json).encode()
+        if said.breaks_after == 0:
+            _break(handler)
+            return
+        handler.send_response(said.status)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **said.headers}
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body[: said.breaks_after])
+        if said.breaks_after is not None:
+            handler.wfile.flush()
+            _break(handler)
+
+
+def in_turn(*answers: Said) -> Answerer:
+    """Give these answers one after the other, the last one for good."""
+    left = list(answers)
+    return lambda _: left.pop(0) if len(left) > 1 else left[0]
+
+
+def _break(handler: BaseHTTPRequestHandler) -> None:
+    """End a connection in the midst of an answer."""
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _body(handler: BaseHTTPRequestHandler) -> Iterable[bytes]:
+    if handler.headers.get("Transfer-Encoding") == "chunked":
+        while size := int(handler.rfile.readline(), 16):
+            yield handler.rfile.read(size)
+            handler.rfile.readline()
+        handler.rfile.readline()
+    else:
+        yield handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+
+
+# Bodies -----------------------------------------------------------------------------------------------------------
+
+NOW = "2026-01-02T03:04:05Z"
+
+
+def dataset(name: str = "pool", **changes: Any) -> dict[str, Any]:
+    return {
+        "id": f"ds_{name}",
+        "name": name,
+        "rows": 3,
+        "bytes": 30,
+        "origins": {"a": 3},
+        "prefix": None,
+        "sources": [],
+        "created_at": NOW,
+        **changes,
+    }
+
+
+def uploaded(name: str = "pool", **changes: Any) -> dict[str, Any]:
+    report = {"rows": 3, "skipped": 0, "problems": [], "notes": [], "total_notes": 0}
+    return {**dataset(name), "created": True, "report": report, **changes}
+
+
+def task(name: str = "mmlu", **changes: Any) -> dict[str, Any]:
+    return {
+        "id": f"task_{name}",
+        "name": name,
+        "kind": "mmlu",
+        "validation": 5,
+        "test": 10,
+        "subtasks": [{"name": "anatomy", "validation": 5, "test": 10, "metric": "choice"}],
+        "notes": [],
+        "created_at": NOW,
+        **changes,
+    }
+
+
+def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: Any) -> dict[str, Any]:
+    """A job of any kind; a succeeded one has a result."""
+    prefix = {"finetune": "ft", "gradients": "grad", "evaluation": "eval", "scoring": "score"}[kind]
+    request = {
+        "finetune": {"dataset": "ds_pool", "model": "tiny"},
+        "gradients": {"dataset": "ds_pool", "run": "run_1"},
+        "evaluation": {"finetune": "ft_1", "tasks": ["mmlu"]},
+        "scoring": {"recipe": {}},
+    }[kind]
+    done = {"queued": 0, "running": 4}.get(status, 10)
+    return {
+        "id": f"{prefix}_1",
+        "kind": kind,
+        "name": None,
+        "status": status,
+        "progress": {"done": done, "total": 10, "unit": "steps", "rate": 2.0, "eta_seconds": 3.0},
+        "created_at": NOW,
+        "started_at": None if status == "queued" else NOW,
+        "finished_at": NOW if status in {"succeeded", "failed", "cancelled"} else None,
+        "error": None,
+        "request": request,
+        "result": (result or RESULTS[kind]) if status == "succeeded" else None,
+        **changes,
+    }
+
+
+RESULTS: dict[str, Any] = {
+    "finetune": {
+        "run": "run_1",
+        "checkpoints": ["ck_1"],
+        "rows": 3,
+        "skipped_rows": 0,
+        "steps": 10,
+        "tokens": 99,
+        "precision": "float32",
+        "loss_curve": [{"step": 1, "epoch": 0.5, "loss": 2.5, "learning_rate": 1e-5}],
+        "seconds": 1.5,
+    },
+    "gradients": {
+        "feature_sets": [],
+        "rows": 3,
+        "computed_rows": 3,
+        "excluded": [],
+        "total_excluded": 0,
+        "tokens": 99,
+        "seconds": 1.5,
+    },
+    "evaluation": {
+        "rows": [
+            {
+                "model": model,
+                "task": "mmlu",
+                "subtask": None,
+                "examples": 10,
+                "loss": loss,
+                "loss_interval": {"low": loss - 0.1, "high": loss + 0.1},
+                "metric": "choice",
+                "value": 0.5,
+                "interval": None,
+                "unparsed": 0,
+            }
+            for model, loss in (("base", 2.5), ("tuned", 2.0))
+        ],
+        "seconds": 1.5,
+    },
+    "scoring": {"scores": "score_1", "rows": 3, "seconds": 0.5},
+}
+
+
+def estimate() -> dict[str, Any]:
+    return {
+        "rows": 3,
+        "tokens": 99,
+        "bytes": 1000,
+        "free_bytes": 5000,
+        "seconds": 2.0,
+        "memory_bytes": 4000,
+        "reused_rows": 1,
+    }
+
+
+def row(rank: int) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "dataset": "ds_pool",
+        "row": 10 * rank,
+        "id": f"r{rank}",
+        "origin": "a",
+        "score": 1 / rank,
+        "task": "mmlu",
+        "subtask": "anatomy",
+    }
+
+
+def recipe() -> dict[str, Any]:
+    return {
+        "datasets": ["ds_pool"],
+        "tasks": ["task_mmlu"],
+        "checkpoints": ["ck_1"],
+        "weights": [1.0],
+        "run": "run_1",
+        "kind": "adam",
+        "task_kind": "sgd",
+        "adam": "less",
+        "projection": "blocks",
+        "seed": 0,
+        "dim": 8192,
+        "dtype": "float16",
+        "template": "tulu",
+        "max_length": 2048,
+        "aggregate": "less",
+        "combine": "max",
+        "pct": 0.05,
+        "k": None,
+        "exclude": [],
+    }
+
+
+def selection(count: int, *, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+    """A selection of `count` rows and the page of them from `start` to `stop`, counted from 0."""
+    stop = count if stop is None else min(stop, count)
+    return {
+        "id": "sel_1",
+        "name": None,
+        "recipe": recipe(),
+        "count": count,
+        "pool": 20 * count,
+        "left_out": {},
+        "origins": {"a": count},
+        "pool_origins": {"a": 20 * count},
+        "data": [row(rank) for rank in range(start + 1, stop + 1)],
+        "has_more": stop < count,
+        "created_at": NOW,
+    }
+
+
+def problem(status: int, detail: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "type": "about:blank",
+        "title": "Refused",
+        "status": status,
+        "detail": detail,
+        "instance": "req_7",
+        "errors": [],
+        "total_errors": 0,
+        **changes,
+    }
+
+
+def page(items: list[dict[str, Any]], asked: Asked, *, size: int) -> Said:
+    """The page of a list that a request asks for."""
+    ids = [item["id"] for item in items]
+    start = ids.index(asked.query["after"][0]) + 1 if "after" in asked.query else 0
+    return Said({"data": items[start : start + size], "has_more": start + size < len(items)})
