@@ -1,0 +1,122 @@
+"""`gradstore worker`, or `python -m worker.command`: a process that does the shards of a store.
+
+Nothing heavy is imported before the worker is really started: the command line lists this command too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from gradstore.types import JobKind
+from pydantic import ValidationError
+
+from datastore import logs
+from datastore.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+KINDS: tuple[JobKind, ...] = tuple(kind for kind in get_args(JobKind) if kind != "scoring")
+
+
+def worker(
+    *,
+    data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: all cores.")] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help=f"Kind of job to do ({', '.join(KINDS)}); repeatable.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Do what waits, then leave.")] = False,
+) -> None:
+    """Do the jobs of a store: gradients, fine-tunes, evaluations. What is left out comes from the environment."""
+    unknown = sorted(set(kinds or ()) - set(KINDS))
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is no kind of job that workers do; these are {', '.join(KINDS)}")
+    given = {"data": data, "device": device, "threads": threads}
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise typer.BadParameter(reasons) from error
+    logs.configure()
+    sys.exit(run(settings, kinds=cast("list[JobKind]", kinds) or KINDS, once=once))
+
+
+def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
+    """Be a worker until asked to stop; returns the exit status."""
+    device = choose_device(settings.device)  # before torch looks for devices
+    from worker.context import Context  # noqa: PLC0415 - heavy
+    from worker.loop import Caretaker, work_until_left  # noqa: PLC0415
+    from worker.models import use_cpu_threads  # noqa: PLC0415
+
+    _no_progress_bars()
+    use_cpu_threads(settings.threads or None)
+    context = Context.open(settings, device)
+    if settings.broker and not once:
+        from worker.celery_app import Doorbell  # noqa: PLC0415 - only where there is a broker
+
+        with Caretaker(context) as caretaker:
+            log.info("worker ready", extra={"worker": context.owner, "device": str(device), "kinds": sorted(kinds)})
+            return Doorbell(context, caretaker, kinds=kinds).run()
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        context.leaving.set()
+        signal.signal(number, signal.SIG_DFL)  # asked a second time, the process ends at once
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+    work_until_left(context, kinds=kinds, once=once)
+    return 0
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device of this worker, which sees no other: `auto` is the first GPU, else the CPU.
+
+    The Trainer would split batches over all GPUs that it sees. Raises typer.BadParameter for a GPU that is not there.
+    """
+    name, _, number = asked.partition(":")
+    if name not in {"auto", "cpu", "cuda"} or (number and not (name == "cuda" and number.isdigit())):
+        raise typer.BadParameter(f"{asked!r} is no device; there are auto, cpu, cuda, cuda:0 and so on")
+    index = int(number or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = [one for one in visible.split(",") if one.strip()] if visible is not None else None
+    if name != "cpu" and (shown is None or index < len(shown)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if shown is None else shown[index]
+    import torch  # noqa: PLC0415 - it reads the variable above
+
+    if name == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available() and (shown is None or index < len(shown)):
+        return torch.device("cuda", 0)
+    if name == "cuda":
+        raise typer.BadParameter(f"there is no GPU {asked!r} that torch {torch.__version__} can use")
+    return torch.device("cpu")
+
+
+def _no_progress_bars() -> None:
+    """Keep the log to one line an event."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415 - heavy
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    logging.captureWarnings(True)
+
+
+def main() -> None:
+    """Run as `python -m worker.command`."""
+    typer.run(worker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,523 @@
+"""What a worker does with a claimed shard: load, call, record.
+
+The commit of a shard is fenced (datastore/leases.py), and what it writes outside the catalog is its own attempt's until
+then, so a worker that stalled, or works twice, changes nothing. A fine-tune's checkpoints and run are recorded inside
+that same commit: on a GPU two attempts need not come to the same bytes, and the loser's must not appear beside the
+winner's.
+
+The only broad `except` of the worker is here: whatever a shard raises becomes its job's error, in words for the user,
+and the traceback goes to the log under the id that the error names.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from secrets import token_hex
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+from gradstore.types import (
+    EvaluationRequest,
+    EvaluationResult,
+    EvaluationRow,
+    FinetuneRequest,
+    FinetuneResult,
+    Interval,
+    JobKind,
+    Problem,
+)
+from sqlalchemy.orm import Session
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datastore.catalog import name_if_free, record_checkpoint, record_run
+from datastore.checkpoints import run_id
+from datastore.errors import Conflict, Damaged, GradstoreError, InvalidCheckpoint, InvalidInput, NotFound
+from datastore.gradients import Block, sound
+from datastore.leases import Claim, NewChunk, Publication
+from datastore.rows import Example
+from datastore.tasks import TaskExample
+from worker import moments
+from worker.batches import Encoded, Unsupervised, encode
+from worker.context import Context
+from worker.evaluate import Measured, NotFinite, evaluate, first_rows
+from worker.evaluate import work as passes_over
+from worker.finetune import draw, finetune
+from worker.gradients import Features, GradientEngine
+from worker.heartbeat import Heartbeat, Stopped
+from worker.loaded import Base
+from worker.models import ModelError
+from worker.projection import PROJECTION_VERSION
+from worker.templates import NoChatTemplate
+
+log = logging.getLogger(__name__)
+
+Outcome = Literal["succeeded", "failed", "stopped", "lost"]
+"""`stopped`: given back unfinished; `lost`: finished by another attempt, or its job cancelled meanwhile."""
+
+Subject = Literal["base", "tuned"]
+T = TypeVar("T")
+
+KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation")
+"""What workers do; scoring needs no torch and is done by the service itself."""
+
+EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
+LEAST_EVALUATION_TOKENS = 512
+LEFT_OVER = 3600.0  # seconds after which an attempt's bytes that nobody committed are removed
+
+
+class OutOfMemory(InvalidInput):
+    """What the request asks for does not fit into the device's memory."""
+
+
+def run(claim: Claim, context: Context) -> Outcome:
+    """Do a shard and commit it, or say on its job why not."""
+    began = time.monotonic()
+    log.info("shard started", extra=_labels(claim))
+    try:
+        with Heartbeat(context.jobs, claim, leaving=context.leaving) as heartbeat:
+            outcome: Outcome = "succeeded" if _WORK[claim.kind](claim, context, heartbeat) else "lost"
+    except Stopped:
+        context.jobs.release(claim)
+        outcome = "stopped"
+    except Exception as error:  # noqa: BLE001 - whatever it is, the job's user is to learn of it
+        _record(error, claim, context)
+        outcome = "failed"
+    log.info(f"shard {outcome}", extra={**_labels(claim), "seconds": round(time.monotonic() - began, 3)})
+    return outcome
+
+
+def tend(context: Context, seen: Sequence[Publication] = ()) -> list[Publication]:
+    """Put back what dead workers held, and publish what they committed and left; returns what waits to be published.
+
+    Given back at the next call, what still waits is published then: its own worker has had its time.
+    """
+    put_back = context.jobs.sweep()
+    if put_back:
+        log.warning("shards put back", extra={"shards": put_back})
+    waiting = context.jobs.unpublished()
+    late = [publication for publication in waiting if publication in seen]
+    if late:
+        log.warning("chunks left unpublished", extra={"chunks": len(late)})
+        _publish(context, late)
+    return waiting
+
+
+def tidy(context: Context) -> None:
+    """Remove what killed processes left behind and nobody will ask for."""
+    wanted = {(one.segment, one.start, one.attempt) for one in context.jobs.unpublished()}
+    for left in context.store.attempts():
+        if left.age_seconds > LEFT_OVER and (left.segment, left.start, left.attempt) not in wanted:
+            _discard(context, left.segment, start=left.start, attempt=left.attempt)
+    context.store.sweep(older_than=LEFT_OVER)
+    context.checkpoints.sweep()
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def _record(error: Exception, claim: Claim, context: Context) -> None:
+    id = f"log_{token_hex(6)}"
+    problem, permanent = describe(error, id)
+    log.error("shard raised", exc_info=error, extra={**_labels(claim), "id": id, "permanent": permanent})
+    if _is_out_of_memory(error):
+        context.loaded.clear()
+    context.jobs.fail(claim, problem, permanent=permanent)
+
+
+def describe(error: Exception, id: str) -> tuple[Problem, bool]:
+    """An error as the job's user reads it, and whether trying again is pointless; `id` is the log's."""
+    if _is_out_of_memory(error):
+        error = OutOfMemory(
+            "the device's memory is full: ask for fewer tokens or examples at a time (token_budget, "
+            "device_batch_size), a smaller max_length, gradient_checkpointing=true, or quantisation"
+        )
+    errors = error.errors if isinstance(error, InvalidInput) else []
+    if isinstance(error, (GradstoreError, ModelError, NoChatTemplate, NotFinite)):
+        name, detail, status, permanent = type(error).__name__, str(error), 422, not isinstance(error, Damaged)
+    else:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        name, status, permanent = "UnexpectedError", 500, False
+        detail = f"{type(error).__name__}: {first} (the traceback is in the worker's log under {id})"
+    words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).split()
+    problem = Problem(
+        type="-".join(words), title=" ".join(words).capitalize(), status=status, detail=detail, instance=id,
+        errors=errors, total_errors=len(errors),
+    )  # fmt: skip
+    return problem, permanent
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # on a CPU torch raises a plain RuntimeError
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _labels(claim: Claim) -> dict[str, Any]:
+    return {"job": claim.job, "kind": claim.kind, "shard": claim.number, "attempt": claim.attempt}
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
+    """Compute the features of a range of rows at one checkpoint, for all dims in one pass."""
+    plan, payload = claim.plan, claim.payload
+    if plan["projection_version"] != PROJECTION_VERSION:
+        raise InvalidInput(
+            f"the job asks for version {plan['projection_version']} of the projections and this worker has version "
+            f"{PROJECTION_VERSION}: bring service and workers to the same version"
+        )
+    checkpoint = context.catalog.checkpoint(payload["checkpoint"])
+    tokenizer = context.loaded.tokenizer(checkpoint.model, checkpoint.revision)
+    rows = _encode(_examples_of(claim, context), plan, tokenizer, heartbeat)
+    base = Base(
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        precision=plan["precision"],
+        quantisation=plan["quantisation"],
+        gradient_checkpointing=plan["gradient_checkpointing"],
+    )
+    engine = _engine(context, base, checkpoint.id, plan, [output["dim"] for output in payload["outputs"]])
+    budget = int(plan["token_budget"])
+    features = _features(engine, rows, pad_id=int(tokenizer.pad_token_id), budget=budget, heartbeat=heartbeat)
+    heartbeat.check()
+    # What is written from here on is left where it is when anything fails, since a commit may have been made whose
+    # answer was lost; `tidy` knows later.
+    chunks = [_write(claim, context, output, rows, features) for output in payload["outputs"]]
+    won = context.jobs.succeed(claim, chunks=chunks)
+    mine = context.jobs.unpublished(attempt=claim.token)
+    _publish(context, mine)
+    committed = {(one.segment, one.start) for one in mine}
+    for chunk in chunks:
+        if (chunk.segment, chunk.start) not in committed:  # another attempt has these rows, or has published these
+            _discard(context, chunk.segment, start=chunk.start, attempt=claim.token)
+    return won
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a shard: those that could be encoded, and why the others could not."""
+
+    encoded: list[Encoded]
+    positions: list[int]
+    """Which rows these are, counted from the shard's first."""
+    reasons: list[str | None]
+    """(n,) one per row."""
+
+
+def _examples_of(claim: Claim, context: Context) -> Iterator[Example]:
+    start, stop = claim.payload["start"], claim.payload["stop"]
+    if claim.plan["dataset"] is not None:
+        return context.datasets.examples(claim.plan["dataset"], start, stop)
+    return (row.example for row in context.tasks.validation(claim.plan["task"])[start:stop])
+
+
+def _encode(
+    examples: Iterator[Example], plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase, heartbeat: Heartbeat
+) -> _Rows:
+    rows = _Rows([], [], [])
+    for position, example in enumerate(examples):
+        heartbeat.check()
+        try:
+            encoded = encode(example, tokenizer=tokenizer, template=plan["template"], max_length=plan["max_length"])
+        except Unsupervised as error:
+            rows.reasons.append(error.reason)
+            continue
+        rows.encoded.append(encoded)
+        rows.positions.append(position)
+        rows.reasons.append(None)
+    return rows
+
+
+def _engine(context: Context, base: Base, checkpoint: str, plan: dict[str, Any], dims: Sequence[int]) -> GradientEngine:
+    settings = {key: plan[key] for key in ("kind", "adam", "projection", "seed")}
+
+    def make() -> GradientEngine:
+        model = context.loaded.adapted(base, context.checkpoints.weights(checkpoint))
+        stored = context.checkpoints.moments(checkpoint) if plan["kind"] == "adam" else None
+        try:
+            return GradientEngine(
+                model,
+                kind=plan["kind"],
+                adam=plan["adam"] or "less",
+                moments=moments.read(stored) if stored else None,
+                projection=plan["projection"],
+                dims=dims,
+                seed=plan["seed"],
+            )
+        except ValueError as error:
+            raise InvalidCheckpoint(f"{checkpoint}: {error}") from error
+
+    return context.loaded.engine((base, checkpoint, tuple(settings.items()), tuple(dims)), make)
+
+
+def _features(
+    engine: GradientEngine, rows: _Rows, *, pad_id: int, budget: int, heartbeat: Heartbeat
+) -> Features | None:
+    """The features of the encoded rows, or None where no row could be encoded."""
+    if not rows.encoded:
+        return None
+    without = len(rows.reasons) - len(rows.encoded)
+    return _within_memory(
+        lambda tokens: engine.features(
+            rows.encoded,
+            pad_id=pad_id,
+            token_budget=tokens,
+            on_batch=lambda done: heartbeat.report(without + done),
+        ),
+        budget=budget,
+        least=max(len(row.input_ids) for row in rows.encoded),
+        device=engine.device,
+    )
+
+
+def _write(claim: Claim, context: Context, output: dict[str, Any], rows: _Rows, features: Features | None) -> NewChunk:
+    """Keep a shard's features of one dim as this attempt's own."""
+    start = claim.payload["start"] - output["base"]
+    block = sound(_block(rows, features, output["dim"]))
+    context.store.create(
+        output["segment"],
+        rows=output["rows"],
+        dim=output["dim"],
+        dtype=claim.plan["dtype"],
+        attributes=output["attributes"],
+    )
+    digest = context.store.write(output["segment"], start=start, attempt=claim.token, block=block)
+    return NewChunk(
+        segment=output["segment"],
+        start=start,
+        stop=start + len(rows.reasons),
+        digest=digest,
+        excluded=[(start + row, reason) for row, reason in block.excluded.items()],
+        tokens=sum(len(row.input_ids) for row in rows.encoded),
+    )
+
+
+def _block(rows: _Rows, features: Features | None, dim: int) -> Block:
+    """Put the encoded rows' features back among the rows that have none."""
+    count = len(rows.reasons)
+    block = Block(
+        features=np.zeros((count, dim), np.float32),
+        norms=np.zeros(count, np.float32),
+        losses=np.zeros(count, np.float32),
+        tokens=np.zeros(count, np.int32),
+        reasons=list(rows.reasons),
+    )
+    if features is None:
+        return block
+    block.features[rows.positions] = features.by_dim[dim]
+    block.norms[rows.positions] = features.norms
+    block.losses[rows.positions] = features.losses
+    block.tokens[rows.positions] = features.tokens
+    reasons = list(rows.reasons)
+    for position, reason in zip(rows.positions, features.reasons, strict=True):
+        reasons[position] = reason
+    return Block(block.features, block.norms, block.losses, block.tokens, reasons)
+
+
+def _publish(context: Context, publications: Sequence[Publication]) -> None:
+    done = []
+    for one in publications:
+        try:
+            context.store.publish(one.segment, start=one.start, attempt=one.attempt, digest=one.digest)
+        except (Conflict, NotFound) as error:  # deleted meanwhile, or its bytes are gone: the next look tries again
+            log.warning("chunk not published", extra={"segment": one.segment, "start": one.start, "reason": str(error)})
+        else:
+            done.append(one)
+    if done:
+        context.jobs.published(done)
+
+
+def _discard(context: Context, segment: str, *, start: int, attempt: int) -> None:
+    try:
+        context.store.discard(segment, start=start, attempt=attempt)
+    except Conflict:  # somebody is publishing it at this moment
+        log.info("attempt is being published", extra={"segment": segment, "start": start})
+
+
+def _within_memory(work: Callable[[int], T], *, budget: int, least: int, device: torch.device) -> T:
+    """Do the work in batches of `budget` tokens; where these do not fit the memory, of half as many, down to `least`.
+
+    Another batch plan changes results by rounding only. Raises `OutOfMemory` where even `least` tokens do not fit.
+    """
+    while True:
+        try:
+            return work(budget)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if budget <= least:
+                raise OutOfMemory(
+                    f"{least:,} tokens do not fit the device's memory even alone: ask for a smaller max_length, "
+                    "gradient_checkpointing=true (for gradients), or quantisation"
+                ) from error
+            budget = max(least, budget // 2)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory: smaller batches", extra={"token_budget": budget})
+
+
+# Fine-tunes -----------------------------------------------------------------------------------------------------------
+
+
+def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
+    """Train, and record the run and its checkpoints in the commit of the shard."""
+    began = time.monotonic()
+    request = FinetuneRequest.model_validate(claim.request).model_copy(update={"model": claim.plan["model"]})
+    context.loaded.clear()  # the Trainer needs the memory
+    work = context.settings.work / claim.job
+    try:
+        done = finetune(
+            _training_examples(claim, context, request),
+            request,
+            work=work,
+            device=context.device,
+            attempt=str(claim.token),
+            on_step=heartbeat.report,
+        )
+    finally:
+        context.loaded.clear()
+    heartbeat.check()
+    checkpoints = [context.checkpoints.add(epoch.folder, epoch.description) for epoch in done.epochs]
+    ids = [checkpoint.id for checkpoint in checkpoints]
+    run = run_id(ids)
+
+    def record(session: Session) -> None:
+        for checkpoint in checkpoints:
+            record_checkpoint(session, checkpoint)
+        row = record_run(session, id=run, checkpoints=ids, finetune=claim.job)
+        if request.name is not None:
+            name_if_free(session, row, request.name)
+
+    result = FinetuneResult(
+        run=run,
+        checkpoints=ids,
+        rows=done.rows,
+        skipped_rows=done.skipped_rows,
+        steps=done.steps,
+        tokens=done.tokens,
+        precision=done.precision,
+        loss_curve=done.loss_curve,
+        seconds=time.monotonic() - began,
+    )
+    won = context.jobs.succeed(claim, result=result.model_dump(mode="json"), records=record)
+    if won:
+        shutil.rmtree(work, ignore_errors=True)
+    return won
+
+
+def _training_examples(claim: Claim, context: Context, request: FinetuneRequest) -> Iterator[Example]:
+    if claim.plan["selection"] is not None:
+        for row in context.answers.rows(claim.plan["selection"]):
+            yield from context.datasets.examples(row.dataset, row.row, row.row + 1)
+        return
+    dataset = context.catalog.dataset(claim.plan["dataset"])
+    wanted = set(draw(dataset.rows, fraction=request.fraction, number=request.rows, seed=request.seed))
+    for number, example in enumerate(context.datasets.examples(dataset.id)):
+        if number in wanted:
+            yield example
+
+
+# Evaluations ----------------------------------------------------------------------------------------------------------
+
+
+def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
+    """Measure a model, and the base model beside it, on the test rows of tasks."""
+    began = time.monotonic()
+    request = EvaluationRequest.model_validate(claim.request)
+    tasks = {
+        reference: first_rows(context.tasks.test(task), request.max_rows)
+        for reference, task in zip(request.tasks, claim.plan["tasks"], strict=True)
+    }
+    subjects: list[Subject] = ["base"] if claim.plan["checkpoint"] is None or request.baseline else []
+    subjects += ["tuned"] if claim.plan["checkpoint"] is not None else []
+    total = len(subjects) * sum(passes_over(examples) for examples in tasks.values())
+    before = 0
+    rows: list[EvaluationRow] = []
+    for subject in subjects:
+        for reference, examples in tasks.items():
+            report = partial(_report, heartbeat, before, total)
+            measured = _measure(context, claim.plan, request, subject, examples, report)
+            before += passes_over(examples)
+            rows += [_evaluation_row(subject, reference, each) for each in measured]
+    result = EvaluationResult(rows=rows, seconds=time.monotonic() - began)
+    return context.jobs.succeed(claim, result=result.model_dump(mode="json"))
+
+
+def _report(heartbeat: Heartbeat, before: int, total: int, done: int) -> None:
+    heartbeat.report(before + done, total)
+
+
+def _measure(
+    context: Context,
+    plan: dict[str, Any],
+    request: EvaluationRequest,
+    subject: Subject,
+    examples: Sequence[TaskExample],
+    on_progress: Callable[[int], None],
+) -> list[Measured]:
+    model, tokenizer = _subject(context, plan, request, subject)
+    return _within_memory(
+        lambda tokens: evaluate(
+            model,
+            tokenizer,
+            examples,
+            template=plan["template"],
+            max_length=plan["max_length"],
+            max_new_tokens=request.max_new_tokens,
+            token_budget=tokens,
+            bootstrap_samples=request.bootstrap_samples,
+            seed=request.seed,
+            on_progress=on_progress,
+        ),
+        budget=EVALUATION_TOKENS,
+        least=LEAST_EVALUATION_TOKENS,
+        device=context.device,
+    )
+
+
+def _subject(
+    context: Context, plan: dict[str, Any], request: EvaluationRequest, subject: Subject
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, or the checkpoint's: an adapter on it, or a model of its own."""
+    tokenizer = context.loaded.tokenizer(plan["model"], plan["revision"])
+    base = Base(plan["model"], plan["revision"], precision=plan["precision"], quantisation=request.quantisation)
+    if subject == "base":
+        return context.loaded.base(base), tokenizer
+    weights = context.checkpoints.weights(plan["checkpoint"])
+    if context.catalog.checkpoint(plan["checkpoint"]).method == "full":
+        return context.loaded.base(replace(base, model=str(weights), revision=None)), tokenizer
+    adapted = context.loaded.adapted(base, weights).get_base_model()  # the adapter is inside its layers
+    return cast("PreTrainedModel", adapted), tokenizer
+
+
+def _evaluation_row(subject: Subject, reference: str, measured: Measured) -> EvaluationRow:
+    def interval(ends: tuple[float, float] | None) -> Interval | None:
+        return Interval(low=ends[0], high=ends[1]) if ends else None
+
+    return EvaluationRow(
+        model=subject,
+        task=reference,
+        subtask=measured.subtask,
+        examples=measured.examples,
+        loss=measured.loss,
+        loss_interval=interval(measured.loss_interval),
+        metric=measured.metric,
+        value=measured.value,
+        interval=interval(measured.interval),
+        unparsed=measured.unparsed,
+    )
+
+
+# Kinds ----------------------------------------------------------------------------------------------------------------
+
+_WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], bool]] = {
+    "gradients": _gradients,
+    "finetune": _finetune,
+    "evaluation": _evaluation,
+}

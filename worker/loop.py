@@ -1,0 +1,118 @@
+"""The life of a worker: look for shards, do them, and keep house beside that.
+
+`work_until_left` is the whole of a polling worker. A Celery worker calls `drain` when a message comes
+(worker/celery_app.py) and has the same `Caretaker`: a thread, so that a worker that is busy for an hour is seen to be
+alive, and puts back what dead workers held.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from types import TracebackType
+from typing import Self
+
+from gradstore.types import JobKind
+from sqlalchemy.exc import SQLAlchemyError
+
+from datastore.leases import Claim, Publication
+from worker.context import Context
+from worker.jobs import KINDS, run, tend, tidy
+
+log = logging.getLogger(__name__)
+
+CARE_INTERVAL = 5.0  # seconds between two looks after the others, where the lease is not shorter
+TIDY_INTERVAL = 600.0  # seconds between two looks for what killed processes left on the disk
+
+
+class Caretaker:
+    """Shows that the worker is alive, and finishes what dead ones left, while its `with` block runs."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._job: str | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._care, name="caretaker", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        try:
+            self._context.jobs.leave(self._context.owner)
+        except SQLAlchemyError as problem:
+            log.warning("the catalog does not answer", extra={"reason": _first_line(problem)})
+
+    def working_on(self, claim: Claim | None) -> None:
+        """Say which job the worker is at."""
+        self._job = claim.job if claim else None
+
+    def _care(self) -> None:
+        interval = min(CARE_INTERVAL, self._context.settings.lease / 3)
+        waiting: Sequence[Publication] = ()
+        tidied = 0.0
+        while True:
+            try:
+                self._context.jobs.announce(self._context.owner, device=str(self._context.device), job=self._job)
+                waiting = tend(self._context, waiting)
+                if time.monotonic() - tidied > TIDY_INTERVAL or not tidied:
+                    tidy(self._context)
+                    tidied = time.monotonic()
+            except (SQLAlchemyError, OSError) as problem:  # the worker outlives a catalog or a disk that is away
+                log.warning("care is late", extra={"reason": _first_line(problem)})
+            if self._over.wait(interval):
+                return
+
+
+def drain(
+    context: Context,
+    caretaker: Caretaker,
+    *,
+    kinds: Collection[JobKind] = KINDS,
+    on_claim: Callable[[], None] = lambda: None,
+) -> int:
+    """Do shards until none waits or the worker is asked to leave; returns how many.
+
+    `on_claim` is called after each claim, before the work. Raises SQLAlchemyError where the catalog does not answer.
+    """
+    count = 0
+    # a look that takes no lock comes first: idle workers leave SQLite to those who write
+    while not context.leaving.is_set() and context.jobs.waiting(kinds=kinds):
+        claim = context.jobs.claim(context.owner, kinds=kinds)
+        if claim is None:  # another worker was faster
+            break
+        on_claim()
+        caretaker.working_on(claim)
+        try:
+            run(claim, context)
+        finally:
+            caretaker.working_on(None)
+        count += 1
+    return count
+
+
+def work_until_left(context: Context, *, kinds: Collection[JobKind] = KINDS, once: bool = False) -> None:
+    """Look for shards and do them until the worker is asked to leave; with `once`, until none waits."""
+    log.info("worker ready", extra={"worker": context.owner, "device": str(context.device), "kinds": sorted(kinds)})
+    with Caretaker(context) as caretaker:
+        while not context.leaving.is_set():
+            try:
+                drain(context, caretaker, kinds=kinds)
+            except SQLAlchemyError as problem:
+                log.warning("the catalog does not answer", extra={"reason": _first_line(problem)})
+                context.leaving.wait(1.0)
+            if once:
+                break
+            context.leaving.wait(context.settings.poll_interval)
+    log.info("worker left", extra={"worker": context.owner})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
