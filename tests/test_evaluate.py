@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from datastore.rows import Example, Message
-from datastore.tasks import TaskExample
+from datastore.tasks import TaskExample, readers
 from tests.tiny import tiny_model, tiny_tokenizer
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows, work
 from worker.metrics import exact_match, token_f1
@@ -262,3 +263,12 @@ def test_training_mode_and_dropout_do_not_reach_the_numbers() -> None:
     model = tiny_model(TOKENIZER, seed=3, attention_dropout=0.5)
     model.train()
     assert measure(CHOICES, model=model)[0].loss == pytest.approx(measure(CHOICES)[0].loss)
+
+
+@pytest.mark.parametrize("kind", ["mmlu", "bbh", "tydiqa", "gsm8k"])
+def test_real_tasks_are_measured_in_every_subtask(kind: str, shared_data: Path) -> None:
+    test = first_rows(readers()[kind].read(shared_data / "eval" / kind).test, 2)
+    *parts, whole = measure(test, max_length=16_384, max_new_tokens=4, token_budget=16_384)
+    assert [row.subtask for row in parts] == sorted({row.subtask for row in test})
+    assert [row.examples for row in parts] == [2] * len(parts)
+    assert all(row.loss and 0 < row.loss < 20 and row.value is not None for row in [*parts, whole])

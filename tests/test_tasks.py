@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ import pytest
 from gradstore.types import TaskKind
 
 import datastore.tasks
+from datastore.archives import unpack
 from datastore.errors import Damaged, InvalidTask, NotFound
 from datastore.rows import Message
 from datastore.tasks import TaskExample, Tasks, readers
@@ -467,6 +469,17 @@ def test_the_same_examples_are_the_same_task_and_others_are_not(tmp_path: Path) 
     other = tasks.store("jsonl", write(tmp_path / "3", {"validation.jsonl": lines(row("a", "1"), row("b", "3"))}))
     assert first.id == again.id != other.id
     assert sorted(path.name for path in (tmp_path / "store").glob("task_*")) == sorted([first.id, other.id])
+
+
+def test_a_zip_of_a_folder_is_the_same_task_as_the_folder(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "eval" / "mmlu"
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w") as packed:
+        for path in folder.rglob("*.csv"):
+            packed.write(path, Path("mmlu") / path.relative_to(folder))
+    with (tmp_path / "mmlu.zip").open("rb") as upload:
+        unpack(upload, "mmlu.zip", tmp_path / "unpacked")
+    tasks = Tasks(tmp_path / "store")
+    assert tasks.store("mmlu", tmp_path / "unpacked") == tasks.store("mmlu", folder)
 
 
 def test_files_that_were_not_read_are_mentioned(tmp_path: Path) -> None:

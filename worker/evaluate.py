@@ -319,7 +319,7 @@ class _Judge:
             num_beams=1,
             temperature=1.0,
             top_p=1.0,
-            top_k=0,
+            top_k=50,  # transformers' default: it warns of any other without sampling
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             max_new_tokens=self.max_new_tokens,
