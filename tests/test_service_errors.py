@@ -1,0 +1,247 @@
+"""Every error of the API is a problem that names the place and says what to do."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving import Service, jsonl, problem_of, serving
+
+NOUNS = ["datasets", "tasks", "checkpoints", "runs", "gradients", "selections", "finetunes", "evaluations"]
+POSTS = ["/runs", "/gradients", "/finetunes", "/evaluations"]
+FORMS = ["/datasets", "/tasks", "/checkpoints"]
+
+
+@pytest.mark.parametrize("noun", [*NOUNS, "jobs"])
+def test_an_unknown_name_is_not_found(shared_service: Service, noun: str) -> None:
+    problem = problem_of(shared_service.http.get(f"/{noun}/nothing"), 404)
+    assert problem.type == "not-found"
+    assert "nothing" in problem.detail
+    assert "GET /" in problem.detail
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_what_is_not_there_is_neither_renamed_nor_deleted(shared_service: Service, noun: str) -> None:
+    problem_of(shared_service.http.patch(f"/{noun}/nothing", json={"name": "new"}), 404)
+    problem_of(shared_service.http.delete(f"/{noun}/nothing"), 404)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/datasets/nothing/content", "/checkpoints/nothing/content", "/selections/nothing/content",
+        "/finetunes/nothing/content", "/jobs/nothing/events",
+    ],
+)  # fmt: skip
+def test_contents_of_nothing_are_not_found(shared_service: Service, path: str) -> None:
+    problem_of(shared_service.http.get(path), 404)
+
+
+@pytest.mark.parametrize("verb", ["cancel", "retry"])
+def test_a_job_that_is_not_there_is_neither_cancelled_nor_retried(shared_service: Service, verb: str) -> None:
+    problem_of(shared_service.http.post(f"/jobs/nothing/{verb}"), 404)
+
+
+def test_an_unknown_path_is_not_found(shared_service: Service) -> None:
+    assert "GET /openapi.json" in problem_of(shared_service.http.get("/nowhere"), 404).detail
+
+
+def test_a_method_that_a_path_lacks_is_refused(shared_service: Service) -> None:
+    answer = shared_service.http.put("/jobs")
+    assert "it has GET" in problem_of(answer, 405).detail
+    assert answer.headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize("path", [*POSTS, *FORMS[1:]])
+@pytest.mark.parametrize("body", [b"{", b'{"model": NaN', b"\xff\xfe{}", b""])
+def test_a_body_that_is_not_json_is_refused(shared_service: Service, path: str, body: bytes) -> None:
+    answer = shared_service.http.post(path, content=body, headers={"Content-Type": "application/json"})
+    if body:
+        assert problem_of(answer, 400).type == "bad-request"
+    else:
+        assert answer.status_code in {415, 422}
+        problem_of(answer, answer.status_code)
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("body", ["[]", "1", "null", '"text"'])
+def test_json_of_the_wrong_shape_is_invalid(shared_service: Service, path: str, body: str) -> None:
+    problem_of(shared_service.http.post(path, content=body, headers={"Content-Type": "application/json"}), 422)
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_another_media_type_is_unsupported(shared_service: Service, path: str) -> None:
+    answer = shared_service.http.post(path, content=b"a,b", headers={"Content-Type": "text/csv"})
+    assert "application/json, not text/csv" in problem_of(answer, 415).detail
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> None:
+    assert "multipart/form-data" in problem_of(shared_service.http.post(path), 415).detail
+    answer = shared_service.http.post(path, content=b"a,b", headers={"Content-Type": "text/csv"})
+    assert "multipart/form-data" in problem_of(answer, 415).detail
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "pointer"),
+    [
+        ("/runs", {"checkpoints": []}, "/checkpoints"),
+        ("/runs", {"checkpoints": ["a"], "surprise": 1}, "/surprise"),
+        ("/runs", {"checkpoints": [1]}, "/checkpoints/0"),
+        ("/runs", {"checkpoints": ["a"], "name": "a/b"}, "/name"),
+        ("/gradients", {"dataset": "d", "run": "r", "dims": [0]}, "/dims/0"),
+        ("/gradients", {"dataset": "d", "run": "r", "kind": "hessian"}, "/kind"),
+        ("/gradients", {"dataset": "d", "run": "r", "a~b/c": 1}, "/a~0b~1c"),
+        ("/gradients", {"dataset": "d", "task": "t", "run": "r"}, ""),
+        ("/gradients", {"dataset": "d"}, ""),
+        ("/finetunes", {"dataset": "d"}, "/model"),
+        ("/finetunes", {"dataset": "d", "model": "o/m", "epochs": "many"}, "/epochs"),
+        ("/finetunes", {"dataset": "d", "model": "o/m", "lora": {"r": 0}}, "/lora/r"),
+        ("/finetunes", {"dataset": "d", "model": "o/m", "lora": {"targets": ["q_proj", 1]}}, "/lora/targets/1"),
+        ("/finetunes", {"dataset": "d", "model": "o/m", "fraction": 5}, "/fraction"),
+        ("/evaluations", {"model": "o/m", "tasks": []}, "/tasks"),
+        ("/evaluations", {"model": "o/m", "checkpoint": "c", "tasks": ["t"]}, ""),
+        ("/tasks", {"name": "t", "kind": "unheard", "path": "/"}, "/kind"),
+        ("/tasks", {"name": "t", "kind": "jsonl"}, "/path"),
+        ("/checkpoints", {"path": "/", "learning_rate": 0}, "/learning_rate"),
+        ("/checkpoints", {"path": "/", "step": 10**30}, "/step"),
+    ],
+)
+def test_an_invalid_field_is_pointed_at(shared_service: Service, path: str, body: dict[str, Any], pointer: str) -> None:
+    problem = problem_of(shared_service.http.post(path, json=body), 422)
+    assert problem.type == "invalid-input"
+    assert pointer in [item.pointer for item in problem.errors]
+    assert problem.total_errors == len(problem.errors)
+
+
+def test_a_percentage_is_told_its_fraction(shared_service: Service) -> None:
+    body = {"dataset": "d", "model": "o/m", "fraction": 5}
+    assert "5 % is 0.05" in problem_of(shared_service.http.post("/finetunes", json=body), 422).detail
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused(shared_service: Service, value: str) -> None:
+    body = f'{{"dataset": "d", "model": "o/m", "learning_rate": {value}, "fraction": {value}}}'
+    answer = shared_service.http.post("/finetunes", content=body, headers={"Content-Type": "application/json"})
+    assert {item.pointer for item in problem_of(answer, 422).errors} == {"/learning_rate", "/fraction"}
+
+
+@pytest.mark.parametrize("noun", [*NOUNS, "jobs"])
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=1001", "limit=ten", "limt=5"], ids=["none", "too many", "a word", "a typing error"]
+)
+def test_a_wrong_page_is_refused(shared_service: Service, noun: str, query: str) -> None:
+    problem = problem_of(shared_service.http.get(f"/{noun}?{query}"), 422)
+    assert problem.errors[0].parameter == query.partition("=")[0]
+
+
+@pytest.mark.parametrize("noun", [*NOUNS, "jobs"])
+def test_a_page_after_nothing_is_not_found(shared_service: Service, noun: str) -> None:
+    problem_of(shared_service.http.get(f"/{noun}?after=nothing"), 404)
+
+
+@pytest.mark.parametrize("query", ["kind=cooking", "status=lost"])
+def test_jobs_are_filtered_by_what_there_is(shared_service: Service, query: str) -> None:
+    assert problem_of(shared_service.http.get(f"/jobs?{query}"), 422).errors[0].parameter == query.partition("=")[0]
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+@pytest.mark.parametrize("body", [{}, {"name": ""}, {"name": "a/b"}, {"name": 1}, {"name": "n", "id": "x"}])
+def test_a_wrong_name_is_refused(shared_service: Service, noun: str, body: dict[str, Any]) -> None:
+    problem_of(shared_service.http.patch(f"/{noun}/nothing", json=body), 422)
+
+
+@pytest.mark.parametrize("reference", ["a%00b", "%0a", "x" * 300])
+def test_a_name_that_nothing_can_have_is_refused(shared_service: Service, reference: str) -> None:
+    problem_of(shared_service.http.get(f"/datasets/{reference}"), 422)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"dataset": "nothing", "run": "nothing"},
+        {"task": "nothing", "checkpoints": ["nothing"]},
+    ],
+)
+def test_gradients_of_nothing_are_not_found(shared_service: Service, body: dict[str, Any]) -> None:
+    problem_of(shared_service.http.post("/gradients", json=body), 404)
+    problem_of(shared_service.http.post("/gradients", json=body | {"dry_run": True}), 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/finetunes", {"dataset": "nothing", "model": "o/m"}),
+        ("/finetunes", {"selection": "nothing", "model": "o/m"}),
+        ("/evaluations", {"model": "o/m", "tasks": ["nothing"]}),
+        ("/runs", {"checkpoints": ["nothing"]}),
+    ],
+)
+def test_what_a_request_names_must_exist(shared_service: Service, path: str, body: dict[str, Any]) -> None:
+    assert "'nothing'" in problem_of(shared_service.http.post(path, json=body), 404).detail
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["../secrets", "/etc", "a/b/c", "gpt2", "..", "org/..", "org/../x", "", "org/na me", "C:\\models", "o/m\x00"],
+)
+def test_a_model_is_a_hub_id_or_a_folder_inside_an_allowed_root(service: Service, model: str) -> None:
+    service.pool(name="pool")
+    problem = problem_of(service.http.post("/finetunes", json={"dataset": "pool", "model": model}), 422)
+    assert [item.pointer for item in problem.errors] == ["/model"]
+
+
+@pytest.mark.parametrize("path", ["/tasks", "/checkpoints"])
+def test_a_server_path_outside_the_allowed_roots_is_refused(service: Service, path: str) -> None:
+    body = {"path": "/etc"} | ({"name": "t", "kind": "jsonl"} if path == "/tasks" else {})
+    assert problem_of(service.http.post(path, json=body), 422).type == "path-not-allowed"
+
+
+def test_an_unforeseen_error_keeps_its_insides_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tmp_path) as service:
+        service.pool(name="pool")
+        id = service.http.get("/datasets/pool").json()["id"]
+        service.backend.datasets.content(id).unlink()
+        with caplog.at_level(logging.ERROR):
+            answer = service.http.get("/datasets/pool/content")
+    problem = problem_of(answer, 500)
+    assert problem.instance is not None
+    assert problem.instance in problem.detail
+    assert str(tmp_path) not in answer.text
+    logged = next(record for record in caplog.records if record.message == "unexpected error")
+    assert vars(logged)["request"] == problem.instance
+    assert logged.exc_info is not None
+
+
+def test_a_full_disk_is_told(service: Service) -> None:
+    @service.app.post("/full")
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert "free some space" in problem_of(service.http.post("/full"), 507).detail
+
+
+def test_a_catalog_that_does_not_answer_is_told(service: Service) -> None:
+    service.backend.catalog.close()
+    database = service.backend.settings.data / "catalog.sqlite3"
+    for path in database.parent.glob("catalog.sqlite3*"):
+        path.unlink()
+    database.mkdir()
+    answer = service.http.get("/datasets")
+    assert "try again" in problem_of(answer, 503).detail
+    assert answer.headers["retry-after"] == "5"
+    health = service.http.get("/health")
+    assert health.status_code == 503
+    assert health.json()["status"] == "degraded"
+    database.rmdir()
+
+
+def test_bad_rows_come_with_their_lines(shared_service: Service) -> None:
+    problem = problem_of(shared_service.upload(jsonl(1) + b"{}\n" + b"[]\n"), 422)
+    assert problem.type == "invalid-dataset"
+    assert [item.line for item in problem.errors] == [2, 3]
+    assert problem.total_errors == 2
