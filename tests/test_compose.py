@@ -34,7 +34,16 @@ def test_with_the_cpu_override_no_service_that_starts_reserves_a_device() -> Non
 
 def test_the_cpu_worker_is_the_gpu_worker_without_a_device() -> None:
     gpu, cpu = services(FILES[0])["worker"], services(FILES[1])["worker-cpu"]
-    for key in ("command", "environment", "volumes", "depends_on", "stop_grace_period", "init", "restart"):
+    for key in (
+        "command",
+        "environment",
+        "volumes",
+        "depends_on",
+        "healthcheck",
+        "stop_grace_period",
+        "init",
+        "restart",
+    ):
         assert cpu[key] == gpu[key], key
     assert cpu["image"] == services(FILES[1])["api"]["image"] != gpu["image"]
 
