@@ -15,7 +15,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -103,7 +103,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, trust_remote_code=False, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {model!r} cannot be loaded: {_first_line(error)}") from error
     if quantisation is None:
         loaded.to(torch.device(device))
@@ -115,34 +115,30 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the LoRA adapter in `folder` (PEFT's layout, safetensors) on `base`, its parameters requiring gradients.
 
     `base` is changed in place; `unload_adapter` gives it back, so that several checkpoints share one base model.
-    Raises ModelError where the folder is no LoRA adapter of a causal language model, or does not fit `base`; the base
-    model may be left half adapted then and must be loaded again.
+    Raises ModelError where the folder is no LoRA adapter of a causal language model, or does not fit `base`, which is
+    then as it was.
     """
-    _refuse_other_adapters(folder)
-    overwritten = _base_weights_in(folder, base)
-    try:
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, torch_device="cpu")
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"the adapter does not fit its base model: {_mismatch(error)}") from error
-    for remark in remarks:
-        if "missing adapter keys" in str(remark.message):
-            raise ModelError(f"the adapter lacks weights that its configuration promises: {remark.message}")
-    _refuse_left_over_weights(model, folder)
-    _overwritten[base] = overwritten
+    config = _lora_config(folder)
+    _overwritten[base] = _base_weights_at_risk(base, folder, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters in them is refused below
+        try:
+            model = get_peft_model(base, config)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"the adapter does not fit its base model: {_first_line(error)}") from error
+        try:
+            _fill_adapter(model, folder)
+        except BaseException:
+            unload_adapter(model)
+            raise
+    # peft lets gradients go down to the embeddings where checkpointing is on: work for nothing here
+    base.disable_input_require_grads()  # type: ignore[no-untyped-call]  # transformers'
     model.eval()
     return model
 
 
 def unload_adapter(model: PeftModel) -> PreTrainedModel:
-    """Take the adapter off and return the base model as it was, ready for the next adapter.
-
-    Raises ModelError where the adapter's initialisation has changed the base model (PiSSA and its kin).
-    """
-    initialisation = model.active_peft_config.init_lora_weights
-    if isinstance(initialisation, str) and initialisation.lower().startswith(CHANGES_BASE):
-        raise ModelError(f"init_lora_weights={initialisation!r} has changed the base model: load the base model again")
+    """Take the adapter off and return the base model as it was, ready for the next adapter."""
     base: PreTrainedModel = model.unload()
     base.load_state_dict(_overwritten.pop(base, {}), strict=False)
     base.requires_grad_(False)
@@ -160,6 +156,7 @@ def use_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     # transformers 5.2x renamed it and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # which only reentrant checkpoints need
 
 
 def use_exact_mode(model: torch.nn.Module) -> None:
@@ -203,21 +200,34 @@ def _quantised(quantisation: Quantisation, precision: Precision) -> BitsAndBytes
     return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]  # transformers'
 
 
-def _refuse_other_adapters(folder: Path) -> None:
-    config = _adapter_config(folder)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"the adapter is of type {config.get('peft_type')!r}; only LORA adapters have features here")
-    if config.get("task_type") not in {None, "CAUSAL_LM"}:
-        raise ModelError(f"the adapter is for the task {config['task_type']!r}; it must be CAUSAL_LM")
+def _lora_config(folder: Path) -> LoraConfig:
+    settings = _adapter_config(folder)
+    if settings.get("peft_type") != "LORA":
+        raise ModelError(f"the adapter is of type {settings.get('peft_type')!r}; only LORA adapters have features here")
+    if settings.get("task_type") not in {None, "CAUSAL_LM"}:
+        raise ModelError(f"the adapter is for the task {settings['task_type']!r}; it must be CAUSAL_LM")
+    try:
+        config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{ADAPTER_CONFIG} is no configuration of a LoRA: {_first_line(error)}") from error
+    config.inference_mode = False
+    return config
 
 
-def _base_weights_in(folder: Path, base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the base model's own values of the base weights that the adapter's file holds with other values."""
+def _base_weights_at_risk(base: PreTrainedModel, folder: Path, config: LoraConfig) -> dict[str, torch.Tensor]:
+    """Copy the weights of the base model that the adapter would change.
+
+    Those are the ones its file holds with other values (trained biases, saved embeddings), or all of them where its
+    initialisation takes the adapter's first values off the base weights: a second base model in memory.
+    """
     state = base.state_dict()
+    initialisation = str(config.init_lora_weights).lower()
+    if initialisation.startswith(CHANGES_BASE):
+        return {name: value.clone() for name, value in state.items()}
     kept = {}
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  # not a mapping
+            for key in weights.keys():  # noqa: SIM118  # it is no mapping
                 name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
                 if name in state and not torch.equal(weights.get_tensor(key).to(state[name]), state[name]):
                     kept[name] = state[name].clone()
@@ -226,17 +236,19 @@ def _base_weights_in(folder: Path, base: PreTrainedModel) -> dict[str, torch.Ten
     return kept
 
 
-def _refuse_left_over_weights(model: PeftModel, folder: Path) -> None:
-    """Refuse a file with weights that the adapted model has no place for; PEFT leaves them out without a word."""
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-        found = set(weights.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    left_over = sorted(key for key in found - expected if "lora_" in key)
-    if left_over and expected <= found:  # else PEFT has translated old names of a renamed architecture
-        raise ModelError(
-            f"the adapter holds {len(left_over)} weights that its base model has no place for, first {left_over[0]!r}: "
-            "it was trained on another model"
-        )
+def _fill_adapter(model: PeftModel, folder: Path) -> None:
+    """Read the adapter's weights into their places; raises ModelError where weights and places differ."""
+    renamed = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {})
+    try:
+        result = model.load_adapter(str(folder), "default", is_trainable=True, torch_device="cpu", key_mapping=renamed)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"the adapter does not fit its base model: {_mismatch(error)}") from error
+    for keys, fault in (
+        (result.missing_keys, "lacks weights that its configuration promises"),
+        (result.unexpected_keys, "holds weights that its base model has no place for"),
+    ):
+        if keys:
+            raise ModelError(f"the adapter {fault}: {keys[0]!r} and {len(keys) - 1} more")
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
