@@ -527,6 +527,14 @@ def test_lost_rows_of_a_rewritten_group_never_read_as_numbers(store: FeatureStor
         store.open(SEGMENT).features(0, 10)
 
 
+def test_rows_whose_reason_was_lost_are_not_taken_for_excluded_ones(store: FeatureStore) -> None:
+    fill(store, SEGMENT, block_of(300))
+    group = zarr.open_group(group_of(store), mode="r+")
+    group.create_array("reason", shape=(300,), chunks=(100,), dtype="uint8", fill_value=255, overwrite=True)
+    with pytest.raises(Damaged, match="never written"):
+        _ = store.open(SEGMENT).valid
+
+
 def test_damaged_metadata_is_named(store: FeatureStore) -> None:
     fill(store, SEGMENT, block_of(10))
     (group_of(store) / "norms" / "zarr.json").write_text("{")

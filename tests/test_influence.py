@@ -175,8 +175,8 @@ def test_a_training_row_that_fails_at_one_checkpoint_has_no_score_and_disturbs_n
     train, target = gradients(5), gradients(6, rows=7)
     whole = scores_of(train, target, SUBTASK, how=how)
     valid = [np.ones(12, bool) for _ in train]
-    valid[1][4] = False
-    train[1][4] = np.nan
+    valid[0][4] = valid[1][4] = False
+    train[0][4], train[1][4] = np.nan, np.inf
     found = scores_of(train, target, SUBTASK, how=how, train_valid=valid)
     assert np.flatnonzero(~found.valid).tolist() == [4]
     assert (found.score[4], found.subtask[4]) == (0, NO_SUBTASK)
