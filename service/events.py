@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from anyio.to_thread import run_sync
 from gradstore.types import AnyJob
 
+from datastore.errors import NotFound
+
 INTERVAL = 0.25  # seconds between two looks into the catalog
 KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent: proxies cut silent connections
 MEDIA_TYPE = "text/event-stream"
@@ -24,7 +26,10 @@ async def job_events(look: Callable[[], AnyJob], *, stopping: threading.Event) -
     yield b"retry: 1000\n\n"
     last, sent = "", time.monotonic()
     while not stopping.is_set():
-        job = await run_sync(look)
+        try:
+            job = await run_sync(look)
+        except NotFound:  # deleted while it was followed
+            return
         state = job.model_dump_json()
         if job.finished:
             yield event("finished", state)

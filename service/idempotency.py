@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Awaitable, Callable
 from typing import cast
 
@@ -46,7 +45,7 @@ async def once(
         await run_sync(catalog.free_key, key)
         raise
     headers = {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
-    body = json.loads(bytes(response.body)) if response.body else None
+    body = bytes(response.body).decode()
     await run_sync(lambda: catalog.remember_answer(key, status=response.status_code, headers=headers, body=body))
     return response
 
@@ -70,7 +69,6 @@ def _fingerprint(request: Request, content: bytes) -> str:
 
 
 def _again(first: IdempotencyRow) -> Response:
-    body = (first.body or {}).get("json")
-    content = None if body is None else json.dumps(body, ensure_ascii=False)
+    body = (first.body or {}).get("json", "")
     headers = {**(first.headers or {}), "Idempotent-Replayed": "true"}
-    return Response(content, status_code=cast("int", first.status), headers=headers)
+    return Response(body, status_code=cast("int", first.status), headers=headers)
