@@ -247,6 +247,8 @@ def _trainable_model(
             f"LoRA cannot be put on {request.lora.targets}: {str(error).splitlines()[0]} "
             f"(linear layers of this model: {', '.join(names)})"
         ) from error
+    # peft lets gradients go down to the embeddings where checkpointing is on: work for nothing here
+    base.disable_input_require_grads()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     return model
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ def _load(optimizer: Path) -> dict[str, Any]:
             f"it holds more than tensors and was not opened further ({_refused(error)}); "
             "save the optimizer's state_dict() alone"
         ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, struct.error) as error:
         raise InvalidCheckpoint(f"it cannot be read: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise InvalidCheckpoint(f"it holds a {type(content).__name__} instead of an optimizer's state_dict()")
