@@ -7,7 +7,8 @@
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# PYTHONSAFEPATH: no folder that a process happens to run in is a place of modules.
+ENV PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 # A named volume mounted on these folders takes their owner over.
 RUN useradd --create-home --uid 1000 gradstore \
@@ -22,7 +23,7 @@ COPY . /src
 RUN python -m pip install --no-deps --no-build-isolation /src/client /src && python -m pip check
 
 USER gradstore
-WORKDIR /data
+WORKDIR /home/gradstore
 ENV GRADSTORE_DATA=/data GRADSTORE_HOST=0.0.0.0 GRADSTORE_PORT=8000 HF_HOME=/models
 EXPOSE 8000
 ENTRYPOINT ["gradstore"]
