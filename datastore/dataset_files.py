@@ -32,6 +32,7 @@ import numpy as np
 from gradstore.types import DatasetSource
 from pydantic import BaseModel, ConfigDict
 
+from datastore.durable import sync_folder
 from datastore.errors import Damaged
 from datastore.repeats import keys
 from datastore.rows import Example
@@ -235,12 +236,3 @@ def write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

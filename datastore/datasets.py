@@ -36,8 +36,8 @@ from datastore.dataset_files import (
     DatasetWriter,
     RowLabel,
     add_source,
-    sync_folder,
 )
+from datastore.durable import sync_folder
 from datastore.errors import InvalidDataset, NotFound
 from datastore.json_rows import RawRow, Unreadable
 from datastore.repeats import Repeat, repeats

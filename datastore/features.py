@@ -41,6 +41,7 @@ from datastore.schema import (
     JobRow,
     SegmentRow,
 )
+from datastore.scores import ScoreCache
 from datastore.segments import stored_bytes
 from datastore.settings import Settings
 
@@ -243,7 +244,9 @@ class Features:
         id = self.jobs.remove(
             reference, kind="gradients", before=lambda session, job: orphans.extend(_orphan(session, job))
         )
+        scores = ScoreCache(self.settings.scores)
         for segment in orphans:
+            scores.delete(segment)
             self.store.delete(segment)
         return id
 

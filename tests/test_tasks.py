@@ -6,10 +6,8 @@ import json
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import pytest
-from gradstore.types import TaskKind
 
 import datastore.tasks
 from datastore.archives import unpack
@@ -530,10 +528,6 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(Damaged):
         tasks.validation(task)
-
-
-def test_the_built_in_kinds_are_those_of_the_api() -> None:
-    assert set(readers()) == set(get_args(TaskKind))
 
 
 def test_a_new_kind_of_task_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
