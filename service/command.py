@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import uvicorn
+from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
 from datastore.settings import Settings
@@ -24,9 +26,18 @@ DRAIN = 10  # seconds that requests at work have when the server is asked to sto
 class Server(uvicorn.Server):
     """uvicorn with what has to happen when it is ready and when it is asked to stop."""
 
-    def __init__(self, config: uvicorn.Config, backend: Backend, worker: EmbeddedWorker | None) -> None:
-        super().__init__(config)
-        self.backend = backend
+    def __init__(self, app: FastAPI, worker: EmbeddedWorker | None = None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=DRAIN,
+            )
+        )
+        self.backend: Backend = app.state.backend
         self.worker = worker
         self.url = ""
 
@@ -74,8 +85,9 @@ def serve(
         api_key=SecretStr(api_key) if api_key else None,
     )
     logs.configure()
-    with listen(settings) as listener:
-        server_of(settings).run(sockets=[listener])
+    worker_beside = EmbeddedWorker(settings) if settings.embedded_worker else None
+    with listen(settings) as listener, suppress(KeyboardInterrupt):
+        Server(create_app(settings), worker_beside).run(sockets=[listener])
 
 
 def configured(**given: Any) -> Settings:
@@ -105,13 +117,3 @@ def listen(settings: Settings) -> socket.socket:
         reason = error.strerror or str(error)
         typer.echo(f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --port", err=True)
         sys.exit(1)
-
-
-def server_of(settings: Settings) -> Server:
-    """The server and its worker, ready to run."""
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN, lifespan="on"
-    )
-    worker = EmbeddedWorker(settings) if settings.embedded_worker else None
-    return Server(config, app.state.backend, worker)

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from gradstore.types import JobKind, Problem
 from safetensors.numpy import save
@@ -146,8 +145,7 @@ def serving(data: Path, *, queue: Queue | None = None, **settings: Any) -> Itera
     """Run a service over the folder `data`, without a worker."""
     chosen = Settings(data=data, port=0, embedded_worker=False, **settings)
     app = create_app(chosen, queue=queue)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=10)
-    server = Server(config, app.state.backend, None)
+    server = Server(app)
     listener = listen(chosen)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
