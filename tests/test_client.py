@@ -176,7 +176,7 @@ def flow(store: GradientStore) -> None:
     assert_type(store.datasets.get("x"), Dataset)
     store.select(task="mmlu", pkt=0.05)  # wrong
     store.finetunes.create(model="m", epochs="4")  # wrong
-    store.tasks.upload("x", kind="unheard", name="x")  # wrong
+    store.tasks.upload("x", name="x")  # wrong
     store.finetunes.get("x").result.run  # wrong
 
 async def awaited(store: AsyncGradientStore) -> None:
@@ -578,7 +578,7 @@ def test_only_what_is_given_is_sent() -> None:
     assert server.asked[0].json == {
         "model": "tiny",
         "dataset": "ds_pool",
-        "lora": LoraSettings(r=8).model_dump(),
+        "lora": {"r": 8},
     }
 
 

@@ -238,19 +238,19 @@ class Question(TypedDict, total=False):
     seed: int | None
     aggregate: Aggregate | None
     combine: Literal["max", "mean"] | None
-    exclude: str | Sequence[str] | None
 
 
 def select(
     *,
     pct: float | None = None,
     k: int | None = None,
+    exclude: str | Sequence[str] | None = None,
     limit: int | None = None,
     wait: float = 0.0,
     **question: Unpack[Question],
 ) -> Call[Selection]:
     """Choose the rows that help the task most; 202 and a scoring job where scores take longer than `wait` seconds."""
-    params = _params(**question, pct=pct, k=k, limit=limit, wait=wait)
+    params = _params(**question, pct=pct, k=k, exclude=exclude, limit=limit, wait=wait)
     return Call(method="GET", path="/select", params=params, answer=Selection)
 
 
@@ -292,7 +292,7 @@ class FinetuneFields(TypedDict, total=False):
     model: Required[str]
     revision: str | None
     method: Method | None
-    lora: LoraSettings | None
+    lora: LoraSettings | Mapping[str, Any] | None
     learning_rate: float | None
     scheduler: Literal["linear", "cosine", "constant"] | None
     warmup_ratio: float | None
@@ -405,7 +405,7 @@ def _path(*parts: str) -> str:
 
 
 def _post(collection: str, answer: type[BodyT], /, **fields: Any) -> Call[BodyT]:
-    body = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in fields.items()}
+    body = {key: _plain(value) for key, value in fields.items()}
     return Call(method="POST", path=_path(collection), json=_given(**body), answer=answer)
 
 
@@ -425,6 +425,10 @@ def _uploading(
 ) -> Call[BodyT]:
     upload = Upload(source=source(file, filename=filename), field=field, form=form, progress=progress)
     return Call(method="POST", path=_path(collection), upload=upload, answer=answer, timeout=INGESTING)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import time
 import uuid
 import zipfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -267,7 +267,7 @@ def _whole(first: Selection, limit: int | None) -> Flow[Selection]:
 
 
 def _page(limit: int | None) -> int:
-    return PAGE if limit is None else max(1, min(limit, PAGE))
+    return PAGE if limit is None else min(limit, PAGE)
 
 
 def _rows_seen(count: int) -> str | None:
@@ -400,6 +400,7 @@ def select(
     *,
     pct: float | None = None,
     k: int | None = None,
+    exclude: str | Sequence[str] | None = None,
     limit: int | None = None,
     progress: bool = False,
     timeout: float | None = None,
@@ -407,12 +408,13 @@ def select(
 ) -> Flow[Selection]:
     """Choose the examples that help a task most, best first: `select(task="mmlu", pct=0.05)`.
 
-    `pct` is a fraction of the pool, `k` a number of rows. The answer's `data` holds all chosen rows, or the first
+    `pct` is a fraction of the pool, `k` a number of rows; the examples of the datasets and selections in `exclude` are
+    left out. The answer's `data` holds all chosen rows, or the first
     `limit`; it is recorded under its id, which `finetunes.create(selection=…)` takes. Where scores have to be computed
     first, that job is waited for (`progress`, `timeout` as in `wait`). Raises `Conflict` where gradients are missing,
     with the request that computes them, or where several stored things fit, with their list.
     """
-    call = _endpoints.select(**question, pct=pct, k=k, limit=_page(limit), wait=SCORES_WAIT)
+    call = _endpoints.select(**question, pct=pct, k=k, exclude=exclude, limit=_page(limit), wait=SCORES_WAIT)
     answer = yield from _scored(call, progress=progress, timeout=timeout)
     return (yield from _whole(parse(Selection, answer), limit))
 
@@ -605,9 +607,12 @@ def finetunes_download(finetune: str, path: str | os.PathLike[str], /, *, progre
     return download_folder(_endpoints.finetunes_content(finetune), path, progress=progress)
 
 
-def selections_lines(selection: str, /) -> Stream[bytes]:
-    """Iterate over the chosen original rows, best first, one line each, byte for byte."""
-    return lines(_endpoints.selections_content(selection))
+def selections_lines(selection: str, /, *, format: Literal["ndjson", "csv"] = "ndjson") -> Stream[bytes]:
+    """Iterate over the chosen original rows, best first, one line each, byte for byte.
+
+    With `format="csv"` over the lines of the sorted table (file, row, score).
+    """
+    return lines(_endpoints.selections_content(selection, format=format))
 
 
 def selections_save(selection: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:

@@ -1,1 +1,208 @@
-"""x."""
+"""Whole flows as one call, made of the client's own calls: read them as programs to start from.
+
+They can be interrupted and run again at any time. The service names everything by its content, so the same call finds
+what the last one left: a finished job answers at once, a running one is waited for, and one that failed or was
+cancelled goes on from its last finished shard. The price is that files given by path are uploaded again to learn their
+ids; give ids or names of what is stored to save that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+
+from pydantic import BaseModel, ConfigDict
+from tqdm.auto import tqdm
+
+from gradstore.results import EvaluationResult, FinetuneResult, Selection, SucceededJob
+from gradstore.types import (
+    Dataset,
+    EvaluationRequest,
+    FeatureDtype,
+    FinetuneRequest,
+    GradientsRequest,
+    GradientsResult,
+    LoraSettings,
+    Precision,
+    Quantisation,
+    Task,
+    TaskKind,
+    TemplateName,
+)
+
+if TYPE_CHECKING:
+    from gradstore.client import GradientStore
+
+
+class Training(TypedDict, total=False):
+    """How both trainings are done, see `gradstore.types.FinetuneRequest`; the defaults are LESS's recipe."""
+
+    revision: str | None
+    lora: LoraSettings | Mapping[str, Any] | None
+    learning_rate: float | None
+    scheduler: Literal["linear", "cosine", "constant"] | None
+    warmup_ratio: float | None
+    weight_decay: float | None
+    epochs: int | None
+    batch_size: int | None
+    device_batch_size: int | None
+    max_length: int | None
+    template: TemplateName | None
+    precision: Precision | Literal["auto"] | None
+    quantisation: Quantisation | None
+    gradient_checkpointing: bool | None
+    seed: int | None
+
+
+class LessResult(BaseModel):
+    """What the flow left behind, step by step."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: Dataset
+    task: Task
+    warmup: SucceededJob[FinetuneRequest, FinetuneResult]
+    pool_gradients: SucceededJob[GradientsRequest, GradientsResult]
+    task_gradients: SucceededJob[GradientsRequest, GradientsResult]
+    selection: Selection
+    tuned: SucceededJob[FinetuneRequest, FinetuneResult]
+    evaluation: SucceededJob[EvaluationRequest, EvaluationResult] | None
+    """None where it was not asked for, or the task has no test rows."""
+
+
+def less(
+    store: GradientStore,
+    *,
+    pool: str | os.PathLike[str],
+    task: str | os.PathLike[str],
+    model: str,
+    task_kind: TaskKind | None = None,
+    pct: float = 0.05,
+    warmup_fraction: float = 0.05,
+    dim: int = 8192,
+    dtype: FeatureDtype = "float16",
+    evaluate: bool = True,
+    max_rows: int | None = None,
+    progress: bool = True,
+    **training: Unpack[Training],
+) -> LessResult:
+    """Select the part of a pool that helps a task most (LESS, arXiv 2402.04333), train on it, and measure the gain.
+
+    `pool` and `task` are ids or names of what is stored, or paths of this machine, which are uploaded; a task's path
+    needs its `task_kind`, and its last part is the task's name. Warms up on a random `warmup_fraction` of the pool,
+    computes gradients of `dim` dimensions for the pool (Adam) and the task (SGD) at every warm-up checkpoint, selects
+    the best `pct`, trains `model` anew on them, and evaluates it beside the base model on the task's test rows, at most
+    `max_rows` a subtask. `progress` tells each step on stderr, with a bar. Raises `JobFailed` of the step that failed:
+    call again to go on.
+    """
+    say = _speaker(steps=7 if evaluate else 6, shown=progress)
+    say("the pool and the task")
+    dataset = _pool(store, pool, progress=progress)
+    target = _task(store, task, kind=task_kind, progress=progress)
+
+    say(f"warm-up on {warmup_fraction:.3g} of {dataset.rows:,} rows")
+    warmup = store.finetunes.wait(
+        store.finetunes.create(dataset=dataset.id, fraction=warmup_fraction, model=model, **training),
+        progress=progress,
+    )
+    run = warmup.result.run
+
+    say(f"gradients of {dataset.rows:,} rows at {len(warmup.result.checkpoints)} checkpoints")
+    quantisation, checkpointing = training.get("quantisation"), training.get("gradient_checkpointing")
+    pool_gradients = store.gradients.wait(
+        store.gradients.create(
+            dataset=dataset.id,
+            run=run,
+            kind="adam",
+            dims=dim,
+            dtype=dtype,
+            quantisation=quantisation,
+            gradient_checkpointing=checkpointing,
+        ),
+        progress=progress,
+    )
+
+    say(f"gradients of the task's {target.validation:,} validation rows")
+    task_gradients = store.gradients.wait(
+        store.gradients.create(
+            task=target.id,
+            run=run,
+            kind="sgd",
+            dims=dim,
+            dtype=dtype,
+            quantisation=quantisation,
+            gradient_checkpointing=checkpointing,
+        ),
+        progress=progress,
+    )
+
+    say(f"selection of the best {pct:.3g}")
+    selection = store.select(
+        task=target.id, dataset=dataset.id, pct=pct, run=run, kind="adam", dim=dim, dtype=dtype, progress=progress
+    )
+
+    say(f"training on the {selection.count:,} selected rows")
+    tuned = store.finetunes.wait(
+        store.finetunes.create(selection=selection.id, model=model, **training), progress=progress
+    )
+
+    evaluation = None
+    if evaluate and target.test:
+        say("evaluation of the base model and the tuned one")
+        evaluation = store.evaluations.wait(
+            store.evaluations.create(
+                finetune=tuned.id, tasks=[target.id], max_rows=max_rows, quantisation=quantisation
+            ),
+            progress=progress,
+        )
+    return LessResult(
+        dataset=dataset,
+        task=target,
+        warmup=warmup,
+        pool_gradients=pool_gradients,
+        task_gradients=task_gradients,
+        selection=selection,
+        tuned=tuned,
+        evaluation=evaluation,
+    )
+
+
+def _pool(store: GradientStore, pool: str | os.PathLike[str], *, progress: bool) -> Dataset:
+    path = _local(pool)
+    return store.datasets.get(str(pool)) if path is None else store.datasets.upload(path, progress=progress)
+
+
+def _task(store: GradientStore, task: str | os.PathLike[str], *, kind: TaskKind | None, progress: bool) -> Task:
+    path = _local(task)
+    if path is None:
+        return store.tasks.get(str(task))
+    if kind is None:
+        raise ValueError(f"{path} is a local path: say what it holds with task_kind (mmlu, bbh, …, jsonl)")
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    return store.tasks.upload(path, name=name, kind=kind, progress=progress)
+
+
+def _local(reference: str | os.PathLike[str]) -> Path | None:
+    """The path of something on this machine; None for an id or a name."""
+    path = Path(reference)
+    if path.exists():
+        return path
+    if not isinstance(reference, str) or os.sep in reference:
+        raise FileNotFoundError(f"{path} does not exist")
+    return None
+
+
+def _speaker(*, steps: int, shown: bool) -> Callable[[str], None]:
+    """Make a function that tells on stderr which step begins."""
+    begun = 0
+
+    def say(step: str) -> None:
+        nonlocal begun
+        begun += 1
+        if shown:
+            tqdm.write(f"[{begun}/{steps}] {step}", file=sys.stderr)
+
+    return say

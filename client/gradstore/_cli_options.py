@@ -1,0 +1,173 @@
+"""Command-line options made from the functions they are for, so that a new argument is an option at once.
+
+A command takes the arguments of a function of `_endpoints.py` or `recipes.py`, with the texts of `HELP`. What a shell
+cannot say directly is said in parts: a list by repeating its option, the adapter's shape by four options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from gradstore._signatures import expanded
+from gradstore.types import LoraSettings
+
+CommandT = TypeVar("CommandT", bound=Callable[..., None])
+
+HELP = {
+    "adam": "Adam's direction as LESS's code has it (less), or with bias correction (exact).",
+    "aggregate": "How a row's scores over a task become one; less: mean within a subtask, then the largest.",
+    "append_to": "Dataset whose rows come first; the features of these rows are reused.",
+    "baseline": "Measure the base model beside it.",
+    "batch_size": "Rows per optimizer step.",
+    "bootstrap_samples": "Samples of the confidence intervals.",
+    "checkpoint": "Checkpoint by id; repeat for several.",
+    "checkpoints": "Checkpoint by id, instead of a run; repeat for several.",
+    "combine": "How the scores of several tasks become one.",
+    "dataset": "Dataset by id or name.",
+    "device_batch_size": "Rows per forward pass; the rest is accumulated.",
+    "dim": "Dimensions of the projected gradients.",
+    "dims": "Dimensions of the projected gradients; repeat to get several from one pass.",
+    "dtype": "Number type of the stored gradients.",
+    "epochs": "Passes over the rows.",
+    "evaluate": "Measure the base model and the tuned one on the task's test rows at the end.",
+    "exclude": "Dataset or selection whose examples are left out; repeatable.",
+    "finetune": "Fine-tune by id or name.",
+    "fraction": "Random fraction of the dataset's rows: 0.05 is 5 %.",
+    "gradient_checkpointing": "Save memory by computing activations twice.",
+    "k": "How many rows to choose, instead of a fraction.",
+    "kind": "Kind of gradients; by default adam for a dataset and sgd for a task.",
+    "learning_rate": "Learning rate at its highest; of a checkpoint, the mean of its epoch.",
+    "lora_alpha": "Scale of the adapter.",
+    "lora_dropout": "Dropout of the adapter in training.",
+    "lora_r": "Rank of the adapter.",
+    "lora_targets": "Module that gets an adapter (q_proj, …, or all-linear); repeatable.",
+    "max_length": "Tokens kept of a row.",
+    "max_new_tokens": "Longest generated answer, in tokens.",
+    "max_rows": "At most so many test rows per subtask, the first ones.",
+    "method": "Train an adapter, or all weights.",
+    "model": "Base model: hub id, or a folder of the server inside an allowed root.",
+    "name": "Name to give it, instead of remembering its id.",
+    "on_error": "What to do with a file that has bad rows: refuse it, or take the good ones.",
+    "pct": "Fraction of the pool to choose: 0.05 is 5 %.",
+    "precision": "Number type of the base model while it computes.",
+    "projection": "How gradients are projected.",
+    "quantisation": "Load the base model in 8 or 4 bits (GPU).",
+    "replace": "Take the name from what has it now.",
+    "revision": "Revision of the base model on the hub.",
+    "rows": "Random number of the dataset's rows.",
+    "run": "Run by id or name.",
+    "scheduler": "Course of the learning rate.",
+    "seed": "Seed; the same seed gives the same numbers.",
+    "selection": "Selection by id or name.",
+    "step": "Optimizer step at which the checkpoint was taken.",
+    "task": "Task by id or name.",
+    "tasks": "Task by id or name; repeat for several.",
+    "template": "How a conversation is written as text.",
+    "token_budget": "Padded tokens per batch.",
+    "warmup_fraction": "Fraction of the pool to warm up on.",
+    "warmup_ratio": "Fraction of the steps in which the learning rate rises.",
+    "weight_decay": "Weight decay.",
+}
+
+
+def takes(
+    function: Callable[..., Any],
+    *,
+    request: type[BaseModel] | None = None,
+    without: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> Callable[[CommandT], CommandT]:
+    """Give a command the keyword arguments of a function as options, in place of its `**fields`.
+
+    `request` is the body they become, whose defaults are shown. What is not given on the command line is not sent.
+    """
+
+    def decorate(command: CommandT) -> CommandT:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        words = {**HELP, **(texts or {})}
+        defaults = {name: field.default for name, field in (request.model_fields if request else {}).items()}
+        options = [
+            _option(parameter, words[parameter.name], defaults.get(parameter.name, parameter.default))
+            for parameter in _parts(expanded(function).parameters.values())
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name not in without
+        ]
+        arguments = [parameter for parameter in own if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+        ordered = [*arguments, *_in_order(options), *own[len(arguments) :]]
+        command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]  # read by typer
+        return command
+
+    return decorate
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, as the function takes them."""
+    found = {name: value for name, value in fields.items() if value is not None and value != []}
+    lora = {name: found.pop(f"lora_{name}") for name in LoraSettings.model_fields if f"lora_{name}" in found}
+    if lora.get("targets") == ["all-linear"]:
+        lora["targets"] = "all-linear"
+    return {**found, "lora": LoraSettings(**lora)} if lora else found
+
+
+def _parts(parameters: Iterable[inspect.Parameter]) -> Iterator[inspect.Parameter]:
+    """The parameters, the adapter's shape as one for each of its fields."""
+    for parameter in parameters:
+        if parameter.name != "lora":
+            yield parameter
+            continue
+        for name, field in LoraSettings.model_fields.items():
+            yield parameter.replace(name=f"lora_{name}", annotation=field.annotation, default=field.default)
+
+
+def _option(parameter: inspect.Parameter, text: str, default: Any) -> inspect.Parameter:
+    required = parameter.default is inspect.Parameter.empty
+    kind = _value(parameter.annotation)
+    names, metavar = [], None
+    if get_origin(kind) is list:  # repeated, so its name is the singular
+        names = [f"--{parameter.name.removesuffix('s').replace('_', '-')}"]
+        metavar = f"<{get_args(kind)[0].__name__}>"
+    option = typer.Option(*names, metavar=metavar, help=f"{text}{_shown(default)}", show_default=False)
+    return parameter.replace(
+        default=parameter.default if required else None,
+        annotation=Annotated[kind if required else kind | None, option],
+        kind=inspect.Parameter.KEYWORD_ONLY,
+    )
+
+
+def _shown(default: Any) -> str:
+    """A default as the help shows it."""
+    if default is None or default is inspect.Parameter.empty or default is PydanticUndefined:
+        return ""
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    return f" [default: {', '.join(map(str, default)) if isinstance(default, list) else default}]"
+
+
+def _in_order(options: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """What must be given comes first."""
+    return sorted(options, key=lambda option: option.default is not inspect.Parameter.empty)
+
+
+def _value(annotation: Any) -> Any:
+    """The type of one value on the command line, or a list of it where the option may be repeated."""
+    parts = [part for part in _alternatives(annotation) if part is not type(None)]
+    choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
+    lists = [part for part in parts if get_origin(part) in {list, Sequence}]
+    if lists:
+        return list[_value(get_args(lists[0])[0])]  # type: ignore[misc]  # a type made at run time
+    return Literal[choices] if choices else parts[0]
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)

@@ -1,0 +1,94 @@
+"""What the command line prints: tables for people, JSON for programs, one object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Columns = Mapping[str, Callable[[Any], object]]
+
+
+def say(message: str) -> None:
+    """Tell something beside the data, on stderr."""
+    typer.echo(message, err=True)
+
+
+def print_json(body: BaseModel) -> None:
+    """Print one object as a line of JSON."""
+    typer.echo(body.model_dump_json())
+
+
+def print_list(items: Iterable[BaseModel], columns: Columns, *, as_json: bool) -> None:
+    """Print a list: a line of JSON each, as it comes, or a table."""
+    if as_json:
+        for item in items:
+            print_json(item)
+    else:
+        print_table(items, columns)
+
+
+def print_table(items: Iterable[Any], columns: Columns) -> None:
+    """Print a table; cells are never cut when it is not a terminal that reads it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in columns:
+        table.add_column(heading, overflow="fold")
+    for item in items:
+        table.add_row(*(Text(_cell(show(item))) for show in columns.values()))
+    _console().print(table)
+
+
+def print_object(body: BaseModel, *, as_json: bool) -> None:
+    """Print one object: a line of JSON, or a line per field."""
+    if as_json:
+        print_json(body)
+        return
+    fields = body.model_dump(mode="json")
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        typer.echo(f"{name:<{width}}  {shown}")
+
+
+def print_lines(lines: Iterable[bytes]) -> None:
+    """Print lines byte for byte."""
+    for line in lines:
+        sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def is_terminal() -> bool:
+    """Whether somebody watches stderr: progress is for them."""
+    return sys.stderr.isatty() and "GRADSTORE_NO_PROGRESS" not in os.environ
+
+
+def ago(moment: datetime) -> str:
+    """How long ago something was, roughly."""
+    seconds = max((datetime.now(UTC) - moment).total_seconds(), 0.0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 1000, highlight=False)

@@ -1,0 +1,779 @@
+"""The command line: `gradstore …`.
+
+Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or not reached, 2 wrong usage, 3 the
+job failed, 130 interrupted. The client itself is imported when a command runs, so `--help` is quick; `serve` and
+`worker` come from the server's distribution, by entry points of the group "gradstore.commands", and are imported only
+when they are called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import gradstore
+from gradstore import _endpoints as endpoints
+from gradstore import errors, recipes
+from gradstore._cli_options import given, takes
+from gradstore._cli_output import (
+    Columns,
+    ago,
+    is_terminal,
+    print_json,
+    print_lines,
+    print_list,
+    print_object,
+    print_table,
+    say,
+)
+from gradstore.types import (
+    Checkpoint,
+    EvaluationRequest,
+    FinetuneRequest,
+    GradientsRequest,
+    Interval,
+    Job,
+    JobKind,
+    JobStatus,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from gradstore import GradientStore
+
+SERVER_COMMANDS = {
+    "serve": "Serve the API, with a worker beside it.",
+    "worker": "Do the jobs of a store, beside other workers.",
+}
+ORDER = (
+    *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "evaluations"),
+    *("checkpoints", "runs", "jobs", "health"),
+)
+INSTALL_SERVER = "pip install 'gradstore-server[service,worker]'"
+REFUSED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+
+
+class Commands(TyperGroup):
+    """The commands of this distribution, and those of the server where it is installed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, in the order of their use."""
+        names = super().list_commands(ctx)
+        return [*SERVER_COMMANDS, *sorted(names, key=ORDER.index)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command; one of the server as a note of what it does."""
+        return _noted(cmd_name) if cmd_name in SERVER_COMMANDS else super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called; one of the server is imported here."""
+        if args and args[0] in SERVER_COMMANDS:
+            return args[0], _loaded(args[0]), args[1:]
+        return super().resolve_command(ctx, args)
+
+
+def _entry_points(name: str) -> Iterable[Any]:
+    return entry_points(group="gradstore.commands", name=name)
+
+
+def _noted(name: str) -> Any:
+    """A command that is described and not imported."""
+    text = SERVER_COMMANDS[name]
+    return _command(name, lambda: None, help=text if _entry_points(name) else f"{text} Needs {INSTALL_SERVER}")
+
+
+def _loaded(name: str) -> Any:
+    for entry_point in _entry_points(name):
+        return _command(name, entry_point.load())
+
+    def missing() -> None:
+        say(f"gradstore {name} comes with the server: {INSTALL_SERVER}")
+        raise typer.Exit(REFUSED)
+
+    return _command(name, missing, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+
+
+def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name, **settings)(function)
+    return typer.main.get_command(app)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # they would print the key
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 3 the job failed, 130 interrupted.",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server a command is for."""
+
+    url: str | None
+    api_key: str | None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(gradstore.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    *,
+    url: Annotated[
+        str | None, typer.Option(envvar="GRADSTORE_URL", help="Address of the server; else http://localhost:8000.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="GRADSTORE_API_KEY", help="Key of the server; better as a variable.")
+    ] = None,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find the training examples that help a task, by their gradients.
+
+    The usual way: datasets upload, tasks upload, finetunes create (warm-up), gradients create for both, select,
+    finetunes create on the selection, evaluations create. Or all of it at once: less.
+    """
+    ctx.obj = Target(url, api_key)
+
+
+@contextmanager
+def _session(ctx: typer.Context) -> Iterator[GradientStore]:
+    """A client for a command; its errors become messages and exit codes."""
+    target: Target = ctx.find_root().obj
+    try:
+        with gradstore.GradientStore(target.url, api_key=target.api_key) as store:
+            yield store
+    except errors.JobFailed as error:
+        _end(FAILED, str(error), error)
+    except errors.ServerError as error:
+        _end(REFUSED, f"{error}\n(request {error.request_id})", error)
+    except errors.GradstoreError as error:
+        _end(REFUSED, str(error), error)
+    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        _end(REFUSED, str(error), error)
+    except ValueError as error:
+        _end(USAGE, str(error), error)
+    except KeyboardInterrupt as error:
+        _end(INTERRUPTED, "interrupted", error)
+
+
+def _end(code: int, message: str, error: BaseException) -> None:
+    say(message)
+    raise typer.Exit(code) from error
+
+
+# Options and arguments that several commands have -------------------------------------------------------------------
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until the job is done; Ctrl-C leaves it at work.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and start nothing.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most; the job goes on.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="How many to print; else all.")]
+Rows = Annotated[int, typer.Option("--limit", min=0, help="How many rows to print; 0 prints all.")]
+Reference = Annotated[str, typer.Argument(metavar="ID", help="Id or name.")]
+JobReference = Annotated[str, typer.Argument(metavar="JOB", help="Id or name of the job.")]
+LocalPath = Annotated[Path, typer.Argument(metavar="PATH", exists=True, help="File, zip or folder of this machine.")]
+ServerPath = Annotated[str, typer.Argument(metavar="PATH", help="Path on the server, inside an allowed root.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print the sorted table (file, row, score) as CSV.")]
+AsLines = Annotated[bool, typer.Option("--lines", help="Print the chosen original rows.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Save the original rows there; a path in .csv gets the table.")
+]
+
+
+AS_TRAINED = {
+    "max_length": "Tokens kept of a row; by default as the run was trained.",
+    "precision": "Number type of the base model while it computes; by default as the run was trained.",
+    "template": "How a conversation is written as text; by default as the run was trained.",
+}
+KINDS = "What the files hold: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl, or what else the server can read."
+
+
+# What every noun has ------------------------------------------------------------------------------------------------
+
+
+def _progress(job: Job[Any, Any]) -> str:
+    return f"{job.progress.done:,}/{job.progress.total:,} {job.progress.unit}"
+
+
+JOBS: Columns = {
+    "id": lambda job: job.id,
+    "name": lambda job: job.name,
+    "status": lambda job: job.status,
+    "progress": _progress,
+    "age": lambda job: ago(job.created_at),
+}
+COLUMNS: dict[str, Columns] = {
+    "datasets": {
+        "id": lambda dataset: dataset.id,
+        "name": lambda dataset: dataset.name,
+        "rows": lambda dataset: dataset.rows,
+        "bytes": lambda dataset: dataset.bytes,
+        "age": lambda dataset: ago(dataset.created_at),
+    },
+    "tasks": {
+        "id": lambda task: task.id,
+        "name": lambda task: task.name,
+        "kind": lambda task: task.kind,
+        "subtasks": lambda task: len(task.subtasks),
+        "validation": lambda task: task.validation,
+        "test": lambda task: task.test,
+        "age": lambda task: ago(task.created_at),
+    },
+    "checkpoints": {
+        "id": lambda checkpoint: checkpoint.id,
+        "name": lambda checkpoint: checkpoint.name,
+        "model": lambda checkpoint: checkpoint.model,
+        "run": lambda checkpoint: checkpoint.run,
+        "epoch": lambda checkpoint: checkpoint.epoch,
+        "learning rate": lambda checkpoint: checkpoint.learning_rate,
+        "moments": lambda checkpoint: checkpoint.has_moments,
+    },
+    "runs": {
+        "id": lambda run: run.id,
+        "name": lambda run: run.name,
+        "model": lambda run: run.model,
+        "checkpoints": lambda run: len(run.checkpoints),
+        "fine-tune": lambda run: run.finetune,
+        "age": lambda run: ago(run.created_at),
+    },
+    "gradients": JOBS,
+    "selections": {
+        "id": lambda selection: selection.id,
+        "name": lambda selection: selection.name,
+        "tasks": lambda selection: ", ".join(selection.recipe.tasks),
+        "rows": lambda selection: selection.count,
+        "of": lambda selection: selection.pool,
+        "age": lambda selection: ago(selection.created_at),
+    },
+    "finetunes": JOBS,
+    "evaluations": JOBS,
+    "jobs": {"kind": lambda job: job.kind, **JOBS},
+}
+HELP = {
+    "datasets": "Pools of examples to choose from.",
+    "tasks": "What a model should get better at, by a few rows.",
+    "checkpoints": "Adapters: from fine-tunes, or your own.",
+    "runs": "The checkpoints of one training, in order.",
+    "gradients": "Projected gradients of datasets and tasks.",
+    "selections": "What select has answered.",
+    "finetunes": "Trainings: the warm-up, and those on selections.",
+    "evaluations": "Models measured on tasks.",
+    "jobs": "Work of all kinds: look, wait, cancel, go on.",
+}
+SELECTED: Columns = {
+    "rank": lambda row: row.rank,
+    "score": lambda row: row.score,
+    "dataset": lambda row: row.dataset,
+    "row": lambda row: row.row,
+    "id": lambda row: row.id,
+    "origin": lambda row: row.origin,
+    "task": lambda row: row.task,
+    "subtask": lambda row: row.subtask,
+}
+SCORED: Columns = {name: SELECTED[name] for name in ("dataset", "row", "score", "id", "origin", "task", "subtask")}
+MEASURED: Columns = {
+    "model": lambda row: row.model,
+    "task": lambda row: row.task,
+    "subtask": lambda row: row.subtask or "(all)",
+    "examples": lambda row: row.examples,
+    "loss": lambda row: row.loss,
+    "95 %": lambda row: _interval(row.loss_interval),
+    "metric": lambda row: row.metric,
+    "value": lambda row: row.value,
+    "95 % ": lambda row: _interval(row.interval),
+}
+
+
+def _interval(interval: Interval | None) -> str | None:
+    return None if interval is None else f"{interval.low:.4g} to {interval.high:.4g}"
+
+
+def _groups() -> dict[str, typer.Typer]:
+    """A group of commands for each noun, with those that all nouns have."""
+    made = {}
+    for noun, text in HELP.items():
+        made[noun] = typer.Typer(no_args_is_help=True, help=text)
+        app.add_typer(made[noun], name=noun)
+        if noun != "jobs":
+            _add_list(made[noun], noun)
+            _add_rename(made[noun], noun)
+            _add_delete(made[noun], noun)
+        if noun not in {"selections", "evaluations"}:
+            _add_show(made[noun], noun)
+    return made
+
+
+def _add_list(group: typer.Typer, noun: str) -> None:
+    @group.command("list", help=f"List the {noun}, the newest first.")
+    def list_all(ctx: typer.Context, *, limit: Limit = None, as_json: Json = False) -> None:
+        with _session(ctx) as store:
+            print_list(islice(getattr(store, noun).list(), limit), COLUMNS[noun], as_json=as_json)
+
+
+def _add_show(group: typer.Typer, noun: str) -> None:
+    @group.command("show", help="Print everything known about one.")
+    def show(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
+        with _session(ctx) as store:
+            print_object(getattr(store, noun).get(reference), as_json=as_json)
+
+
+def _add_rename(group: typer.Typer, noun: str) -> None:
+    @group.command("rename", help="Give one another name; without a new name, take its name away.")
+    def rename(
+        ctx: typer.Context,
+        reference: Reference,
+        name: Annotated[str | None, typer.Argument(metavar="NAME", help="The new name.")] = None,
+    ) -> None:
+        with _session(ctx) as store:
+            typer.echo(getattr(store, noun).rename(reference, name).id)
+
+
+def _add_delete(group: typer.Typer, noun: str) -> None:
+    @group.command("delete", help="Delete some; refused while something else needs them.")
+    def delete(
+        ctx: typer.Context,
+        references: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids or names.")],
+    ) -> None:
+        with _session(ctx) as store:
+            for reference in references:
+                getattr(store, noun).delete(reference)
+
+
+groups = _groups()
+
+
+def _started(store: GradientStore, noun: str, job: Job[Any, Any], *, wait: bool, as_json: bool) -> None:
+    """Print a job that was started, or, with `wait`, as it ended."""
+    if wait:
+        try:
+            job = getattr(store, noun).wait(job, progress=is_terminal())
+        except KeyboardInterrupt:
+            say(f"the job goes on: gradstore jobs wait {job.id}")
+            raise
+    elif not job.finished:
+        say(f"{job.kind} {job.id} is {job.status}: gradstore jobs wait {job.id}")
+    if as_json:
+        print_json(job)
+    elif noun == "evaluations" and job.result is not None:
+        print_table(job.result.rows, MEASURED)
+    else:
+        typer.echo(job.id)
+
+
+# Datasets and tasks -------------------------------------------------------------------------------------------------
+
+
+@groups["datasets"].command("upload")
+@takes(endpoints.datasets_upload, without=["filename", "progress"])
+def upload_dataset(
+    ctx: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, allow_dash=True, help="JSONL, JSON or Parquet; - is stdin.")
+    ],
+    *,
+    filename: Annotated[str | None, typer.Option(help="Name to know the file by, needed for stdin.")] = None,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Upload a pool of examples and print its id; the same rows again give the same id."""
+    piped = str(file) == "-"
+    if piped and filename is None:
+        raise typer.BadParameter("stdin needs a name, such as --filename pool.jsonl")
+    sent = sys.stdin.buffer if piped else file
+    with _session(ctx) as store:
+        stored = store.datasets.upload(sent, filename=filename, progress=is_terminal(), **given(fields))
+        report = stored.report
+        say(f"{stored.rows:,} rows, {report.skipped:,} left out" + ("" if stored.created else "; stored before"))
+        for remark in (*report.problems, *report.notes):
+            say(f"  line {remark.line}: {remark.detail}")
+        if report.total_notes > len(report.notes):
+            say(f"  … and {report.total_notes - len(report.notes):,} more remarks")
+        if as_json:
+            print_json(stored)
+        else:
+            typer.echo(stored.id)
+
+
+@groups["datasets"].command("content")
+def dataset_content(
+    ctx: typer.Context,
+    reference: Reference,
+    *,
+    source: Annotated[str | None, typer.Option(help="SHA-256 of an upload, to get it byte for byte.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save it there.")] = None,
+) -> None:
+    """Print the original rows, one per line."""
+    if source is not None and output is None:
+        raise typer.BadParameter("an upload is saved byte for byte: say where, with --output")
+    with _session(ctx) as store:
+        if output is None:
+            print_lines(store.datasets.lines(reference))
+        else:
+            store.datasets.download(reference, output, source=source, progress=is_terminal())
+
+
+@groups["tasks"].command("upload")
+@takes(endpoints.tasks_upload, without=["progress"], texts={"kind": KINDS})
+def upload_task(ctx: typer.Context, path: LocalPath, *, as_json: Json = False, **fields: Any) -> None:
+    """Upload a task's files and print its id; a folder is sent as a zip."""
+    with _session(ctx) as store:
+        _stored_task(store.tasks.upload(path, progress=is_terminal(), **given(fields)), as_json=as_json)
+
+
+@groups["tasks"].command("register")
+@takes(endpoints.tasks_register, texts={"kind": KINDS})
+def register_task(ctx: typer.Context, path: ServerPath, *, as_json: Json = False, **fields: Any) -> None:
+    """Register a task that lies on the server and print its id."""
+    with _session(ctx) as store:
+        _stored_task(store.tasks.register(path, **given(fields)), as_json=as_json)
+
+
+def _stored_task(task: Task, *, as_json: bool) -> None:
+    say(f"{task.validation:,} validation and {task.test:,} test rows in {len(task.subtasks):,} subtasks")
+    for note in task.notes:
+        say(f"  {note}")
+    if as_json:
+        print_json(task)
+    else:
+        typer.echo(task.id)
+
+
+# Checkpoints and runs -----------------------------------------------------------------------------------------------
+
+
+@groups["checkpoints"].command("upload")
+@takes(endpoints.checkpoints_upload, without=["progress"])
+def upload_checkpoint(ctx: typer.Context, path: LocalPath, *, as_json: Json = False, **fields: Any) -> None:
+    """Upload an adapter folder (PEFT, HF Trainer or LESS layout) or a zip of one, and print its id."""
+    with _session(ctx) as store:
+        _stored_checkpoint(store.checkpoints.upload(path, progress=is_terminal(), **given(fields)), as_json=as_json)
+
+
+@groups["checkpoints"].command("register")
+@takes(endpoints.checkpoints_register)
+def register_checkpoint(ctx: typer.Context, path: ServerPath, *, as_json: Json = False, **fields: Any) -> None:
+    """Register an adapter folder that lies on the server and print its id."""
+    with _session(ctx) as store:
+        _stored_checkpoint(store.checkpoints.register(path, **given(fields)), as_json=as_json)
+
+
+def _stored_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
+    if checkpoint.moments_note:
+        say(checkpoint.moments_note)
+    if as_json:
+        print_json(checkpoint)
+    else:
+        typer.echo(checkpoint.id)
+
+
+@groups["checkpoints"].command("download")
+def download_checkpoint(
+    ctx: typer.Context,
+    reference: Reference,
+    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make; a path in .zip gets the zip.")],
+) -> None:
+    """Save the adapter as a PEFT folder."""
+    with _session(ctx) as store:
+        typer.echo(store.checkpoints.download(reference, path, progress=is_terminal()))
+
+
+@groups["runs"].command("create")
+@takes(endpoints.runs_create)
+def create_run(
+    ctx: typer.Context,
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoints by id, in order.")],
+    *,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Group checkpoints of one base model into a run and print its id."""
+    with _session(ctx) as store:
+        run = store.runs.create(checkpoints, **given(fields))
+        if as_json:
+            print_json(run)
+        else:
+            typer.echo(run.id)
+
+
+# Jobs ---------------------------------------------------------------------------------------------------------------
+
+
+@groups["gradients"].command("create")
+@takes(endpoints.gradients_create, request=GradientsRequest, texts=AS_TRAINED)
+def create_gradients(
+    ctx: typer.Context, *, wait: Wait = False, dry_run: DryRun = False, as_json: Json = False, **fields: Any
+) -> None:
+    """Compute the projected gradients of a dataset, or of a task's validation rows, and print the job's id.
+
+    Name a dataset or a task, and a run or checkpoints. What exists already is not computed again.
+    """
+    with _session(ctx) as store:
+        if dry_run:
+            print_object(store.gradients.estimate(**given(fields)), as_json=as_json)
+        else:
+            _started(store, "gradients", store.gradients.create(**given(fields)), wait=wait, as_json=as_json)
+
+
+@groups["finetunes"].command("create")
+@takes(endpoints.finetunes_create, request=FinetuneRequest)
+def create_finetune(
+    ctx: typer.Context, *, wait: Wait = False, dry_run: DryRun = False, as_json: Json = False, **fields: Any
+) -> None:
+    """Train a model on a dataset, a random part of one, or a selection, and print the job's id.
+
+    The defaults are LESS's recipe. The checkpoints of all epochs form a run, which gradients are computed for.
+    """
+    with _session(ctx) as store:
+        if dry_run:
+            print_object(store.finetunes.estimate(**given(fields)), as_json=as_json)
+        else:
+            _started(store, "finetunes", store.finetunes.create(**given(fields)), wait=wait, as_json=as_json)
+
+
+@groups["finetunes"].command("download")
+def download_finetune(
+    ctx: typer.Context,
+    reference: Reference,
+    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make; a path in .zip gets the zip.")],
+) -> None:
+    """Save the last checkpoint as a PEFT folder; of a full fine-tune, the model."""
+    with _session(ctx) as store:
+        typer.echo(store.finetunes.download(reference, path, progress=is_terminal()))
+
+
+@groups["evaluations"].command("create")
+@takes(
+    endpoints.evaluations_create,
+    request=EvaluationRequest,
+    texts={**AS_TRAINED, "checkpoint": "Checkpoint by id or name."},
+)
+def create_evaluation(ctx: typer.Context, *, wait: Wait = False, as_json: Json = False, **fields: Any) -> None:
+    """Measure a fine-tune, a checkpoint or a model on the test rows of tasks.
+
+    Prints the job's id, or with --wait what was measured.
+    """
+    with _session(ctx) as store:
+        _started(store, "evaluations", store.evaluations.create(**given(fields)), wait=wait, as_json=as_json)
+
+
+@groups["evaluations"].command("show")
+def show_evaluation(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
+    """Print what was measured; before that, everything known about the job."""
+    with _session(ctx) as store:
+        job = store.evaluations.get(reference)
+        if as_json or job.result is None:
+            print_object(job, as_json=as_json)
+        else:
+            print_table(job.result.rows, MEASURED)
+
+
+@groups["jobs"].command("list")
+def list_jobs(
+    ctx: typer.Context,
+    *,
+    kind: Annotated[JobKind | None, typer.Option(help="Only jobs of this kind.")] = None,
+    status: Annotated[JobStatus | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """List the jobs, the newest first."""
+    with _session(ctx) as store:
+        print_list(islice(store.jobs.list(kind=kind, status=status), limit), COLUMNS["jobs"], as_json=as_json)
+
+
+@groups["jobs"].command("wait")
+def wait_for_job(ctx: typer.Context, job: JobReference, *, timeout: Timeout = None, as_json: Json = False) -> None:
+    """Wait until a job has succeeded and print its id; exit code 3 where it fails."""
+    with _session(ctx) as store:
+        done = store.jobs.wait(job, progress=is_terminal(), timeout=timeout)
+        if as_json:
+            print_json(done)
+        else:
+            typer.echo(done.id)
+
+
+@groups["jobs"].command("watch")
+def watch_job(ctx: typer.Context, job: JobReference, *, as_json: Json = False) -> None:
+    """Print a line whenever a job's state changes, until it is finished; exit code 3 where it fails."""
+    with _session(ctx) as store:
+        for state in store.jobs.events(job):
+            if as_json:
+                print_json(state)
+            else:
+                typer.echo(f"{state.status:<9}  {_progress(state)}")
+            if state.finished and state.status != "succeeded":
+                raise errors.JobFailed(state)
+
+
+@groups["jobs"].command("cancel")
+def cancel_job(ctx: typer.Context, job: JobReference, *, as_json: Json = False) -> None:
+    """Stop a job; what it finished stays."""
+    with _session(ctx) as store:
+        print_object(store.jobs.cancel(job), as_json=True) if as_json else typer.echo(store.jobs.cancel(job).id)
+
+
+@groups["jobs"].command("retry")
+def retry_job(ctx: typer.Context, job: JobReference, *, wait: Wait = False, as_json: Json = False) -> None:
+    """Go on with a failed or cancelled job from where it stopped."""
+    with _session(ctx) as store:
+        _started(store, "jobs", store.jobs.retry(job), wait=wait, as_json=as_json)
+
+
+# Selection ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@takes(endpoints.select, without=["limit", "wait"], texts={"task": "Task by id or name; repeat for several."})
+def select(
+    ctx: typer.Context,
+    *,
+    name: Annotated[str | None, typer.Option(help="Name to give the selection.")] = None,
+    limit: Rows = 20,
+    output: Output = None,
+    as_lines: AsLines = False,
+    as_csv: AsCsv = False,
+    as_json: Json = False,
+    timeout: Timeout = None,
+    **fields: Any,
+) -> None:
+    """Choose the examples that help a task most.
+
+    Prints the first of them; the selection's id, for finetunes create --selection, goes to stderr. Options that are
+    left out must have one candidate in the store; with several, they are listed.
+    """
+    if sum((as_lines, as_csv, as_json)) > 1:
+        raise typer.BadParameter("choose one of --lines, --csv and --json")
+    with _session(ctx) as store:
+        chosen = store.select(
+            **given(fields), limit=None if limit == 0 else limit, progress=is_terminal(), timeout=timeout
+        )
+        if name is not None:
+            store.selections.rename(chosen.id, name)
+        say(f"{chosen.id}: {chosen.count:,} of {chosen.pool:,} rows")
+        for reason, count in chosen.left_out.items():
+            say(f"  {count:,} rows left out: {reason}")
+        if output is not None:
+            store.selections.save(chosen.id, output, progress=is_terminal())
+        if as_lines or as_csv:
+            print_lines(store.selections.lines(chosen.id, format="csv" if as_csv else "ndjson"))
+        elif as_json:
+            print_json(chosen)
+        elif output is None:
+            print_table(chosen.data, SELECTED)
+
+
+@app.command()
+@takes(endpoints.scores, without=["limit", "after", "wait"], texts={"task": "Task by id or name; repeat for several."})
+def scores(
+    ctx: typer.Context,
+    *,
+    limit: Rows = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save all scores there, as .npy or .parquet.")
+    ] = None,
+    as_json: Json = False,
+    timeout: Timeout = None,
+    **fields: Any,
+) -> None:
+    """Print or save the scores of a pool's rows."""
+    with _session(ctx) as store:
+        if output is not None:
+            store.save_scores(output, progress=is_terminal(), timeout=timeout, **given(fields))
+            return
+        rows = store.scores(progress=is_terminal(), timeout=timeout, **given(fields))
+        print_list(islice(rows, limit or None), SCORED, as_json=as_json)
+
+
+@groups["selections"].command("show")
+def show_selection(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
+    """Print a selection without its rows."""
+    with _session(ctx) as store:
+        print_object(store.selections.get(reference, limit=0), as_json=as_json)
+
+
+@groups["selections"].command("rows")
+def selection_rows(ctx: typer.Context, reference: Reference, *, limit: Rows = 20, as_json: Json = False) -> None:
+    """Print the chosen rows' places and scores, best first."""
+    with _session(ctx) as store:
+        print_list(islice(store.selections.rows(reference), limit or None), SELECTED, as_json=as_json)
+
+
+@groups["selections"].command("content")
+def selection_content(
+    ctx: typer.Context, reference: Reference, *, as_csv: AsCsv = False, output: Output = None
+) -> None:
+    """Print the chosen original rows, best first."""
+    with _session(ctx) as store:
+        if output is not None:
+            store.selections.save(reference, output, progress=is_terminal())
+        else:
+            print_lines(store.selections.lines(reference, format="csv" if as_csv else "ndjson"))
+
+
+# The service, and the whole flow --------------------------------------------------------------------------------------
+
+
+@app.command()
+def health(ctx: typer.Context, *, as_json: Json = False) -> None:
+    """Say whether the service can work; exit code 1 if not."""
+    with _session(ctx) as store:
+        state = store.health()
+        print_object(state, as_json=as_json)
+        if state.status != "ok":
+            raise typer.Exit(REFUSED)
+
+
+@app.command()
+@takes(
+    recipes.less,
+    request=FinetuneRequest,
+    without=["pool", "task", "progress"],
+    texts={"task_kind": f"{KINDS} Needed for a path."},
+)
+def less(
+    ctx: typer.Context,
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Dataset by id or name, or a file to upload.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Task by id or name, or a path to upload.")],
+    *,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Run the whole flow: warm-up, gradients, selection, training.
+
+    Follows LESS (arXiv 2402.04333), and measures the gain on the task's test rows in the end. Interrupted or failed,
+    the same command goes on where it stopped. Prints what was measured; the ids of all that was made go to stderr.
+    """
+    with _session(ctx) as store:
+        done = recipes.less(store, pool=pool, task=task, **given(fields))
+        say(f"warm-up {done.warmup.id} (run {done.warmup.result.run})")
+        say(f"selection {done.selection.id}, tuned model {done.tuned.id}")
+        if as_json:
+            print_json(done)
+        elif done.evaluation is not None:
+            print_table(done.evaluation.result.rows, MEASURED)
+        else:
+            typer.echo(done.tuned.id)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
