@@ -8,7 +8,7 @@ from typing import Annotated, Self, cast
 
 from fastapi import Depends, Path, Request
 from gradstore.types import Request as RequestBody
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from datastore.answers import Answers
 from datastore.catalog import Catalog
@@ -84,6 +84,8 @@ def backend_of(request: Request) -> Backend:
 
 class Paging(RequestBody):
     """Which part of a list is asked for."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     limit: int = Field(20, ge=1, le=1000)
     """How many at most."""

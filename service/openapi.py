@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from http import HTTPStatus
+from itertools import pairwise
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from gradstore import types
 from gradstore.types import CheckpointRegister, Problem, TaskRegister
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -17,6 +22,9 @@ from service.idempotency import HEADER
 DESCRIPTION = "Computes the gradient of every training example once, keeps it, and answers which examples help a task."
 BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, CheckpointRegister)
 """Models that routes name by hand."""
+
+CONFLICTING = {"/select", "/scores", "/finetunes/{reference}/content", "/jobs/{reference}"}
+"""Paths whose GET can answer 409."""
 
 JOB_STARTED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The job exists and has finished; or, with `dry_run`, what it would cost."},
@@ -41,6 +49,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         components["schemas"] = definitions["$defs"] | components.get("schemas", {})
         for unused in ("HTTPValidationError", "ValidationError"):
             components["schemas"].pop(unused, None)
+        for name, model_schema in components["schemas"].items():
+            _describe(model_schema, getattr(types, name.partition("_")[0], None))
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{}, {"key": []}]
         for path, operations in schema["paths"].items():
@@ -53,6 +63,7 @@ def document(app: FastAPI) -> dict[str, Any]:
 def upload(fields: type[BaseModel], *, file: str, also_json: type[BaseModel] | None = None) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes a form with files called `file`, or a JSON body instead."""
     schema = fields.model_json_schema()
+    _describe(schema, fields)
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}
     many = {"type": "array", "items": binary, "minItems": 1}
     schema["properties"] = {file: many if file.endswith("s") else binary, **schema["properties"]}
@@ -65,13 +76,11 @@ def upload(fields: type[BaseModel], *, file: str, also_json: type[BaseModel] | N
 
 def _complete(operation: dict[str, Any], *, path: str, method: str) -> None:
     """Add the problems a route can answer with, and the header that every POST takes."""
-    statuses = {400, 401, 403, 422, 500, 503}
-    if "{" in path:
-        statuses.add(404)
+    statuses = {400, 401, 403, 404, 422, 500, 503}
     if "requestBody" in operation:
-        statuses |= {404, 409, 413, 415}
-    if method in {"post", "patch", "delete"}:
-        statuses |= {409, 413}
+        statuses |= {413, 415}
+    if method != "get" or path in CONFLICTING:
+        statuses.add(409)
     if method == "post":
         statuses.add(507)
         operation.setdefault("parameters", []).append(
@@ -86,7 +95,32 @@ def _complete(operation: dict[str, Any], *, path: str, method: str) -> None:
     answers = operation.setdefault("responses", {})
     answers.pop("422", None)
     for status in sorted(statuses):
-        answers[str(status)] = {
+        problem = {
             "description": HTTPStatus(status).phrase,
             "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
         }
+        answers.setdefault(str(status), problem)
+
+
+def _describe(schema: dict[str, Any], model: object) -> None:
+    """Put the docstrings that stand below a model's fields into its schema.
+
+    pydantic can do so too, when a model is defined; that would cost every import of the client 30 ms.
+    """
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return
+    for base in reversed(model.__mro__):
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            for name, text in _docstrings(base).items():
+                schema.get("properties", {}).get(name, {}).setdefault("description", text)
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+    if "[" in model.__name__:  # a generic with its parameters has no source of its own
+        return {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
+    found = {}
+    for field, text in pairwise(getattr(body, "body", [])):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
+    return found
