@@ -26,16 +26,23 @@ BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, Checkpoint
 CONFLICTING = {"/select", "/scores", "/finetunes/{reference}/content", "/jobs/{reference}"}
 """Paths whose GET can answer 409."""
 
-JOB_STARTED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The job exists and has finished; or, with `dry_run`, what it would cost."},
-    202: {
-        "description": "The job has been started, or is at work.",
-        "headers": {
-            "Location": {"description": "The job.", "schema": {"type": "string"}},
-            "Retry-After": {"description": "Seconds until it is worth asking.", "schema": {"type": "integer"}},
+
+def starting(job: Any, *, dry_run: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that answers 202 with a job of this kind."""
+    finished = "The same job has finished before"
+    return {
+        200: {
+            "model": job | types.Estimate if dry_run else job,
+            "description": f"{finished}; or, with `dry_run`, what it would cost." if dry_run else f"{finished}.",
         },
-    },
-}
+        202: {
+            "description": "The job has been started, or is at work.",
+            "headers": {
+                "Location": {"description": "The job.", "schema": {"type": "string"}},
+                "Retry-After": {"description": "Seconds until it is worth asking.", "schema": {"type": "integer"}},
+            },
+        },
+    }
 
 
 def document(app: FastAPI) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from fastapi import Query, Response
 from gradstore.types import EvaluationJob, EvaluationRequest, Page, Rename
 
 from service.dependencies import BackendDep, Paging, Reference
-from service.openapi import JOB_STARTED
+from service.openapi import starting
 from service.routes.jobs import started, typed, typed_page
 from service.routing import noun
 
 router = noun("evaluations")
 
 
-@router.post("", status_code=202, responses=JOB_STARTED)
+@router.post("", status_code=202, responses=starting(EvaluationJob))
 def create_evaluation(backend: BackendDep, body: EvaluationRequest, response: Response) -> EvaluationJob:
     """Measure loss and the task's metric per subtask, with confidence intervals, the base model beside it."""
     job, _ = backend.evaluations.start(body)

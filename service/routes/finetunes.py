@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Query, Response
-from fastapi.responses import StreamingResponse
-from gradstore.types import Estimate, FinetuneJob, FinetuneRequest, Page, Rename
+from fastapi.responses import JSONResponse, StreamingResponse
+from gradstore.types import FinetuneJob, FinetuneRequest, Page, Rename
 
 from service.dependencies import BackendDep, Paging, Reference
-from service.openapi import JOB_STARTED
+from service.openapi import starting
 from service.routes.checkpoints import ZIP, weights
 from service.routes.jobs import started, typed, typed_page
 from service.routing import noun
@@ -17,12 +17,11 @@ from service.routing import noun
 router = noun("finetunes")
 
 
-@router.post("", status_code=202, responses=JOB_STARTED)
-def create_finetune(backend: BackendDep, body: FinetuneRequest, response: Response) -> FinetuneJob | Estimate:
+@router.post("", status_code=202, response_model=FinetuneJob, responses=starting(FinetuneJob, dry_run=True))
+def create_finetune(backend: BackendDep, body: FinetuneRequest, response: Response) -> FinetuneJob | Response:
     """Fine-tune a model. The same request gives the same fine-tune; `dry_run=true` answers what it would cost."""
     if body.dry_run:
-        response.status_code = 200
-        return backend.finetunes.estimate(body)
+        return JSONResponse(backend.finetunes.estimate(body).model_dump(mode="json"))
     job, _ = backend.finetunes.start(body)
     return started(backend, job, response, model=FinetuneJob)
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Query, Response
-from gradstore.types import Estimate, GradientsJob, GradientsRequest, Page, Rename
+from fastapi.responses import JSONResponse
+from gradstore.types import GradientsJob, GradientsRequest, Page, Rename
 
 from service.dependencies import BackendDep, Paging, Reference
 from service.estimates import of_gradients
-from service.openapi import JOB_STARTED
+from service.openapi import starting
 from service.routes.jobs import started, typed, typed_page
 from service.routing import noun
 
 router = noun("gradients")
 
 
-@router.post("", status_code=202, responses=JOB_STARTED)
-def create_gradients(backend: BackendDep, body: GradientsRequest, response: Response) -> GradientsJob | Estimate:
+@router.post("", status_code=202, response_model=GradientsJob, responses=starting(GradientsJob, dry_run=True))
+def create_gradients(backend: BackendDep, body: GradientsRequest, response: Response) -> GradientsJob | Response:
     """Compute the projected gradients of a dataset or of a task's validation rows; what exists is not computed again.
 
     `dry_run=true` answers what it would cost, and starts nothing.
     """
     if body.dry_run:
-        response.status_code = 200
-        return of_gradients(backend, body)
+        return JSONResponse(of_gradients(backend, body).model_dump(mode="json"))
     job, _ = backend.features.start(body)
     return started(backend, job, response, model=GradientsJob)
 

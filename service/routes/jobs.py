@@ -11,7 +11,7 @@ from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page
 
 from service import events
 from service.dependencies import Backend, BackendDep, Paging, Reference
-from service.openapi import JOB_STARTED
+from service.openapi import starting
 from service.routing import noun
 
 router = noun("jobs")
@@ -68,7 +68,7 @@ def cancel_job(backend: BackendDep, reference: Reference) -> AnyJob:
     return backend.jobs.cancel(reference)
 
 
-@router.post("/{reference}/retry", status_code=202, responses=JOB_STARTED)
+@router.post("/{reference}/retry", status_code=202, responses=starting(AnyJob))
 def retry_job(backend: BackendDep, reference: Reference, response: Response) -> AnyJob:
     """Go on with a failed or cancelled job from its last finished shard; 409 for any other."""
     return started(backend, backend.jobs.retry(reference), response, model=AnyJob)
