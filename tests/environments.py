@@ -20,7 +20,7 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 for package in sys.argv[1].split(","):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-        if module.name not in sys.argv[2].split(","):
+        if module.name not in sys.argv[2].split(",") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
