@@ -58,7 +58,7 @@ ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "evaluations"),
     *("checkpoints", "runs", "jobs", "health"),
 )
-INSTALL_SERVER = "pip install 'gradstore-server[service,worker]'"
+MISSING = "Not installed: pip install 'gradstore-server[service,worker]'"
 REFUSED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
@@ -87,8 +87,7 @@ def _entry_points(name: str) -> Iterable[Any]:
 
 def _noted(name: str) -> Any:
     """A command that is described and not imported."""
-    text = SERVER_COMMANDS[name]
-    return _command(name, lambda: None, help=text if _entry_points(name) else f"{text} Needs {INSTALL_SERVER}")
+    return _command(name, lambda: None, help=SERVER_COMMANDS[name] if _entry_points(name) else MISSING)
 
 
 def _loaded(name: str) -> Any:
@@ -96,10 +95,11 @@ def _loaded(name: str) -> Any:
         return _command(name, entry_point.load())
 
     def missing() -> None:
-        say(f"gradstore {name} comes with the server: {INSTALL_SERVER}")
+        say(MISSING)
         raise typer.Exit(REFUSED)
 
-    return _command(name, missing, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return _command(name, missing, help=MISSING, context_settings=settings)
 
 
 def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
@@ -386,9 +386,7 @@ def _started(store: GradientStore, noun: str, job: Job[Any, Any], *, wait: bool,
 @takes(endpoints.datasets_upload, without=["filename", "progress"])
 def upload_dataset(
     ctx: typer.Context,
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, allow_dash=True, help="JSONL, JSON or Parquet; - is stdin.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, JSON or Parquet; - is stdin.")],
     *,
     filename: Annotated[str | None, typer.Option(help="Name to know the file by, needed for stdin.")] = None,
     as_json: Json = False,
@@ -398,6 +396,8 @@ def upload_dataset(
     piped = str(file) == "-"
     if piped and filename is None:
         raise typer.BadParameter("stdin needs a name, such as --filename pool.jsonl")
+    if not piped and not file.is_file():
+        raise typer.BadParameter(f"there is no file {file}")
     sent = sys.stdin.buffer if piped else file
     with _session(ctx) as store:
         stored = store.datasets.upload(sent, filename=filename, progress=is_terminal(), **given(fields))
@@ -746,13 +746,12 @@ def health(ctx: typer.Context, *, as_json: Json = False) -> None:
 @takes(
     recipes.less,
     request=FinetuneRequest,
-    without=["pool", "task", "progress"],
-    texts={"task_kind": f"{KINDS} Needed for a path."},
+    without=["pool", "progress"],
+    texts={"task": "Task by id or name, or a file or folder to upload.", "task_kind": f"{KINDS} Needed for a path."},
 )
 def less(
     ctx: typer.Context,
     pool: Annotated[str, typer.Argument(metavar="POOL", help="Dataset by id or name, or a file to upload.")],
-    task: Annotated[str, typer.Argument(metavar="TASK", help="Task by id or name, or a path to upload.")],
     *,
     as_json: Json = False,
     **fields: Any,
@@ -763,7 +762,7 @@ def less(
     the same command goes on where it stopped. Prints what was measured; the ids of all that was made go to stderr.
     """
     with _session(ctx) as store:
-        done = recipes.less(store, pool=pool, task=task, **given(fields))
+        done = recipes.less(store, pool=pool, **given(fields))
         say(f"warm-up {done.warmup.id} (run {done.warmup.result.run})")
         say(f"selection {done.selection.id}, tuned model {done.tuned.id}")
         if as_json:

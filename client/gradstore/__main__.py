@@ -1,0 +1,5 @@
+"""`python -m gradstore` is `gradstore`."""
+
+from gradstore.cli import main
+
+main()

@@ -1,0 +1,559 @@
+"""The command line: what it sends, what it prints and where, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from gradstore import _cli_options, cli
+
+from tests import canned
+from tests.canned import Answerer, Asked, CannedServer, Said, in_turn
+from tests.services import free_port
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process, for the server at `url`."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("GRADSTORE_API_KEY", raising=False)
+
+    def run_command(*words: str, url: str = "http://127.0.0.1:1") -> Ran:
+        monkeypatch.setenv("GRADSTORE_URL", url)
+        with pytest.raises(SystemExit) as ended:
+            cli.app(list(words), prog_name="gradstore")
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return Ran(code if isinstance(code, int) else int(code is not None), printed.out, printed.err)
+
+    return run_command
+
+
+def asked_by(run: Run, answerer: Answerer | Said, *words: str) -> tuple[Ran, list[Asked]]:
+    """Run a command for a server that answers so."""
+    with CannedServer(answerer if callable(answerer) else in_turn(answerer)) as server:
+        return run(*words, url=server.url), server.asked
+
+
+# Help -------------------------------------------------------------------------------------------------------------
+
+
+def commands(command: Any, name: str = "gradstore") -> Iterator[tuple[str, Any]]:
+    """Every command with its full name, the groups included; not the server's."""
+    yield name, command
+    for inner, found in getattr(command, "commands", {}).items():
+        yield from commands(found, f"{name} {inner}")
+
+
+ALL = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_command_and_every_option_says_what_it_is_for(name: str) -> None:
+    command = ALL[name]
+    assert command.help
+    for parameter in command.params:
+        assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_the_command_line_has_what_was_promised() -> None:
+    plain = {"list", "show", "rename", "delete"}
+    promised = {
+        "datasets": plain | {"upload", "content"},
+        "tasks": plain | {"upload", "register"},
+        "checkpoints": plain | {"upload", "register", "download"},
+        "runs": plain | {"create"},
+        "gradients": plain | {"create"},
+        "selections": plain | {"rows", "content"},
+        "finetunes": plain | {"create", "download"},
+        "evaluations": plain | {"create"},
+        "jobs": {"list", "show", "wait", "cancel", "retry", "watch"},
+    }
+    for noun, verbs in promised.items():
+        assert {name.split()[2] for name in ALL if name.startswith(f"gradstore {noun} ")} == verbs
+    assert {"gradstore select", "gradstore scores", "gradstore less", "gradstore health"} <= ALL.keys()
+
+
+def test_help_needs_neither_the_client_nor_the_server() -> None:
+    code = (
+        "import sys; from gradstore import cli\n"
+        "try: cli.app(['--help'])\n"
+        "finally: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"httpx", "torch", "numpy", "pandas", "datasets", "fastapi", "service", "worker", "datastore"}
+    assert not heavy & set(done.stderr.split())
+    for name in ("serve", "worker", "datasets", "less"):
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+
+
+def test_help_is_the_same_with_one_dash(run: Run) -> None:
+    assert run("-h").out == run("--help").out
+    assert run("select", "-h").code == 0
+
+
+def test_the_version_is_the_distributions(run: Run) -> None:
+    import gradstore
+
+    assert run("--version").out.strip() == gradstore.__version__
+
+
+def test_without_the_server_its_commands_say_how_to_get_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda **_: ())
+    assert "pip install 'gradstore-server[service,worker]'" in " ".join(run("--help").out.split())
+    served = run("serve", "--port", "80")
+    assert served.code == 1
+    assert "pip install 'gradstore-server[service,worker]'" in served.err
+
+
+def served(*, port: Annotated[int, typer.Option(help="Port.")] = 8000) -> None:
+    """Serve, as the server's distribution would."""
+    typer.echo(f"serving on {port}")
+
+
+def test_a_command_of_the_server_is_found_by_its_entry_point(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = EntryPoint(name="serve", value=f"{__name__}:served", group="gradstore.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda **wanted: [found] if wanted["name"] == "serve" else [])
+    assert run("serve", "--port", "81").out == "serving on 81\n"
+    assert "Port." in run("serve", "--help").out
+    assert run("serve", "--port", "many").code == 2
+
+
+def test_an_option_is_there_for_every_field_a_request_has() -> None:
+    options = {option for parameter in ALL["gradstore finetunes create"].params for option in parameter.opts}
+    assert {"--model", "--lora-r", "--lora-target", "--warmup-ratio", "--selection", "--wait", "--dry-run"} <= options
+    options = {option for parameter in ALL["gradstore gradients create"].params for option in parameter.opts}
+    assert {"--dim", "--checkpoint", "--token-budget"} <= options
+    assert not set(_cli_options.HELP) - {parameter.name for command in ALL.values() for parameter in command.params}, (
+        "a text that no command uses"
+    )
+
+
+def test_help_shows_the_defaults_of_the_request(run: Run) -> None:
+    text = " ".join(run("finetunes", "create", "--help").out.split())
+    assert "[default: 2e-05]" in text
+    assert "[default: q_proj, k_proj, v_proj, o_proj]" in text
+    assert "[default: 0]" in text
+
+
+# Exit codes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = run("health", url=f"http://127.0.0.1:{free_port()}")
+    assert ran.code == 1
+    assert not ran.out
+    assert "gradstore serve" in ran.err
+
+
+def test_a_refusal_is_exit_code_1_with_its_reason_on_stderr(run: Run) -> None:
+    refusal = canned.problem(422, "pct: 5 % is 0.05", errors=[{"parameter": "pct", "detail": "5 % is 0.05"}])
+    ran, _ = asked_by(run, Said(refusal, status=422), "select", "--task", "mmlu", "--pct", "5")
+    assert ran == Ran(1, "", "pct: 5 % is 0.05\n  pct: 5 % is 0.05\n")
+
+
+def test_an_error_of_the_server_is_printed_with_its_request(run: Run) -> None:
+    ran, _ = asked_by(run, Said(canned.problem(500, "unforeseen"), status=500), "health")
+    assert ran.code == 1
+    assert "req_7" in ran.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nonsense",),
+        ("select",),
+        ("select", "--task", "x", "--lines", "--csv"),
+        ("datasets", "upload", "/does/not/exist.jsonl"),
+        ("datasets", "upload", "-"),
+        ("datasets", "content", "pool", "--source", "ab12"),
+        ("gradients", "create", "--kind", "unheard"),
+        ("--url", "localhost:8000", "health"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(run: Run, words: tuple[str, ...]) -> None:
+    ran = run(*words)
+    assert ran.code == 2
+    assert not ran.out
+    assert ran.err
+
+
+@pytest.mark.parametrize("words", [("jobs", "wait", "ft_1"), ("jobs", "watch", "ft_1")], ids=" ".join)
+def test_a_failed_job_is_exit_code_3(run: Run, words: tuple[str, ...]) -> None:
+    failed = canned.job("failed", error=canned.problem(500, "out of memory: try a smaller device_batch_size"))
+    stream = f"event: finished\ndata: {json.dumps(failed)}\n\n".encode()
+
+    def answer(asked: Asked) -> Said:
+        return Said(body=stream) if asked.path.endswith("/events") else Said(failed)
+
+    ran, _ = asked_by(run, answer, *words)
+    assert ran.code == 3
+    assert "out of memory" in ran.err
+
+
+def test_an_interrupted_wait_is_exit_code_130_and_leaves_the_job(tmp_path: Path) -> None:
+    with CannedServer(in_turn(Said(canned.job("running"), status=202))) as server:
+        command = [sys.executable, "-m", "gradstore", "finetunes", "create", "--model", "m", "--dataset", "d", "--wait"]
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"GRADSTORE_URL": server.url},
+        )  # fmt: skip
+        while len(server.asked) < 3:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert not out
+    assert "the job goes on: gradstore jobs wait ft_1" in err
+    assert "Traceback" not in err
+
+
+def test_a_degraded_service_is_exit_code_1(run: Run) -> None:
+    state = {"version": "0.1.0", "catalog": True, "dispatch": True, "workers": [], "free_bytes": 5}
+    assert asked_by(run, Said({**state, "status": "ok"}), "health")[0].code == 0
+    ran, _ = asked_by(run, Said({**state, "status": "degraded"}), "health", "--json")
+    assert ran.code == 1
+    assert json.loads(ran.out)["status"] == "degraded"
+
+
+def test_what_is_in_the_way_on_this_machine_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "file").touch()
+    ran, _ = asked_by(run, Said(), "finetunes", "download", "ft_1", str(tmp_path / "adapter"))
+    assert ran.code == 1
+    assert "exists" in ran.err
+
+
+# Data on stdout ---------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_prints_the_id_alone_on_stdout(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    report = {
+        "rows": 3, "skipped": 2, "total_notes": 30,
+        "problems": [{"line": 4, "detail": "not JSON"}], "notes": [{"line": 1, "detail": "no id"}],
+    }  # fmt: skip
+    words = ["datasets", "upload", str(tmp_path / "pool.jsonl"), "--name", "tulu", "--on-error", "skip", "--replace"]
+    ran, (asked,) = asked_by(run, Said(canned.uploaded(report=report)), *words)
+    assert ran.code == 0
+    assert ran.out == "ds_pool\n"
+    assert "3 rows, 2 left out" in ran.err
+    assert "line 4: not JSON" in ran.err
+    assert "29 more" in ran.err
+    assert {name: content for name, (_, content) in asked.parts.items() if name != "file"} == {
+        "name": b"tulu", "on_error": b"skip", "replace": b"true",
+    }  # fmt: skip
+
+
+def test_a_pool_can_be_piped_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{}\n")))
+    ran, (asked,) = asked_by(run, Said(canned.uploaded()), "datasets", "upload", "-", "--filename", "pool.jsonl")
+    assert ran.code == 0
+    assert asked.parts["file"] == ("pool.jsonl", b"{}\n")
+
+
+def test_json_is_one_object_per_line(run: Run) -> None:
+    items = [canned.dataset(str(number)) for number in range(5)]
+    ran, asked = asked_by(run, lambda asked: canned.page(items, asked, size=2), "datasets", "list", "--json")
+    assert [json.loads(line)["id"] for line in ran.out.splitlines()] == [f"ds_{number}" for number in range(5)]
+    assert len(asked) == 3
+    ran, asked = asked_by(
+        run, lambda asked: canned.page(items, asked, size=2), "datasets", "list", "--json", "--limit", "2"
+    )
+    assert len(ran.out.splitlines()) == 2
+    assert len(asked) == 1
+
+
+def test_a_table_is_not_cut_when_it_is_piped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    long = canned.dataset("name" * 50)
+    ran, _ = asked_by(run, Said({"data": [long], "has_more": False}), "datasets", "list")
+    heading, line = ran.out.splitlines()
+    assert heading.split() == ["id", "name", "rows", "bytes", "age"]
+    assert "name" * 50 in line.split()
+
+
+@pytest.mark.parametrize("noun", ["datasets", "tasks", "gradients", "finetunes", "evaluations", "jobs"])
+def test_every_list_can_be_printed(run: Run, noun: str) -> None:
+    items = {
+        "datasets": canned.dataset(), "tasks": canned.task(), "jobs": canned.job("failed"),
+        "gradients": canned.job("running", kind="gradients"), "finetunes": canned.job("queued", name="warmup"),
+        "evaluations": canned.job("succeeded", kind="evaluation"),
+    }  # fmt: skip
+    ran, _ = asked_by(run, Said({"data": [items[noun]], "has_more": False}), noun, "list")
+    assert ran.code == 0
+    assert items[noun]["id"] in ran.out
+
+
+def test_show_prints_a_line_for_each_field(run: Run) -> None:
+    ran, _ = asked_by(run, Said(canned.dataset()), "datasets", "show", "pool")
+    assert re.search(r"^rows +3$", ran.out, re.MULTILINE)
+    assert re.search(r'^origins +{"a": 3}$', ran.out, re.MULTILINE)
+    ran, _ = asked_by(run, Said(canned.dataset()), "datasets", "show", "pool", "--json")
+    assert json.loads(ran.out) == canned.dataset()
+
+
+def test_names_are_given_taken_and_deleted_with(run: Run) -> None:
+    _, asked = asked_by(run, Said(canned.dataset()), "datasets", "rename", "pool", "new")
+    assert asked[0].json == {"name": "new"}
+    _, asked = asked_by(run, Said(canned.dataset()), "datasets", "rename", "pool")
+    assert asked[0].json == {"name": None}
+    ran, asked = asked_by(run, Said(status=204), "tasks", "delete", "one", "two")
+    assert ran == Ran(0, "", "")
+    assert [(one.method, one.path) for one in asked] == [("DELETE", "/tasks/one"), ("DELETE", "/tasks/two")]
+
+
+def test_original_rows_are_printed_byte_for_byte(run: Run, tmp_path: Path) -> None:
+    rows = '{"a": "\u2028 ☃"}\n{"b": 1}\n'.encode()
+    ran, _ = asked_by(run, Said(body=rows), "datasets", "content", "pool")
+    assert ran.out.encode() == rows
+    ran, _ = asked_by(run, Said(body=rows), "datasets", "content", "pool", "-o", str(tmp_path / "rows"))
+    assert not ran.out
+    assert (tmp_path / "rows").read_bytes() == rows
+
+
+# Jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_started_job_prints_its_id_and_how_to_wait_for_it(run: Run) -> None:
+    words = ["finetunes", "create", "--model", "tiny", "--dataset", "pool", "--fraction", "0.05", "--lora-r", "8"]
+    words += ["--lora-target", "q_proj", "--lora-target", "v_proj", "--gradient-checkpointing"]
+    ran, (asked,) = asked_by(run, Said(canned.job("queued"), status=202), *words)
+    assert ran.out == "ft_1\n"
+    assert "gradstore jobs wait ft_1" in ran.err
+    assert asked.json == {
+        "model": "tiny",
+        "dataset": "pool",
+        "fraction": 0.05,
+        "lora": {"r": 8, "targets": ["q_proj", "v_proj"]},
+        "gradient_checkpointing": True,
+    }
+
+
+def test_all_linear_layers_can_be_named_at_once(run: Run) -> None:
+    words = ["finetunes", "create", "--model", "m", "--dataset", "d", "--lora-target", "all-linear"]
+    _, (asked,) = asked_by(run, Said(canned.job("queued"), status=202), *words)
+    assert asked.json["lora"] == {"targets": "all-linear"}
+
+
+def test_lists_are_given_by_repeating(run: Run) -> None:
+    words = ["gradients", "create", "--task", "t", "--checkpoint", "a", "--checkpoint", "b", "--dim", "64"]
+    _, (asked,) = asked_by(run, Said(canned.job("queued", kind="gradients"), status=202), *words)
+    assert asked.json == {"task": "t", "checkpoints": ["a", "b"], "dims": [64]}
+
+
+def test_a_dry_run_prints_the_cost(run: Run) -> None:
+    ran, (asked,) = asked_by(
+        run, Said(canned.estimate()), "gradients", "create", "--task", "t", "--run", "r", "--dry-run", "--json"
+    )
+    assert asked.json["dry_run"] is True
+    assert json.loads(ran.out) == canned.estimate()
+
+
+def test_waiting_prints_the_id_when_it_is_done(run: Run) -> None:
+    states = in_turn(*[Said(canned.job(status)) for status in ("queued", "running", "succeeded")])
+    ran, _ = asked_by(run, states, "jobs", "wait", "ft_1")
+    assert ran == Ran(0, "ft_1\n", "")
+    ran, _ = asked_by(run, Said(canned.job("running")), "jobs", "wait", "ft_1", "--timeout", "0.1")
+    assert ran.code == 1
+    assert "the job goes on" in ran.err
+
+
+def test_an_evaluation_that_is_waited_for_prints_what_was_measured(run: Run) -> None:
+    def answer(asked: Asked) -> Said:
+        return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="evaluation"))
+
+    words = ["evaluations", "create", "--finetune", "ft_1", "--task", "mmlu", "--task", "bbh", "--no-baseline"]
+    ran, asked = asked_by(run, answer, *words, "--wait")
+    assert asked[0].json == {"finetune": "ft_1", "tasks": ["mmlu", "bbh"], "baseline": False}
+    assert [line.split()[0] for line in ran.out.splitlines()] == ["model", "base", "tuned"]
+    assert "1.9 to 2.1" in ran.out
+    assert asked_by(run, answer, "evaluations", "show", "eval_1")[0].out == ran.out
+    assert asked_by(run, answer, *words)[0].out == "eval_1\n"
+
+
+def test_cancelled_and_retried_jobs_are_printed(run: Run) -> None:
+    for verb in ("cancel", "retry"):
+        ran, asked = asked_by(run, Said(canned.job("cancelled")), "jobs", verb, "ft_1")
+        assert ran.out == "ft_1\n"
+        assert [one.path for one in asked] == [f"/jobs/ft_1/{verb}"]
+
+
+def test_watching_prints_every_state(run: Run) -> None:
+    states = [canned.job("running"), canned.job("succeeded")]
+    stream = "".join(f"event: progress\ndata: {json.dumps(state)}\n\n" for state in states)
+    ran, _ = asked_by(run, Said(body=stream.encode()), "jobs", "watch", "ft_1")
+    assert ran.code == 0
+    assert ran.out.split() == ["running", "4/10", "steps", "succeeded", "10/10", "steps"]
+
+
+# Selection --------------------------------------------------------------------------------------------------------
+
+
+def selecting(asked: Asked) -> Said:
+    if asked.path.endswith("/content"):
+        return Said(body=b"file,row\n" if asked.headers["Accept"] == "text/csv" else b'{"row": 1}\n')
+    start = int(asked.query.get("after", ["0"])[0])
+    limit = int(asked.query.get("limit", ["1000"])[0])
+    return Said(canned.selection(30, start=start, stop=start + limit))
+
+
+def test_select_prints_the_best_rows_and_tells_the_id(run: Run) -> None:
+    ran, asked = asked_by(run, selecting, "select", "--task", "mmlu", "--task", "bbh", "--pct", "0.05", "--dim", "64")
+    assert asked[0].query["task"] == ["mmlu", "bbh"]
+    assert asked[0].query["dim"] == ["64"]
+    assert ran.out.splitlines()[0].split() == list(cli.SELECTED)
+    assert len(ran.out.splitlines()) == 21
+    assert "sel_1: 30 of 600 rows" in ran.err
+    ran, _ = asked_by(run, selecting, "select", "--task", "mmlu", "--k", "30", "--limit", "0", "--json")
+    assert len(json.loads(ran.out)["data"]) == 30
+
+
+def test_select_gives_the_original_rows_or_the_table(run: Run, tmp_path: Path) -> None:
+    words = ["select", "--task", "mmlu", "--pct", "0.05"]
+    assert asked_by(run, selecting, *words, "--lines")[0].out == '{"row": 1}\n'
+    assert asked_by(run, selecting, *words, "--csv")[0].out == "file,row\n"
+    ran, asked = asked_by(run, selecting, *words, "-o", str(tmp_path / "best.jsonl"), "--name", "best")
+    assert not ran.out
+    assert (tmp_path / "best.jsonl").read_text() == '{"row": 1}\n'
+    assert asked[1].json == {"name": "best"}
+
+
+def test_a_selection_can_be_looked_at_again(run: Run) -> None:
+    assert len(asked_by(run, selecting, "selections", "rows", "sel_1")[0].out.splitlines()) == 21
+    shown, asked = asked_by(run, selecting, "selections", "show", "sel_1")
+    assert asked[0].query["limit"] == ["0"]
+    assert "count" in shown.out
+    assert asked_by(run, selecting, "selections", "content", "sel_1", "--csv")[0].out == "file,row\n"
+
+
+def test_scores_are_printed_or_saved(run: Run, tmp_path: Path) -> None:
+    row = {"dataset": "d", "row": 0, "id": None, "origin": "a", "score": None, "task": None, "subtask": None}
+    page = {"recipe": canned.recipe(), "rows": 1, "data": [row], "has_more": False}
+
+    def answer(asked: Asked) -> Said:
+        return Said(page) if asked.headers["Accept"] == "application/json" else Said(body=b"array")
+
+    ran, _ = asked_by(run, answer, "scores", "--task", "mmlu")
+    assert ran.out.splitlines()[1].split() == ["d", "0", "–", "–", "a", "–", "–"]
+    ran, _ = asked_by(run, answer, "scores", "--task", "mmlu", "-o", str(tmp_path / "scores.npy"))
+    assert (tmp_path / "scores.npy").read_bytes() == b"array"
+    assert asked_by(run, answer, "scores", "--task", "mmlu", "-o", str(tmp_path / "scores.txt"))[0].code == 2
+
+
+# The whole flow ---------------------------------------------------------------------------------------------------
+
+
+class Flow:
+    """A service whose jobs are found again by what was asked, as the real one's are by their content."""
+
+    def __init__(self, *, fails: str = "") -> None:
+        self.fails = fails
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.started: list[str] = []
+
+    def __call__(self, asked: Asked) -> Said:
+        noun = asked.path.split("/")[1]
+        if noun == "datasets":
+            return Said(canned.uploaded() if asked.method == "POST" else canned.dataset())
+        if noun == "tasks":
+            return Said(canned.task())
+        if noun == "select":
+            return Said(canned.selection(3))
+        if asked.method == "GET":
+            return Said(self.jobs[asked.path.split("/")[2]])
+        return self._start(noun, asked)
+
+    def _start(self, noun: str, asked: Asked) -> Said:
+        id = f"job_{asked.body.hex()}"[:250]
+        known = self.jobs.get(id, {"status": "new"})
+        if known["status"] != "succeeded":
+            self.started.append(noun)
+            kind = noun.removesuffix("s") if noun != "gradients" else noun
+            failed = self.fails == noun
+            error = canned.problem(500, "out of memory") if failed else None
+            self.jobs[id] = canned.job("failed" if failed else "succeeded", kind=kind, id=id, error=error)
+        return Said(self.jobs[id])
+
+
+LESS = ["less", "pool", "--task", "mmlu", "--model", "tiny", "--epochs", "2", "--dim", "64"]
+
+
+def test_less_is_the_whole_flow_in_one_command(run: Run) -> None:
+    ran, asked = asked_by(run, Flow(), *LESS)
+    assert ran.code == 0, ran.err
+    posts = [(one.path, one.json) for one in asked if one.method == "POST"]
+    warmup, of_pool, of_task, tuned, evaluation = (body for _, body in posts)
+    training = {"model": "tiny", "epochs": 2}
+    assert warmup == {**training, "dataset": "ds_pool", "fraction": 0.05}
+    features = {"run": "run_1", "dims": [64], "dtype": "float16"}
+    assert of_pool == {**features, "dataset": "ds_pool", "kind": "adam"}
+    assert of_task == {**features, "task": "task_mmlu", "kind": "sgd"}
+    assert tuned == {**training, "selection": "sel_1"}
+    assert evaluation["tasks"] == ["task_mmlu"]
+    selected = next(one.query for one in asked if one.path == "/select")
+    assert selected["pct"] == ["0.05"]
+    assert selected["run"] == ["run_1"]
+    assert "[7/7]" in ran.err
+    assert "1.9 to 2.1" in ran.out
+
+
+def test_less_goes_on_where_it_stopped(run: Run) -> None:
+    flow = Flow(fails="evaluations")
+    with CannedServer(flow) as server:
+        assert run(*LESS, url=server.url).code == 3
+        assert flow.started == ["finetunes", "gradients", "gradients", "finetunes", "evaluations"]
+        flow.fails = ""
+        ran = run(*LESS, "--json", url=server.url)
+        assert flow.started[5:] == ["evaluations"]
+    assert json.loads(ran.out)["selection"]["id"] == "sel_1"
+
+
+def test_less_uploads_what_lies_on_this_machine(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text("{}\n")
+    (tmp_path / "mmlu").mkdir()
+    (tmp_path / "mmlu" / "dev.csv").write_text("a\n")
+    words = ["less", str(tmp_path / "pool.jsonl"), "--task", str(tmp_path / "mmlu"), "--model", "tiny", "--no-evaluate"]
+    ran, asked = asked_by(run, Flow(), *words, "--task-kind", "mmlu")
+    assert ran.code == 0, ran.err
+    assert asked[0].parts["file"] == ("pool.jsonl", b"{}\n")
+    assert asked[1].parts["name"] == (None, b"mmlu")
+    assert not [one for one in asked if one.path == "/evaluations"]
+    ran, asked = asked_by(run, Flow(), *words)
+    assert ran.code == 2
+    assert "task_kind" in ran.err
+    missing, _ = asked_by(run, Flow(), "less", str(tmp_path / "nowhere.jsonl"), *LESS[2:])
+    assert missing.code == 1
+
+
+# Documentation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_of_commands_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, "scripts/cli-docs", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
