@@ -161,7 +161,7 @@ def finetune(
         steps=trainer.state.global_step,
         tokens=rows.tokens,
         precision=precision,
-        loss_curve=_curve(trainer.state.log_history),
+        loss_curve=loss_curve(trainer.state.log_history),
     )
 
 
@@ -229,7 +229,7 @@ def _trainable_model(
         use_gradient_checkpointing(base)
     if full:
         return base.requires_grad_(True)
-    alpha = request.lora.alpha
+    alpha = float(request.lora.alpha)
     lora = LoraConfig(
         r=request.lora.r,
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]  # any number will do
@@ -298,10 +298,15 @@ def _save_weights(model: PreTrainedModel | PeftModel, folder: Path, *, dtype: to
         # "auto" would ask the hub whether the vocabulary has grown; it has not
         model.save_pretrained(str(folder), save_embedding_layers=False)
         return
+    if dtype is None:
+        model.save_pretrained(str(folder))
+        return
     state = model.state_dict()
-    if dtype is not None:
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.save_pretrained(str(folder), state_dict=state)
+    config = json.loads((folder / "config.json").read_bytes())
+    config["dtype"] = str(dtype).removeprefix("torch.")  # transformers has written that of the model in memory
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -413,7 +418,8 @@ def _mean_rate(history: Sequence[dict[str, float]], epoch: int) -> float:
     return math.fsum(rates) / len(rates)
 
 
-def _curve(history: Sequence[dict[str, float]]) -> list[LossPoint]:
+def loss_curve(history: Sequence[dict[str, float]]) -> list[LossPoint]:
+    """The losses in a Trainer's log, thinned to at most `CURVE_POINTS` means."""
     entries = [entry for entry in history if "loss" in entry]
     width = -(-len(entries) // CURVE_POINTS) if entries else 1
     return [
