@@ -18,9 +18,10 @@ from packaging.utils import canonicalize_name
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
+left_out = tuple(filter(None, sys.argv[2].split(",")))
 for package in sys.argv[1].split(","):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-        if module.name not in sys.argv[2].split(",") and not module.name.endswith("__main__"):
+        if not module.name.startswith(left_out) and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
@@ -72,7 +73,7 @@ class Environment:
         return done
 
     def import_all(self, *packages: str, leave_out: Iterable[str] = ()) -> set[str]:
-        """Import every module of the packages; returns the top-level names that this loaded."""
+        """Import the modules of the packages, less those whose names begin so; returns the top-level names this loaded."""
         done = self.run(self.bin / "python", "-c", IMPORT_ALL, ",".join(packages), ",".join(leave_out))
         return set(done.stdout.split())
 

@@ -101,7 +101,7 @@ def test_the_wheels_say_what_they_are(wheels: dict[str, Path]) -> None:
 
 
 def test_the_client_alone_brings_no_torch_numpy_or_web_framework(install: Callable[..., Environment]) -> None:
-    loaded = install(client="").import_all("gradstore", leave_out=["gradstore.cli"])
+    loaded = install(client="").import_all("gradstore", leave_out=["gradstore.cli", "gradstore._cli"])
     assert {"gradstore", "httpx", "pydantic"} <= loaded
     assert not loaded & {"torch", "numpy", "fastapi", "starlette", "celery", "sqlalchemy", "typer"}
 
