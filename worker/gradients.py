@@ -211,8 +211,9 @@ class GradientEngine:
         if not reduced:
             logits = logits.index_select(0, inputs.positions)
         losses: Tensor = _CrossEntropy.apply(logits, inputs.targets)  # type: ignore[no-untyped-call]  # torch's
-        sums = torch.zeros(inputs.shape[0], device=self.device).index_add(0, inputs.examples, losses)
-        return sums / inputs.counts
+        # laid out in rows and summed: adding by index has no fixed order on a GPU
+        spread = torch.zeros(inputs.input_ids.numel(), device=self.device).index_copy(0, inputs.positions, losses)
+        return spread.view(inputs.shape).sum(1) / inputs.counts
 
     def _make_direction(self, kind: GradientKind, adam: AdamForm, moments: Moments | None) -> Direction:
         if kind == "sgd":
@@ -387,8 +388,6 @@ class _Inputs:
     """(N,) positions, in the flattened batch, whose logits predict the supervised tokens."""
     targets: Tensor
     """(N,) the supervised tokens."""
-    examples: Tensor
-    """(N,) the example that each belongs to."""
     counts: Tensor
     """(examples,) supervised tokens, float32."""
 
@@ -408,7 +407,7 @@ class _Inputs:
         positions = examples * input_ids.shape[1] + predictors
         targets = batch.labels[examples, predictors + 1]
         counts = torch.bincount(examples, minlength=len(rows)).float()
-        return cls(*(tensor.to(device) for tensor in (input_ids, positions, targets, examples, counts)))
+        return cls(*(tensor.to(device) for tensor in (input_ids, positions, targets, counts)))
 
 
 @dataclass
