@@ -18,10 +18,11 @@ from packaging.utils import canonicalize_name
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-left_out = tuple(filter(None, sys.argv[2].split(",")))
+from fnmatch import fnmatch
+left_out = ["*.__main__", *sys.argv[2].split(",")]
 for package in sys.argv[1].split(","):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-        if not module.name.startswith(left_out) and not module.name.endswith("__main__"):
+        if not any(fnmatch(module.name, pattern) for pattern in left_out):
             importlib.import_module(module.name)
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
@@ -73,7 +74,7 @@ class Environment:
         return done
 
     def import_all(self, *packages: str, leave_out: Iterable[str] = ()) -> set[str]:
-        """Import the modules of the packages, less those whose names begin so; returns the top-level names this loaded."""
+        """Import the packages' modules, but for such names (`*` as in files); returns the top-level names loaded."""
         done = self.run(self.bin / "python", "-c", IMPORT_ALL, ",".join(packages), ",".join(leave_out))
         return set(done.stdout.split())
 

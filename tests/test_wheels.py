@@ -100,9 +100,9 @@ def test_the_wheels_say_what_they_are(wheels: dict[str, Path]) -> None:
     assert {"service", "worker", "gpu", "quantised", "dev"} == set(server.get_all("Provides-Extra", []))
 
 
-def test_the_client_alone_brings_no_torch_numpy_or_web_framework(install: Callable[..., Environment]) -> None:
-    loaded = install(client="").import_all("gradstore", leave_out=["gradstore.cli", "gradstore._cli"])
-    assert {"gradstore", "httpx", "pydantic"} <= loaded
+def test_the_client_alone_works_without_torch_numpy_or_a_web_framework(install: Callable[..., Environment]) -> None:
+    loaded = install(client="").import_all("gradstore", leave_out=["gradstore.cli", "gradstore._cli*"])
+    assert {"httpx", "pydantic", "tqdm"} <= loaded
     assert not loaded & {"torch", "numpy", "fastapi", "starlette", "celery", "sqlalchemy", "typer"}
 
 
