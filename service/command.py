@@ -13,8 +13,8 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
+from datastore import logs
 from datastore.settings import Settings
-from service import logs
 from service.app import create_app
 from service.dependencies import Backend
 from service.embedded import EmbeddedWorker
