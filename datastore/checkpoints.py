@@ -32,6 +32,7 @@ from typing import Any, cast
 
 from gradstore.types import Checkpoint, Method, Precision, TemplateName
 
+from datastore import models
 from datastore.catalog import utc_now
 from datastore.durable import place, sweep, sync_folder, unfinished, write_file
 from datastore.errors import InvalidCheckpoint, NotFound
@@ -97,6 +98,7 @@ class Checkpoints:
         """
         source = _single_folder(folder)
         model, revision = _base_model(source, model, revision)
+        revision = models.revision_of(model, revision)
         last_step, last_rate = _trainer_state(source)
         description = Description(
             model=model,
@@ -273,7 +275,7 @@ def _base_model(source: Path, model: str | None, revision: str | None) -> tuple[
             f"the adapter was trained on the base model {named!r}, a folder that is not on this machine; "
             "say where it is, or its hub id, with `model`"
         )
-    return named, revision or config.get("revision")
+    return named, revision or (None if Path(named).is_absolute() else config.get("revision"))
 
 
 def _config(source: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Evaluations:
         """What the worker is told of the model, and the ids of what the evaluation needs."""
         if request.model is not None:
             model = models.resolve(request.model, roots=self.settings.allowed_roots)
-            return _plan(request, model=model, revision=request.revision), []
+            return _plan(request, model=model, revision=models.revision_of(model, request.revision)), []
         if request.revision is not None:
             detail = "a revision goes with a model; a checkpoint has its own"
             raise InvalidInput(f"revision: {detail}", errors=[ProblemItem(pointer="/revision", detail=detail)])

@@ -38,6 +38,7 @@ class FinetunePlan:
 
     id: str
     model: str
+    revision: str | None
     dataset: str | None
     selection: str | None
     rows: int
@@ -48,6 +49,7 @@ class FinetunePlan:
         """What the worker needs beside the request."""
         return {
             "model": self.model,
+            "revision": self.revision,
             "dataset": self.dataset,
             "selection": self.selection,
             "row_count": self.rows,
@@ -87,6 +89,7 @@ class Finetunes:
     def plan(self, request: FinetuneRequest) -> FinetunePlan:
         """Resolve a request. Raises `NotFound` and `InvalidInput`."""
         model = models.resolve(request.model, roots=self.settings.allowed_roots)
+        revision = models.revision_of(model, request.revision)
         dataset = selection = None
         if request.selection is not None:
             found = self.catalog.selection(request.selection)
@@ -95,10 +98,12 @@ class Finetunes:
             pool = self.catalog.dataset(request.dataset or "")
             dataset, rows = pool.id, _drawn(request, pool.rows)
         meant = request.model_dump(mode="json", exclude={"name", "dry_run"})
-        meant |= {"model": model, "dataset": dataset, "selection": selection, "rows": rows, "fraction": None}
+        meant |= {"model": model, "revision": revision, "dataset": dataset, "selection": selection}
+        meant |= {"rows": rows, "fraction": None}
         return FinetunePlan(
             id=content_id("ft", meant),
             model=model,
+            revision=revision,
             dataset=dataset,
             selection=selection,
             rows=rows,

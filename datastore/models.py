@@ -7,6 +7,7 @@ are made from this: they are meant to be right within tens of per cent.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -19,12 +20,14 @@ from gradstore.types import LoraSettings, Precision, ProblemItem, Quantisation
 
 from datastore.archives import allowed_path
 from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
+from datastore.identity import DIGITS
 from datastore.rows import Example
 from datastore.tensors import TensorInfo, read_header
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 BYTES_PER_TOKEN = 4  # of English text under the usual vocabularies; taken where there is no tokenizer to ask
 TOKENS_PER_TURN = 5  # that a chat template puts around a message
+SAMPLED_BLOCK, SAMPLED_BLOCKS = 1 << 14, 64  # bytes, and blocks of a file, that a fingerprint reads
 ITEM_BYTES: dict[Precision | Quantisation, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.55,
 }  # fmt: skip
@@ -59,6 +62,50 @@ def folder_of(model: str, revision: str | None) -> Path | None:
         return None
     config = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
+
+
+def revision_of(model: str, revision: str | None) -> str | None:
+    """Which version of a model is meant: a hub revision as it is, of a folder the fingerprint of its content.
+
+    Raises `InvalidInput` where a folder is missing, or its content is not the revision asked for.
+    """
+    folder = Path(model)
+    if not folder.is_absolute():
+        return revision
+    if not folder.is_dir():
+        detail = f"the base model {model} is not on this machine: put the folder back"
+        raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])
+    found = fingerprint(folder)
+    if revision is not None and revision != found:
+        detail = f"{model} holds the revision {found} and not {revision}: its files have changed"
+        raise InvalidInput(detail, errors=[ProblemItem(pointer="/revision", detail=detail)])
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a model folder's files: of their names, sizes and content.
+
+    Of a file larger than 1 MiB 64 blocks of 16 KiB, evenly spread: a training changes every weight, and a model of any
+    size is read in milliseconds.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in {".safetensors", ".json", ".model", ".txt", ".jinja"} or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in _sampled(size):
+                file.seek(start)
+                digest.update(file.read(SAMPLED_BLOCK))
+    return f"folder-{digest.hexdigest()[:DIGITS]}"
+
+
+def _sampled(size: int) -> Iterable[int]:
+    """Where the blocks begin that a fingerprint reads."""
+    if size <= SAMPLED_BLOCK * SAMPLED_BLOCKS:
+        return range(0, size, SAMPLED_BLOCK)
+    return ((size - SAMPLED_BLOCK) * number // (SAMPLED_BLOCKS - 1) for number in range(SAMPLED_BLOCKS))
 
 
 # Sizes ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,3 +120,39 @@ def test_a_model_of_the_hub_is_found_among_the_downloads(tmp_path: Path, monkeyp
     (home / "refs" / "main").write_text("0" * 40)
     assert models.folder_of("org/tiny", None) == snapshot
     assert models.folder_of("org/tiny", "v2") is None
+
+
+def test_a_folders_revision_is_its_content(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert models.revision_of(str(copy), None) == models.revision_of(str(folder), None)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    changed = models.revision_of(str(copy), None)
+    assert changed != models.revision_of(str(folder), None)
+    with pytest.raises(InvalidInput, match="its files have changed"):
+        models.revision_of(str(copy), models.revision_of(str(folder), None))
+    assert models.revision_of(str(copy), changed) == changed
+
+
+def test_a_large_files_fingerprint_reads_its_beginning_and_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(8 << 20))
+    seen = {models.fingerprint(tmp_path)}
+    for place in (0, (8 << 20) - 1):
+        content = bytearray(8 << 20)
+        content[place] = 1
+        path.write_bytes(content)
+        seen.add(models.fingerprint(tmp_path))
+    assert len(seen) == 3
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="put the folder back"):
+        models.revision_of(str(tmp_path / "gone"), None)
+
+
+def test_a_hub_models_revision_is_left_alone() -> None:
+    assert models.revision_of("Qwen/Qwen3-0.6B", None) is None
+    assert models.revision_of("Qwen/Qwen3-0.6B", "main") == "main"

@@ -83,15 +83,18 @@ class Doorbell:
             signals.worker_shutting_down.disconnect(stop)
         return int(worker.exitcode or 0)
 
-    def look(self) -> None:
+    def look(self, woken_by: str = "look") -> None:
         """Do what waits, heard of or not."""
         try:
-            drain(self._context, self._caretaker, kinds=self._kinds, on_claim=self._pass_on_once())
+            shards = drain(self._context, self._caretaker, kinds=self._kinds, on_claim=self._pass_on_once())
         except SQLAlchemyError as error:
             log.warning("the catalog does not answer", extra={"reason": str(error).splitlines()[0]})
+        else:
+            if shards:
+                log.info("nothing waits any more", extra={"shards": shards, "woken_by": woken_by})
 
     def _ring_heard(self, _kind: str | None = None) -> None:
-        self.look()
+        self.look("ring")
 
     def _pass_on_once(self) -> Callable[[], None]:
         """A function that rings for another worker the first time it is called, if there is work for one."""

@@ -368,7 +368,8 @@ def _within_memory(work: Callable[[int], T], *, budget: int, least: int, device:
 def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     """Train, and record the run and its checkpoints in the commit of the shard."""
     began = time.monotonic()
-    request = FinetuneRequest.model_validate(claim.request).model_copy(update={"model": claim.plan["model"]})
+    resolved = {"model": claim.plan["model"], "revision": claim.plan["revision"]}
+    request = FinetuneRequest.model_validate(claim.request).model_copy(update=resolved)
     context.loaded.clear()  # the Trainer needs the memory
     work = context.settings.work / claim.job
     try:

@@ -16,6 +16,7 @@ from gradstore.types import Precision, Quantisation
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datastore.models import revision_of
 from worker.gradients import GradientEngine
 from worker.models import load_adapter, load_model, load_tokenizer, unload_adapter, use_gradient_checkpointing
 
@@ -46,17 +47,19 @@ class Loaded:
         self._engine_key: Hashable = None
 
     def tokenizer(self, model: str, revision: str | None) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises `ModelError`."""
+        """The model's tokenizer. Raises `ModelError`, and `InvalidInput` where the folder has changed."""
         key = (model, revision, _files(model))
         if self._tokenizer is None or self._tokenizer_key != key:
+            revision_of(model, revision)  # raises where the folder is not any more what it was
             self._tokenizer, self._tokenizer_key = load_tokenizer(model, revision), key
         return self._tokenizer
 
     def base(self, base: Base) -> PreTrainedModel:
-        """The base model without an adapter, frozen. Raises `ModelError`."""
+        """The base model without an adapter, frozen. Raises `ModelError`, and `InvalidInput` where its folder changed."""
         key = (base, _files(base.model))
         if self._base is None or self._base_key != key:
             self.clear()
+            revision_of(base.model, base.revision)
             model = load_model(
                 base.model,
                 revision=base.revision,
