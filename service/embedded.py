@@ -63,7 +63,8 @@ class EmbeddedWorker:
 
     def _run(self) -> int:
         """Run the worker once, to its end or ours; returns its exit status."""
-        command = [sys.executable, "-m", "service.leash", str(os.getpid()), self._module, *self._arguments]
+        # -P: a folder of the store, such as datasets/, must not hide a library of the same name
+        command = [sys.executable, "-P", "-m", "service.leash", str(os.getpid()), self._module, *self._arguments]
         # A session of its own: Ctrl-C is for the server, which then stops the worker in order.
         self._process = subprocess.Popen(command, env=self._environment, start_new_session=True)  # noqa: S603 - ours
         try:

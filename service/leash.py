@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != int(parent):  # it died before the kernel was asked
             sys.exit(1)
-    os.execv(sys.executable, [sys.executable, "-m", module, *rest])  # noqa: S606 - our own interpreter and module
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *rest])  # noqa: S606 - our own interpreter and module
 
 
 if __name__ == "__main__":
