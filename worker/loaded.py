@@ -55,7 +55,7 @@ class Loaded:
         return self._tokenizer
 
     def base(self, base: Base) -> PreTrainedModel:
-        """The base model, frozen, without an adapter. Raises `ModelError`, or `InvalidInput` where its folder changed."""
+        """The base model, frozen, with no adapter. Raises `ModelError`, or `InvalidInput` where the folder changed."""
         key = (base, _files(base.model))
         if self._base is None or self._base_key != key:
             self.clear()
