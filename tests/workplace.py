@@ -193,12 +193,13 @@ def worker_process(workplace: Workplace, *arguments: str, **environment: str) ->
         "GRADSTORE_LEASE": str(settings.lease),
         "GRADSTORE_ALLOWED_ROOTS": os.pathsep.join(map(str, settings.allowed_roots)),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "worker.command", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **given, **environment},
-        stderr=(workplace.folder / "worker.log").open("ab"),
-    )
+    with (workplace.folder / "worker.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.command", *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, **given, **environment},
+            stderr=log,
+        )
     try:
         yield process
     finally:

@@ -58,8 +58,8 @@ class Doorbell:
             broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT},
             broker_connection_retry_on_startup=True,
             broker_connection_max_retries=None,
-            worker_hijack_root_logger=False,
             worker_redirect_stdouts=False,
+            worker_cancel_long_running_tasks_on_connection_loss=True,  # there is none: a solo worker notices later
         )
         self.app.task(name=TASK)(self._ring_heard)
         self.app.steps["consumer"].add(_look_step(self.look, look_interval))
@@ -68,12 +68,12 @@ class Doorbell:
         """Listen and look until the process is asked to stop; returns its exit status."""
         stop = partial(_leave, self._context)
         signals.worker_shutting_down.connect(stop)
+        signals.setup_logging.connect(_leave_logging_alone)
         try:
             worker = self.app.Worker(
                 hostname=f"gradstore@{self._context.owner}",
                 pool="solo",
                 concurrency=1,
-                loglevel="WARNING",
                 quiet=True,
                 without_gossip=True,
                 without_mingle=True,
@@ -81,6 +81,7 @@ class Doorbell:
             worker.start()
         finally:
             signals.worker_shutting_down.disconnect(stop)
+            signals.setup_logging.disconnect(_leave_logging_alone)
         return int(worker.exitcode or 0)
 
     def look(self, woken_by: str = "look") -> None:
@@ -115,6 +116,10 @@ class Doorbell:
 
 def _leave(context: Context, **_: Any) -> None:
     context.leaving.set()
+
+
+def _leave_logging_alone(**_: Any) -> None:
+    """Celery configures logging unless somebody else says that they do: the process has (worker/command.py)."""
 
 
 def _look_step(look: Callable[[], None], interval: float) -> type[bootsteps.StartStopStep]:

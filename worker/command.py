@@ -23,7 +23,7 @@ from datastore.settings import Settings
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("worker.command")  # its own name when run with -m, too
 
 KINDS: tuple[JobKind, ...] = tuple(kind for kind in get_args(JobKind) if kind != "scoring")
 

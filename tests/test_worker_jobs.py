@@ -1,0 +1,560 @@
+"""Shards under workers that die, stall, double or fail: each is done once, and nobody waits in the dark."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from gradstore.types import EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
+from numpy.typing import NDArray
+from sqlalchemy import select
+
+from datastore.recipes import Query, Recipes
+from datastore.schema import ChunkRow, JobRow, ShardRow
+from tests.tiny import save_tiny_model
+from tests.workplace import Workplace, numbered, worker_process
+from worker import moments
+from worker.batches import encode
+from worker.command import choose_device
+from worker.gradients import GradientEngine
+from worker.jobs import run, tend, tidy
+from worker.loop import work_until_left
+from worker.models import load_adapter, load_model, load_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+
+ENDLESS = {"prompt": "and so on " * 40, "completion": "The end."}
+PATIENCE = 60.0  # seconds
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Numbers are the same to the bit for one number of threads; the workers' own processes have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", hidden_size=16, intermediate_size=16)
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path) -> Workplace:
+    return Workplace.at(tmp_path, model=model)
+
+
+@pytest.fixture
+def impatient(tmp_path: Path, model: Path) -> Workplace:
+    """A store whose leases end within half a second."""
+    return Workplace.at(tmp_path, model=model, lease=0.5)
+
+
+def gradients(place: Workplace, rows: int = 12, **changes: Any) -> GradientsRequest:
+    """A request for a dataset of its own and one checkpoint."""
+    dataset, checkpoint = place.pool(numbered(range(rows))), place.checkpoint()
+    values = {"dataset": dataset.id, "checkpoints": [checkpoint.id], "dims": [32], "dtype": "float32"}
+    return GradientsRequest.model_validate(values | changes)
+
+
+def training(place: Workplace, **changes: Any) -> FinetuneRequest:
+    """A request for two epochs of three steps."""
+    values = {
+        "dataset": place.pool(numbered(range(12))).id, "model": str(place.model), "epochs": 2, "batch_size": 4,
+        "device_batch_size": 2, "learning_rate": 1e-2, "lora": {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
+    }  # fmt: skip
+    return FinetuneRequest.model_validate(values | changes)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something has happened."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def chunks(place: Workplace) -> dict[tuple[str, int], tuple[int, str]]:
+    """(attempt, digest) of every committed chunk."""
+    with place.context.catalog.reading() as session:
+        return {(row.segment_id, row.start): (row.attempt, row.digest) for row in session.scalars(select(ChunkRow))}
+
+
+def shards(place: Workplace, job: str) -> list[str]:
+    """The states of a job's shards."""
+    with place.context.catalog.reading() as session:
+        query = select(ShardRow.status).where(ShardRow.job_id == job).order_by(ShardRow.number)
+        return list(session.scalars(query))
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workplace) -> None:
+    asked = gradients(place, dims=[32, 64], kind="adam")
+    result = place.done(asked)
+    checkpoint = place.context.catalog.checkpoint(asked.checkpoints[0])  # type: ignore[index]
+    adapted = load_adapter(load_model(str(place.model)), place.context.checkpoints.weights(checkpoint.id))
+    stored = place.context.checkpoints.moments(checkpoint.id)
+    assert stored is not None
+    engine = GradientEngine(adapted, kind="adam", moments=moments.read(stored), dims=[32, 64], seed=0)
+    tokenizer = load_tokenizer(str(place.model))
+    rows = [
+        encode(row, tokenizer=tokenizer, template="tulu", max_length=64)
+        for row in place.context.datasets.examples(asked.dataset or "")
+    ]
+    expected = engine.features(rows, pad_id=tokenizer.pad_token_id, token_budget=asked.token_budget)  # type: ignore[arg-type]
+    for found in result["feature_sets"]:
+        np.testing.assert_array_equal(place.stored(found["id"]), expected.by_dim[found["dim"]])
+    view = place.context.store.view(place.features.segments(result["feature_sets"][0]["id"]))
+    np.testing.assert_array_equal(view.norms, expected.norms)
+    np.testing.assert_array_equal(view.losses, expected.losses)
+    np.testing.assert_array_equal(view.tokens, expected.tokens)
+    assert (result["rows"], result["computed_rows"], result["total_excluded"]) == (12, 12, 0)
+    assert result["tokens"] == sum(len(row.input_ids) for row in rows)
+
+
+def test_a_row_without_a_token_to_learn_from_is_reported_and_the_others_are_as_without_it(place: Workplace) -> None:
+    dataset = place.pool([*numbered(range(3)), ENDLESS, *numbered(range(3, 6))])
+    asked = gradients(place, 6)
+    with_it = place.done(asked.model_copy(update={"dataset": dataset.id}))
+    without = place.done(asked)
+    [excluded] = with_it["excluded"]
+    assert (excluded["row"], with_it["total_excluded"]) == (3, 1)
+    assert "truncation leaves no token to learn from" in excluded["reason"]
+    features = place.stored(with_it["feature_sets"][0]["id"])
+    assert not features[3].any()
+    np.testing.assert_array_equal(np.delete(features, 3, 0), place.stored(without["feature_sets"][0]["id"]))
+
+
+def test_a_dataset_of_nothing_but_such_rows_is_done_too(place: Workplace) -> None:
+    dataset = place.pool([ENDLESS])
+    result = place.done(gradients(place, 1).model_copy(update={"dataset": dataset.id}))
+    assert result["total_excluded"] == result["rows"] == 1
+
+
+def test_a_tasks_validation_rows_have_features_in_their_order(place: Workplace) -> None:
+    task, checkpoint = place.task(3), place.checkpoint()
+    result = place.done(GradientsRequest(task=task.id, checkpoints=[checkpoint.id], dims=[32], dtype="float32"))
+    rows = [row.example for row in place.context.tasks.validation(task.id)]
+    dataset = place.pool({"prompt": row.prompt, "completion": row.completion} for row in rows)
+    same = place.done(
+        GradientsRequest(dataset=dataset.id, checkpoints=[checkpoint.id], dims=[32], dtype="float32", kind="sgd")
+    )
+    found = [place.stored(each["feature_sets"][0]["id"]) for each in (result, same)]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_grown_dataset_computes_its_new_rows_only(place: Workplace) -> None:
+    asked = gradients(place, 10)
+    place.done(asked)
+    before = chunks(place)
+    grown = place.pool(numbered(range(14)))
+    result = place.done(asked.model_copy(update={"dataset": grown.id}))
+    assert result["computed_rows"] == 4
+    assert chunks(place).items() > before.items()
+    apart = place.done(asked.model_copy(update={"dataset": place.pool(numbered(range(10, 14))).id}))
+    np.testing.assert_array_equal(
+        place.stored(result["feature_sets"][0]["id"])[10:], place.stored(apart["feature_sets"][0]["id"])
+    )
+
+
+def test_the_checkpoints_of_a_run_take_turns_on_one_base_model(place: Workplace) -> None:
+    asked = gradients(place, 4)
+    others = [place.checkpoint(number).id for number in (0, 1, 0, 2)]
+    together = place.done(asked.model_copy(update={"checkpoints": list(dict.fromkeys(others))}))
+    for found in together["feature_sets"]:
+        alone = Workplace.at(place.folder / found["checkpoint"], model=place.model)
+        shutil.copytree(place.context.settings.checkpoints, alone.context.settings.checkpoints)
+        alone.context.catalog.add_checkpoint(place.context.catalog.checkpoint(found["checkpoint"]))
+        dataset = alone.pool(numbered(range(4)))
+        one = alone.done(asked.model_copy(update={"dataset": dataset.id, "checkpoints": [found["checkpoint"]]}))
+        np.testing.assert_array_equal(place.stored(found["id"]), alone.stored(one["feature_sets"][0]["id"]))
+
+
+def test_batches_that_do_not_fit_the_memory_are_halved(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    asked = gradients(place, token_budget=4096)
+    job = place.start(asked)
+    with device_of(tokens=100), caplog.at_level(logging.WARNING):
+        assert place.work() == ["succeeded"]
+    budgets = [record.token_budget for record in caplog.records if hasattr(record, "token_budget")]
+    assert budgets == [2048, 1024, 512, 256, 128, 64]
+    small = Workplace.at(place.folder / "small", model=place.model)
+    result = small.done(gradients(small, token_budget=64))
+    found = place.job(job.id).result
+    assert found is not None
+    np.testing.assert_array_equal(
+        place.stored(found.model_dump()["feature_sets"][0]["id"]), small.stored(result["feature_sets"][0]["id"])
+    )
+
+
+def test_an_example_that_does_not_fit_the_memory_fails_its_job_with_advice(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    with device_of(tokens=1):
+        assert place.work() == ["failed"]
+    error = place.job(job.id).error
+    assert error is not None
+    assert (error.type, error.status) == ("out-of-memory", 422)
+    assert "gradient_checkpointing=true" in error.detail
+
+
+class device_of:  # noqa: N801 - used like a function
+    """A device whose memory holds so many padded tokens: any embedding of more fails as a GPU's would."""
+
+    def __init__(self, *, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __enter__(self) -> None:
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._look)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _look(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, torch.nn.Embedding) and arguments[0].numel() > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+# Workers that die, stall and double -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
+    """The features of 2,500 rows, three shards, computed in peace."""
+    torch.set_num_threads(1)
+    place = Workplace.at(tmp_path_factory.mktemp("peace"), model=model)
+    result = place.done(gradients(place, 2500, token_budget=512))
+    return place.stored(result["feature_sets"][0]["id"])
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_its_shard_only_and_the_features_are_the_same(
+    impatient: Workplace, uninterrupted: NDArray[np.float32]
+) -> None:
+    job = impatient.start(gradients(impatient, 2500, token_budget=512))
+    with worker_process(impatient, "--kind", "gradients") as process:
+        wait_for(lambda: shards(impatient, job.id)[:2] == ["succeeded", "running"])
+        process.kill()
+        process.wait()
+    finished = chunks(impatient)
+    assert len(finished) == 1
+    wait_for(lambda: bool(impatient.context.jobs.sweep()))
+    assert impatient.work() == ["succeeded", "succeeded"]
+    assert chunks(impatient).items() > finished.items()
+    done = impatient.job(job.id)
+    assert done.status == "succeeded", done.error
+    assert done.result is not None
+    found = impatient.stored(done.result.model_dump()["feature_sets"][0]["id"])
+    np.testing.assert_array_equal(found, uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_shards_and_come_to_the_same_features(
+    place: Workplace, uninterrupted: NDArray[np.float32]
+) -> None:
+    job = place.start(gradients(place, 2500, token_budget=512))
+    workers = [place, place.another()]
+    threads = [
+        threading.Thread(target=work_until_left, args=(each.context,), kwargs={"once": True}) for each in workers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done = place.job(job.id)
+    assert done.status == "succeeded", done.error
+    assert done.result is not None
+    np.testing.assert_array_equal(place.stored(done.result.model_dump()["feature_sets"][0]["id"]), uninterrupted)
+    assert len(chunks(place)) == 3
+
+
+def test_a_stalled_worker_that_wakes_late_changes_nothing(impatient: Workplace) -> None:
+    job = impatient.start(gradients(impatient))
+    stalled, other = impatient.claim(), impatient.another()
+    wait_for(lambda: bool(other.context.jobs.sweep()))
+    assert other.work() == ["succeeded"]
+    before, result = chunks(impatient), impatient.job(job.id).result
+    assert run(stalled, impatient.context) in {"lost", "stopped"}
+    assert chunks(impatient) == before
+    assert impatient.job(job.id).result == result
+    assert not impatient.context.store.attempts()
+
+
+def test_a_stalled_fine_tune_that_wakes_late_records_nothing(impatient: Workplace) -> None:
+    job = impatient.start(training(impatient))
+    stalled, other = impatient.claim(), impatient.another()
+    wait_for(lambda: bool(other.context.jobs.sweep()))
+    other.work()
+    other.finetunes.remove(job.id)
+    assert run(stalled, impatient.context) in {"lost", "stopped"}
+    assert impatient.context.catalog.all_runs() == []
+    assert impatient.context.catalog.checkpoints(limit=10).data == []
+
+
+def test_what_a_dead_worker_committed_is_published_by_another(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    claim = place.claim()
+    place.context.store.publish = _refuse  # type: ignore[method-assign]  # the worker dies between commit and publication
+    with pytest.raises(SystemExit):
+        run(claim, place.context)
+    other = place.another()
+    assert other.job(job.id).status == "running"
+    waiting = tend(other.context)
+    assert [publication.attempt for publication in waiting] == [claim.token]
+    assert other.job(job.id).status == "running"  # its own worker has its time first
+    tend(other.context, waiting)
+    assert other.job(job.id).status == "succeeded"
+    assert not tend(other.context)
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise SystemExit
+
+
+def test_what_an_attempt_left_behind_is_removed_after_an_hour(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    claim = place.claim()
+    place.context.store.publish = _refuse  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        run(claim, place.context)
+    other = place.another()
+    [left] = other.context.store.attempts()
+    folder = other.context.store.root / left.segment / "attempts" / f"{left.start}-{left.attempt}"
+    orphan = folder.with_name(f"{left.start}-{left.attempt + 1}")
+    shutil.copytree(folder, orphan)
+    for path in (folder, orphan):
+        _age(path, 7200)
+    tidy(other.context)
+    assert [each.attempt for each in other.context.store.attempts()] == [left.attempt]  # that one is committed
+    tend(other.context, other.context.jobs.unpublished())
+    assert other.job(job.id).status == "succeeded"
+
+
+def _age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_two_jobs_on_one_segment_are_both_done_with_its_rows(place: Workplace) -> None:
+    asked = gradients(place)
+    first = place.start(asked.model_copy(update={"dims": [32]}))
+    second = place.start(asked.model_copy(update={"dims": [32, 64]}))
+    assert first.id != second.id
+    assert place.work() == ["succeeded", "succeeded"]
+    assert {place.job(job.id).status for job in (first, second)} == {"succeeded"}
+    assert not place.context.store.attempts()
+
+
+# Asked to stop --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_job_stops_within_a_heartbeat_and_a_retry_keeps_what_was_finished(impatient: Workplace) -> None:
+    job = impatient.start(gradients(impatient, 1600, token_budget=128))
+    worker = threading.Thread(target=impatient.work)
+    worker.start()
+    wait_for(lambda: shards(impatient, job.id)[0] == "succeeded" and impatient.job(job.id).progress.done > 1024)
+    impatient.context.jobs.cancel(job.id)
+    worker.join(10)
+    assert not worker.is_alive()
+    assert impatient.job(job.id).status == "cancelled"
+    assert shards(impatient, job.id) == ["succeeded", "queued"]
+    finished = chunks(impatient)
+    impatient.context.jobs.retry(job.id)
+    assert impatient.work() == ["succeeded"]
+    assert impatient.job(job.id).status == "succeeded"
+    assert chunks(impatient).items() > finished.items()
+
+
+def test_a_cancelled_fine_tune_stops_and_a_retry_goes_on(
+    impatient: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = impatient.start(training(impatient, epochs=30))
+    worker = threading.Thread(target=impatient.work)
+    worker.start()
+    wait_for(lambda: impatient.job(job.id).progress.done > 3)
+    impatient.context.jobs.cancel(job.id)
+    worker.join(10)
+    assert not worker.is_alive()
+    assert impatient.job(job.id).status == "cancelled"
+    assert impatient.context.catalog.all_runs() == []
+    impatient.context.jobs.retry(job.id)
+    with caplog.at_level(logging.INFO):
+        assert impatient.work() == ["succeeded"]
+    [record] = [each for each in caplog.records if each.message == "fine-tune goes on"]
+    assert record.step >= 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_asked_to_leave_gives_its_shard_back(place: Workplace) -> None:
+    job = place.start(gradients(place, 1024, token_budget=64))
+    with worker_process(place) as process:
+        wait_for(lambda: place.job(job.id).progress.done > 0)
+        wait_for(lambda: [each.job for each in place.context.jobs.workers()] == [job.id])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "running" not in shards(place, job.id)
+    assert place.context.jobs.workers() == []
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+def failed(place: Workplace, job: str) -> Problem:
+    """The error of a failed job."""
+    found = place.job(job)
+    assert found.status == "failed"
+    assert found.error is not None
+    return found.error
+
+
+def test_an_error_of_the_users_fails_the_job_at_once_in_words(place: Workplace, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(place.model, copy)
+    job = place.start(training(place, model=str(copy)))
+    shutil.rmtree(copy)
+    assert place.work() == ["failed"]
+    error = failed(place, job.id)
+    assert (error.type, error.status) == ("model-error", 422)
+    assert str(copy) in error.detail
+
+
+def test_a_job_whose_dataset_is_gone_is_not_tried_again(place: Workplace) -> None:
+    asked = gradients(place)
+    job = place.start(asked)
+    shutil.rmtree(place.context.settings.datasets / str(asked.dataset))
+    assert place.work() == ["failed"]
+    assert failed(place, job.id).type == "not-found"
+
+
+def test_a_poisoned_row_fails_its_job_and_no_other(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    poisoned, healthy = gradients(place, 12), gradients(place, 5)
+    job, other = place.start(poisoned), place.start(healthy)
+    lines = place.context.datasets.content(str(poisoned.dataset))
+    lines.write_bytes(lines.read_bytes().replace(b"The", b"\xff\xfe\x00", 1))
+    assert place.work() == ["failed", "failed", "failed", "succeeded"]
+    error = failed(place, job.id)
+    assert (error.type, error.status) == ("unexpected-error", 500)
+    assert f"the traceback is in the worker's log under {error.instance}" in error.detail
+    traceback = next(each for each in caplog.records if getattr(each, "id", None) == error.instance).exc_text
+    assert "Traceback" in str(traceback)
+    assert "Traceback" not in error.detail
+    assert place.job(other.id).status == "succeeded"
+
+
+def test_a_job_planned_for_other_projections_says_which_versions_meet(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    with place.context.catalog.transaction() as session:
+        row = session.get_one(JobRow, job.id)
+        row.plan = {**row.plan, "projection_version": 99}
+    assert place.work() == ["failed"]
+    assert "version 99 of the projections and this worker has version" in failed(place, job.id).detail
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_any_work() -> None:
+    with pytest.raises(typer.BadParameter, match="is no device; there are auto, cpu, cuda"):
+        choose_device("tpu")
+    assert choose_device("cpu").type == "cpu"
+
+
+# Fine-tunes and evaluations -------------------------------------------------------------------------------------------
+
+
+def test_a_fine_tune_records_its_run_and_checkpoints_and_cleans_up(place: Workplace) -> None:
+    result = place.done(training(place, name="warm", fraction=0.5))
+    found = place.context.catalog.run("warm")
+    assert (found.id, [each.id for each in found.checkpoints]) == (result["run"], result["checkpoints"])
+    assert [each.epoch for each in found.checkpoints] == [1, 2]
+    assert all(each.has_moments and each.template == "tulu" for each in found.checkpoints)
+    assert result["rows"] == 6
+    assert not list(place.context.settings.work.iterdir())
+    sets = place.done(GradientsRequest(dataset=place.pool(numbered(range(4))).id, run="warm", dims=[32]))
+    assert len(sets["feature_sets"]) == 2
+
+
+def test_a_name_that_another_run_has_stays_where_it_is(place: Workplace) -> None:
+    first = place.done(training(place, name="warm"))
+    place.finetunes.jobs.rename("warm", None, kind="finetune")
+    second = place.done(training(place, name="warm", seed=1))
+    assert place.context.catalog.run("warm").id == first["run"] != second["run"]
+    assert place.context.catalog.run(second["run"]).name is None
+
+
+def test_progress_counts_steps_of_the_rows_that_are_left(place: Workplace) -> None:
+    asked = training(place, max_length=64)
+    dataset = place.pool([*numbered(range(4)), *[{**ENDLESS, "id": str(n)} for n in range(8)]])
+    job = place.start(asked.model_copy(update={"dataset": dataset.id}))
+    assert job.progress.total == 6
+    place.work()
+    done = place.job(job.id)
+    assert done.result is not None
+    assert done.result.model_dump()["steps"] == 2
+    assert done.progress.done == done.progress.total
+
+
+def test_a_selection_is_trained_on_whole(place: Workplace) -> None:
+    pool, task = place.pool(numbered(range(20))), place.task(2)
+    run_found = place.done(training(place))["run"]
+    for owner in ({"dataset": pool.id}, {"task": task.id}):
+        place.done(GradientsRequest.model_validate({**owner, "run": run_found, "dims": [32]}))
+    context = place.context
+    recipe, sources = Recipes(context.catalog, place.features).resolve(
+        Query(tasks=[task.id], datasets=[pool.id], k=5), path="/select"
+    )
+    scoring = context.answers.scoring
+    job = scoring.start(recipe, sources)
+    claim = context.jobs.claim("test", kinds=["scoring"])
+    assert claim is not None
+    context.jobs.succeed(claim, result=scoring.work(claim, lambda _: None).model_dump(mode="json"))
+    assert place.job(job.id).status == "succeeded"
+    scores = scoring.known(recipe, sources)
+    assert scores is not None
+    selection = context.answers.select(recipe, sources, scores, limit=5)
+    result = place.done(training(place, dataset=None, selection=selection.id, epochs=1))
+    assert result["rows"] == 5
+
+
+def test_an_evaluation_measures_the_base_model_beside_the_tuned_one(place: Workplace) -> None:
+    task = place.task(3, name="sums")
+    tuned = place.done(training(place, name="tuned", epochs=20, learning_rate=5e-2))
+    job = place.start(EvaluationRequest(finetune="tuned", tasks=["sums"], bootstrap_samples=50))
+    assert place.work() == ["succeeded"]
+    done = place.job(job.id)
+    assert done.result is not None
+    rows = done.result.model_dump()["rows"]
+    assert [(row["model"], row["task"], row["subtask"]) for row in rows] == [
+        (subject, "sums", subtask) for subject in ("base", "tuned") for subtask in ("even", "odd", None)
+    ]
+    base, trained = rows[2], rows[5]
+    assert trained["loss"] < base["loss"]
+    assert trained["loss_interval"]["low"] <= trained["loss"] <= trained["loss_interval"]["high"]
+    assert done.progress.done == done.progress.total
+    alone = place.done(EvaluationRequest(checkpoint=tuned["checkpoints"][-1], tasks=[task.id], baseline=False))
+    assert [row["model"] for row in alone["rows"]] == ["tuned"] * 3
+    assert alone["rows"][2]["loss"] == trained["loss"]
+
+
+def test_a_model_alone_is_measured_as_the_base(place: Workplace) -> None:
+    place.task(2, name="sums")
+    result = place.done(EvaluationRequest(model=str(place.model), tasks=["sums"]))
+    assert {row["model"] for row in result["rows"]} == {"base"}
+
+
+def test_a_full_fine_tune_is_evaluated_as_the_model_it_is(place: Workplace) -> None:
+    place.task(2, name="sums")
+    place.done(training(place, method="full", learning_rate=1e-2, epochs=10, name="full"))
+    result = place.done(EvaluationRequest(finetune="full", tasks=["sums"]))
+    losses = {row["model"]: row["loss"] for row in result["rows"] if row["subtask"] is None}
+    assert losses["tuned"] < 0.8 * losses["base"]
