@@ -39,6 +39,9 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-cache",  # keep it, and ask each time whether it is still so
 }
 
+WATCHED = frozenset({"/health", "/metrics"})
+"""Asked for every few seconds by whatever watches over the service: logged only when something is wrong."""
+
 Observer = Callable[[str, str, int, float], None]
 """Told of every answer: method, route, status, seconds."""
 
@@ -72,7 +75,9 @@ class Conversation:
             seconds = time.perf_counter() - began
             status = answer.status or 499
             self.observe(scope["method"], _route(scope), status, seconds)
-            log.info(
+            quiet = scope["path"] in WATCHED and status < 400
+            log.log(
+                logging.DEBUG if quiet else logging.INFO,
                 "request",
                 extra={
                     "request": id,

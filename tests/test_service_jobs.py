@@ -62,7 +62,8 @@ def test_a_finetunes_plan_holds_ids_and_its_length(service: Service) -> None:
     pool = service.pool(10, name="pool")
     job = service.finetune(dataset="pool", fraction=0.55, batch_size=2, device_batch_size=1, epochs=3)
     claim = service.claim()
-    assert claim.plan == {"model": "org/base", "dataset": pool["id"], "selection": None, "row_count": 5}
+    plan = {"model": "org/base", "revision": None, "dataset": pool["id"], "selection": None, "row_count": 5}
+    assert claim.plan == plan
     assert job["progress"]["total"] == 3 * 3
 
 

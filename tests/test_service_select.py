@@ -1,0 +1,149 @@
+"""GET /select and /scores over HTTP: refused with what to send, answered in the form asked for, read back."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from tests.serving import Service, problem_of
+from tests.stores import Store
+
+DIM = 16
+
+
+def numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+    """Features that turn away from those of the task's three rows, the further the later: the first rows are best."""
+    angles = np.maximum(np.arange(start, stop) - 2, 0) / 50
+    features = np.zeros((stop - start, dim), np.float32)
+    features[:, 0], features[:, 1] = np.cos(angles), np.sin(angles)
+    return features
+
+
+def work(service: Service) -> None:
+    """Do the gradients shards that wait."""
+    parts = service.backend
+    store = Store(
+        parts.settings, parts.catalog, parts.jobs, parts.datasets, parts.tasks, parts.features, parts.features.store,
+        parts.recipes, parts.scoring, parts.answers,
+    )  # fmt: skip
+    store.work(numbers)
+
+
+@pytest.fixture
+def ready(service: Service) -> Service:
+    """A service with the features of a pool of 40 rows and of a task."""
+    service.pool(40, name="pool")
+    service.task("target")
+    service.http.post("/runs", json={"checkpoints": [service.checkpoint()["id"]], "name": "run"})
+    for owner in ({"dataset": "pool", "kind": "sgd"}, {"task": "target"}):
+        answer = service.http.post("/gradients", json={"run": "run", "dims": [DIM], **owner})
+        assert answer.status_code == 202, answer.text
+    work(service)
+    return service
+
+
+def select(service: Service, **params: Any) -> Any:
+    answer = service.http.get("/select", params={"task": "target", "pct": 0.05, **params})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_best_rows_are_selected_and_read_back(ready: Service) -> None:
+    selection = select(ready)
+    assert (selection["count"], selection["pool"], len(selection["data"])) == (2, 40, 2)
+    assert [row["row"] for row in selection["data"]] == [0, 1]
+    assert ready.http.get(f"/selections/{selection['id']}").json() == selection
+    assert select(ready)["id"] == selection["id"]
+    named = ready.http.patch(f"/selections/{selection['id']}", json={"name": "best"}).json()
+    assert named["id"] == ready.http.get("/selections/best").json()["id"] == selection["id"]
+    assert [one["id"] for one in ready.http.get("/selections").json()["data"]] == [selection["id"]]
+
+
+def test_a_selection_comes_as_rows_and_as_a_table(ready: Service) -> None:
+    rows = ready.http.get("/datasets/pool/content").content.splitlines()
+    params = {"task": "target", "k": "3"}
+    lines = ready.http.get("/select", params=params, headers={"Accept": "application/x-ndjson"})
+    assert lines.content.splitlines() == rows[:3]
+    selection = lines.headers["content-location"]
+    assert ready.http.get(f"{selection}/content").content == lines.content
+    table = ready.http.get(f"{selection}/content", headers={"Accept": "text/csv"}).text.splitlines()
+    assert table[0].startswith("file,row,")
+    assert [line.split(",")[:2] for line in table[1:]] == [["pool", str(row)] for row in range(3)]
+
+
+def test_a_percentage_is_told_its_fraction(ready: Service) -> None:
+    problem = problem_of(ready.http.get("/select", params={"task": "target", "pct": 5}), 422)
+    assert [(item.parameter, "5 % is 0.05" in item.detail) for item in problem.errors] == [("pct", True)]
+
+
+@pytest.mark.parametrize(
+    "query", ["task=target", "task=target&pct=0.1&k=3", "pct=0.1", "task=target&pct=nan", "task=target&pct=0.1&dims=16"]
+)
+def test_a_question_that_cannot_be_answered_is_refused(ready: Service, query: str) -> None:
+    problem_of(ready.http.get(f"/select?{query}"), 422)
+
+
+def test_missing_features_are_answered_with_the_post_that_computes_them(service: Service) -> None:
+    service.pool(name="pool")
+    service.task("target")
+    service.http.post("/runs", json={"checkpoints": [service.checkpoint()["id"]], "name": "run"})
+    problem = problem_of(service.http.get("/select", params={"task": "target", "pct": 0.5, "dataset": "pool"}), 409)
+    assert problem.type == "gradients-missing"
+    method, path, body = problem.errors[0].detail.split(" ", 2)
+    assert problem_of(service.http.request(method, path, json=json.loads(body)), 422).errors[0].pointer == "/kind"
+    assert service.http.request(method, path, json={**json.loads(body), "kind": "sgd", "dims": [DIM]}).is_success
+
+
+def test_several_candidates_are_listed_with_urls_that_answer(ready: Service) -> None:
+    for owner in ({"dataset": "pool", "kind": "sgd"}, {"task": "target"}):
+        ready.http.post("/gradients", json={"run": "run", "dims": [2 * DIM], **owner})
+    work(ready)
+    problem = problem_of(ready.http.get("/select", params={"task": "target", "pct": 0.05}), 409)
+    assert problem.type == "ambiguous"
+    urls = [item.detail for item in problem.errors]
+    assert len(urls) == 2
+    assert {urlsplit(url).netloc for url in urls} == {urlsplit(ready.url).netloc}
+    assert {ready.http.get(url).json()["recipe"]["dim"] for url in urls} == {DIM, 2 * DIM}
+    assert select(ready, dim=DIM)["recipe"]["dim"] == DIM
+
+
+def test_scores_that_are_not_ready_are_a_job_to_follow(ready: Service) -> None:
+    ready.backend.scorer.stop()  # so that nobody computes them meanwhile
+    answer = ready.http.get("/select", params={"task": "target", "pct": 0.05, "wait": 0})
+    assert answer.status_code == 202
+    job = ready.http.get(answer.headers["location"]).json()
+    assert (job["kind"], job["status"]) == ("scoring", "queued")
+    claim = ready.claim()
+    result = ready.backend.scoring.work(claim, lambda _: None).model_dump(mode="json")
+    assert ready.backend.jobs.succeed(claim, result=result)
+    assert select(ready, wait=0)["count"] == 2
+
+
+def test_the_whole_score_vector_in_three_forms(ready: Service) -> None:
+    params = {"task": "target"}
+    page = ready.http.get("/scores", params={**params, "limit": 40}).json()
+    assert (page["rows"], page["has_more"]) == (40, False)
+    expected = [row["score"] for row in page["data"]]
+    assert expected == sorted(expected, reverse=True)
+    array = np.load(io.BytesIO(ready.http.get("/scores", params={**params, "format": "npy"}).content))
+    table = pq.read_table(io.BytesIO(ready.http.get("/scores", params={**params, "format": "parquet"}).content))
+    np.testing.assert_allclose(array, expected, rtol=1e-6)
+    np.testing.assert_allclose(table["score"].to_numpy(), expected, rtol=1e-6)
+
+
+def test_a_selection_is_fine_tuned_on_and_then_in_use(ready: Service) -> None:
+    selection = select(ready)["id"]
+    job = ready.finetune(selection=selection)
+    assert ready.claim().plan["row_count"] == 2
+    assert job["id"] in problem_of(ready.http.delete(f"/selections/{selection}"), 409).detail
+    problem_of(ready.http.delete("/datasets/pool"), 409)
+    ready.http.post(f"/jobs/{job['id']}/cancel")
+    assert ready.http.delete(f"/finetunes/{job['id']}").status_code == 204
+    assert ready.http.delete(f"/selections/{selection}").status_code == 204
