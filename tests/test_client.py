@@ -20,6 +20,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import gradstore
 import pytest
 from gradstore import (
     AsyncGradientStore,
@@ -54,6 +55,7 @@ from pydantic import BaseModel
 
 from tests import canned
 from tests.canned import Answerer, Asked, CannedServer, Said, in_turn
+from tests.conftest import REPOSITORY
 from tests.services import free_port
 
 
@@ -149,14 +151,29 @@ def _literals(hint: Any) -> set[str]:
     return {value for part in get_args(hint) for value in _literals(part)}
 
 
-def test_a_users_program_is_checked_by_its_types(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(program)]
+def test_a_users_program_is_checked_by_its_types_and_those_of_the_pages_are_right(tmp_path: Path) -> None:
+    programs = {"program": PROGRAM}
+    for page in ("docs/client.md", "docs/quickstart.md", "client/README.md", "README.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / page).read_text(), re.MULTILINE | re.DOTALL)
+        assert blocks, page
+        name = re.sub(r"\W", "_", page)
+        programs |= {f"{name}_{number}": block for number, block in enumerate(blocks)}
+    for name, text in programs.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(tmp_path)]
     done = subprocess.run(mypy, capture_output=True, text=True, check=False, cwd=tmp_path)
-    wrong = [number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")]
-    assert wrong
-    assert [int(line) for line in re.findall(r"program\.py:(\d+): error", done.stdout)] == wrong, done.stdout
+    wrong = [f"program:{number}" for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")]
+    assert len(wrong) == 5
+    assert [":".join(found) for found in re.findall(r"(\w+)\.py:(\d+): error", done.stdout)] == wrong, done.stdout
+
+
+def test_the_page_of_the_client_names_every_call_and_every_error() -> None:
+    page = (REPOSITORY / "docs/client.md").read_text()
+    with GradientStore() as store:
+        assert not [name for name in methods(store) if f"`{name}`" not in page]
+    kinds = [name for name in vars(errors) if name in gradstore.__all__ and name != "GradstoreError"]
+    assert len(kinds) > 15
+    assert not [name for name in kinds if f"`{name}`" not in page]
 
 
 PROGRAM = """
@@ -432,9 +449,9 @@ def test_a_list_walks_all_pages_and_no_further_than_it_is_read() -> None:
     with serving(lambda asked: canned.page(items, asked, size=3)) as (server, store):
         found = store.datasets.list()
         assert not server.asked
-        assert [next(found).id for _ in range(3)] == ["ds_0", "ds_1", "ds_2"]
+        assert [next(found).id for _ in range(2)] == ["ds_0", "ds_1"]
         assert len(server.asked) == 1
-        assert [item.id for item in found] == ["ds_3", "ds_4", "ds_5", "ds_6"]
+        assert [item.id for item in found] == ["ds_2", "ds_3", "ds_4", "ds_5", "ds_6"]
     assert [asked.query.get("after") for asked in server.asked] == [None, ["ds_2"], ["ds_5"]]
 
 
@@ -1012,8 +1029,6 @@ def test_the_service_does_not_load_the_client_with_the_types() -> None:
 
 
 def test_every_public_name_can_be_imported() -> None:
-    import gradstore
-
     assert sorted(gradstore.__all__) == gradstore.__all__
     assert all(getattr(gradstore, name) is not None for name in gradstore.__all__)
     tree = {name for name in vars(errors) if isinstance(vars(errors)[name], type) and name in (errors.__doc__ or "")}

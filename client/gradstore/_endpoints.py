@@ -46,6 +46,7 @@ from gradstore.types import (
 AnswerT = TypeVar("AnswerT")
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
+ANSWERING = 60.0  # seconds a server may take over an answer, beside the waiting it was asked for
 INGESTING = 3600.0  # seconds a server may take to read through an upload after its last byte
 
 
@@ -251,7 +252,7 @@ def select(
 ) -> Call[Selection]:
     """Choose the rows that help the task most; 202 and a scoring job where scores take longer than `wait` seconds."""
     params = _params(**question, pct=pct, k=k, exclude=exclude, limit=limit, wait=wait)
-    return Call(method="GET", path="/select", params=params, answer=Selection)
+    return Call(method="GET", path="/select", params=params, answer=Selection, timeout=wait + ANSWERING)
 
 
 def scores(
@@ -263,6 +264,7 @@ def scores(
         path="/scores",
         params=_params(**question, limit=limit, after=after, wait=wait),
         answer=Scores,
+        timeout=wait + ANSWERING,
     )
 
 

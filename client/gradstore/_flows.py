@@ -34,6 +34,7 @@ from gradstore.results import Selection, SucceededJob
 from gradstore.types import AnyJob, Job, Page, Problem, RequestT, ResultT, ScoredRow, Scores, ScoringJob, SelectedRow
 
 PAGE = 1000  # rows asked for at a time
+LISTED = 100  # resources asked for at a time
 PATIENCE = 300.0  # seconds a wait outlives a server that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 SCORES_WAIT = 20.0  # seconds a /select may take to answer before it becomes a job
@@ -216,15 +217,21 @@ def refused(answer: Answer) -> errors.APIError:
 
 
 def pages(call: Call[Page[ItemT]]) -> Stream[ItemT]:
-    """Iterate over the items of all pages; each page is asked for when it is needed."""
-    after: tuple[tuple[str, str], ...] = ()
-    while True:
-        page = yield from send(replace(call, params=(*call.params, *after)))
-        for item in page.data:
+    """Iterate over the items of all pages; each page is asked for when it is needed.
+
+    The next one is asked for before the last item of a page is handed on: it begins after that item, which whoever
+    iterates may delete.
+    """
+    params = (*call.params, ("limit", str(LISTED)))
+    page = yield from send(replace(call, params=params))
+    while page.has_more and page.data:
+        last = page.data[-1]
+        for item in page.data[:-1]:
             yield Emit(item)
-        if not page.has_more or not page.data:
-            return
-        after = (("after", cast("Any", page.data[-1]).id),)
+        page = yield from send(replace(call, params=(*params, ("after", cast("Any", last).id))))
+        yield Emit(last)
+    for item in page.data:
+        yield Emit(item)
 
 
 def paged(function: Callable[P, Call[Page[ItemT]]]) -> Callable[P, Stream[ItemT]]:
@@ -414,7 +421,7 @@ def select(
     first, that job is waited for (`progress`, `timeout` as in `wait`). Raises `Conflict` where gradients are missing,
     with the request that computes them, or where several stored things fit, with their list.
     """
-    call = _endpoints.select(**question, pct=pct, k=k, exclude=exclude, limit=_page(limit), wait=SCORES_WAIT)
+    call = _endpoints.select(**question, pct=pct, k=k, exclude=exclude, limit=_page(limit), wait=_patience(timeout))
     answer = yield from _scored(call, progress=progress, timeout=timeout)
     return (yield from _whole(parse(Selection, answer), limit))
 
@@ -423,7 +430,7 @@ def scores(*, progress: bool = False, timeout: float | None = None, **question: 
     """Iterate over the score of every row of the pool, in its order; a row without a feature has None."""
     seen = 0
     while True:
-        call = _endpoints.scores(**question, limit=PAGE, after=_rows_seen(seen), wait=SCORES_WAIT)
+        call = _endpoints.scores(**question, limit=PAGE, after=_rows_seen(seen), wait=_patience(timeout))
         answer = yield from _scored(call, progress=progress, timeout=timeout)
         page = parse(Scores, answer)
         for row in page.data:
@@ -446,9 +453,14 @@ def save_scores(
     accept = kinds.get(Path(path).suffix)
     if accept is None:
         raise ValueError(f"scores are saved as .npy or .parquet, not {Path(path).name}")
-    call = _endpoints.scores(**question, wait=SCORES_WAIT)
+    call = _endpoints.scores(**question, wait=_patience(timeout))
     yield from _scored(replace(call, params=(*call.params, ("limit", "1"))), progress=progress, timeout=timeout)
     return (yield from download(replace(call, accept=accept), path, progress=progress))
+
+
+def _patience(timeout: float | None) -> float:
+    """Seconds that the server may take over an answer before it becomes a job."""
+    return SCORES_WAIT if timeout is None else min(timeout, SCORES_WAIT)
 
 
 def _scored(call: Call[Any], *, progress: bool, timeout: float | None) -> Flow[Answer]:

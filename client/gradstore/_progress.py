@@ -29,8 +29,13 @@ class JobBar(AbstractContextManager["JobBar"]):
             return
         progress = job.progress
         if self._bar is None:
-            self._bar = tqdm(bar_format=_JOB_FORMAT, dynamic_ncols=True, unit=progress.unit, total=progress.total)
-        self._bar.set_description_str(f"{job.kind} {job.name or job.id}", refresh=False)
+            self._bar = tqdm(
+                desc=f"{job.kind} {job.name or job.id}",
+                bar_format=_JOB_FORMAT,
+                dynamic_ncols=True,
+                unit=progress.unit,
+                total=progress.total,
+            )
         self._bar.unit = progress.unit
         self._bar.total = progress.total
         self._bar.n = progress.done

@@ -746,7 +746,7 @@ def health(ctx: typer.Context, *, as_json: Json = False) -> None:
 @takes(
     recipes.less,
     request=FinetuneRequest,
-    without=["pool", "progress"],
+    without=["pool", "progress", "say"],
     texts={"task": "Task by id or name, or a file or folder to upload.", "task_kind": f"{KINDS} Needed for a path."},
 )
 def less(
@@ -762,7 +762,7 @@ def less(
     the same command goes on where it stopped. Prints what was measured; the ids of all that was made go to stderr.
     """
     with _session(ctx) as store:
-        done = recipes.less(store, pool=pool, **given(fields))
+        done = recipes.less(store, pool=pool, progress=is_terminal(), say=say, **given(fields))
         say(f"warm-up {done.warmup.id} (run {done.warmup.result.run})")
         say(f"selection {done.selection.id}, tuned model {done.tuned.id}")
         if as_json:

@@ -161,9 +161,12 @@ def refused(problem: Problem, *, request_id: str | None) -> APIError:
 
 
 def describe(problem: Problem) -> str:
-    """Say a problem in plain text: its detail, then the first places that are wrong, one to a line."""
-    shown = problem.errors[:_SHOWN]
-    left = max(problem.total_errors, len(problem.errors)) - len(shown)
+    """Say a problem in plain text: its detail, then the first places that are wrong, one to a line.
+
+    A place that the detail has told already is left out.
+    """
+    shown = [item for item in problem.errors[:_SHOWN] if item.line is not None or item.detail not in problem.detail]
+    left = max(problem.total_errors, len(problem.errors)) - len(problem.errors[:_SHOWN])
     lines = [problem.detail or problem.title, *(f"  {_place(item)}{item.detail}" for item in shown)]
     if left > 0:
         lines.append(f"  … and {left} more")

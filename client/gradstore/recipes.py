@@ -8,6 +8,7 @@ ids; give ids or names of what is stored to save that.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -87,6 +88,7 @@ def less(
     evaluate: bool = True,
     max_rows: int | None = None,
     progress: bool = True,
+    say: Callable[[str], None] | None = None,
     **training: Unpack[Training],
 ) -> LessResult:
     """Select the part of a pool that helps a task most (LESS, arXiv 2402.04333), train on it, and measure the gain.
@@ -95,22 +97,22 @@ def less(
     needs its `task_kind`, and its last part is the task's name. Warms up on a random `warmup_fraction` of the pool,
     computes gradients of `dim` dimensions for the pool (Adam) and the task (SGD) at every warm-up checkpoint, selects
     the best `pct`, trains `model` anew on them, and evaluates it beside the base model on the task's test rows, at most
-    `max_rows` a subtask. `progress` tells each step on stderr, with a bar. Raises `JobFailed` of the step that failed:
-    call again to go on.
+    `max_rows` a subtask. `progress` shows a bar for each step, and `say` is told when it begins (by default on stderr,
+    where `progress` is wanted). Raises `JobFailed` of the step that failed: call again to go on.
     """
-    say = _speaker(steps=7 if evaluate else 6, shown=progress)
-    say("the pool and the task")
+    step = _counter(say or (_on_stderr if progress else None), steps=7 if evaluate else 6)
+    step("the pool and the task")
     dataset = _pool(store, pool, progress=progress)
     target = _task(store, task, kind=task_kind, progress=progress)
 
-    say(f"warm-up on {warmup_fraction:.3g} of {dataset.rows:,} rows")
+    step(f"warm-up on {warmup_fraction:.3g} of {dataset.rows:,} rows")
     warmup = store.finetunes.wait(
         store.finetunes.create(dataset=dataset.id, fraction=warmup_fraction, model=model, **training),
         progress=progress,
     )
     run = warmup.result.run
 
-    say(f"gradients of {dataset.rows:,} rows at {len(warmup.result.checkpoints)} checkpoints")
+    step(f"gradients of {dataset.rows:,} rows at {len(warmup.result.checkpoints)} checkpoints")
     quantisation, checkpointing = training.get("quantisation"), training.get("gradient_checkpointing")
     pool_gradients = store.gradients.wait(
         store.gradients.create(
@@ -125,7 +127,7 @@ def less(
         progress=progress,
     )
 
-    say(f"gradients of the task's {target.validation:,} validation rows")
+    step(f"gradients of the task's {target.validation:,} validation rows")
     task_gradients = store.gradients.wait(
         store.gradients.create(
             task=target.id,
@@ -139,19 +141,19 @@ def less(
         progress=progress,
     )
 
-    say(f"selection of the best {pct:.3g}")
+    step(f"selection of the best {pct:.3g}")
     selection = store.select(
         task=target.id, dataset=dataset.id, pct=pct, run=run, kind="adam", dim=dim, dtype=dtype, progress=progress
     )
 
-    say(f"training on the {selection.count:,} selected rows")
+    step(f"training on the {selection.count:,} selected rows")
     tuned = store.finetunes.wait(
         store.finetunes.create(selection=selection.id, model=model, **training), progress=progress
     )
 
     evaluation = None
     if evaluate and target.test:
-        say("evaluation of the base model and the tuned one")
+        step("evaluation of the base model and the tuned one")
         evaluation = store.evaluations.wait(
             store.evaluations.create(
                 finetune=tuned.id, tasks=[target.id], max_rows=max_rows, quantisation=quantisation
@@ -195,14 +197,16 @@ def _local(reference: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _speaker(*, steps: int, shown: bool) -> Callable[[str], None]:
-    """Make a function that tells on stderr which step begins."""
-    begun = 0
+def _counter(say: Callable[[str], None] | None, *, steps: int) -> Callable[[str], None]:
+    """Make a function that tells which step begins."""
+    numbers = itertools.count(1)
 
-    def say(step: str) -> None:
-        nonlocal begun
-        begun += 1
-        if shown:
-            tqdm.write(f"[{begun}/{steps}] {step}", file=sys.stderr)
+    def begin(step: str) -> None:
+        if say is not None:
+            say(f"[{next(numbers)}/{steps}] {step}")
 
-    return say
+    return begin
+
+
+def _on_stderr(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
