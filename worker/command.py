@@ -59,7 +59,7 @@ def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
     from worker.loop import Caretaker, work_until_left  # noqa: PLC0415
     from worker.models import use_cpu_threads  # noqa: PLC0415
 
-    _no_progress_bars()
+    _use_one_log()
     use_cpu_threads(settings.threads or None)
     context = Context.open(settings, device)
     if settings.broker and not once:
@@ -103,13 +103,15 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _no_progress_bars() -> None:
-    """Keep the log to one line an event."""
+def _use_one_log() -> None:
+    """Keep the log to one line an event, the libraries' too."""
     from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415 - heavy
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     disable_progress_bars()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     logging.captureWarnings(True)
 
 

@@ -101,7 +101,7 @@ def draw(rows: int, *, fraction: float | None = None, number: int | None = None,
     """The rows to train on, in order: all of them, a random fraction, or a random number.
 
     >>> draw(10, fraction=0.3)
-    [0, 4, 6]
+    [0, 6, 9]
     """
     if fraction is None and number is None:
         return list(range(rows))
