@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -68,7 +67,7 @@ def print_lines(lines: Iterable[bytes]) -> None:
 
 def is_terminal() -> bool:
     """Whether somebody watches stderr: progress is for them."""
-    return sys.stderr.isatty() and "GRADSTORE_NO_PROGRESS" not in os.environ
+    return sys.stderr.isatty()
 
 
 def ago(moment: datetime) -> str:

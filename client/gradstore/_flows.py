@@ -39,7 +39,6 @@ PATIENCE = 300.0  # seconds a wait outlives a server that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 SCORES_WAIT = 20.0  # seconds a /select may take to answer before it becomes a job
 RETRIED = frozenset({429, 502, 503, 504})
-REDIRECTS = frozenset({301, 302, 303, 307, 308})  # not followed: a POST would lose its body, a key its secrecy
 
 ItemT = TypeVar("ItemT", bound=BaseModel)
 P = ParamSpec("P")
@@ -146,30 +145,23 @@ def exchange(
     send = Send(call, {**keyed, **(headers or {})}, streamed)
     started = time.monotonic()
     for attempt in itertools.count():
-        answer: Answer | None = None
-        failure: errors.GradstoreError
         try:
-            answer = yield send
+            answer: Answer = yield send
         except errors.ConnectionFailed as error:
-            failure = error
+            failure: errors.GradstoreError = error
+            pause = policy.pause(attempt)
         else:
-            assert answer is not None  # noqa: S101  # for the type checker
-            if answer.status in REDIRECTS:
-                raise errors.UnexpectedAnswer(
-                    f"the server is at another address, {answer.headers.get('location', 'which it does not name')}: "
-                    "use that one (GRADSTORE_URL)",
-                    request_id=answer.request_id,
-                )
             gone = answer.status == 404 and call.method == "DELETE" and attempt > 0  # by an attempt that got no answer
-            if answer.status < 400 or gone:
+            if answer.status < 300 or gone:
                 return answer
             failure = refused(answer)
             if answer.status not in RETRIED:
                 raise failure
+            pause = policy.pause(attempt, answer)
         left = float("inf") if patience is None else patience - (time.monotonic() - started)
         if left <= 0 or (patience is None and attempt >= policy.retries):
             raise failure
-        yield Sleep(min(policy.pause(attempt, answer), left))
+        yield Sleep(min(pause, left))
     raise AssertionError("unreachable")
 
 
@@ -204,8 +196,14 @@ def _validated(model: type[BaseModel], body: bytes) -> BaseModel:
         return model.model_validate_json(body, extra="ignore")
 
 
-def refused(answer: Answer) -> errors.APIError:
-    """Name the error that an answer stands for."""
+def refused(answer: Answer) -> errors.GradstoreError:
+    """Name the error that an answer stands for; a redirect is one: a POST would lose its body, a key its secrecy."""
+    if answer.status < 400:
+        return errors.UnexpectedAnswer(
+            f"the server is at another address, {answer.headers.get('location', 'which it does not name')}: "
+            "use that one (GRADSTORE_URL)",
+            request_id=answer.request_id,
+        )
     try:
         problem = Problem.model_validate_json(answer.body)
     except ValidationError:
