@@ -262,6 +262,26 @@ def test_a_killed_worker_loses_its_shard_only_and_the_features_are_the_same(
 
 
 @pytest.mark.slow
+def test_a_fine_tune_whose_worker_is_killed_comes_to_the_same_checkpoints(
+    impatient: Workplace, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peace = Workplace.at(tmp_path / "peace", model=model)
+    expected = peace.done(training(peace, epochs=20))
+    job = impatient.start(training(impatient, epochs=20))
+    with worker_process(impatient) as process:
+        wait_for(lambda: impatient.job(job.id).progress.done > 6)
+        process.kill()
+        process.wait()
+    wait_for(lambda: bool(impatient.context.jobs.sweep()))
+    with caplog.at_level(logging.INFO):
+        assert impatient.work() == ["succeeded"]
+    assert [each for each in caplog.records if each.message == "fine-tune goes on"]
+    done = impatient.job(job.id).result
+    assert done is not None
+    assert done.model_dump()["checkpoints"] == expected["checkpoints"]
+
+
+@pytest.mark.slow
 def test_two_workers_share_the_shards_and_come_to_the_same_features(
     place: Workplace, uninterrupted: NDArray[np.float32]
 ) -> None:
@@ -399,9 +419,8 @@ def test_a_cancelled_fine_tune_stops_and_a_retry_goes_on(
 
 @pytest.mark.slow
 def test_a_worker_that_is_asked_to_leave_gives_its_shard_back(place: Workplace) -> None:
-    job = place.start(gradients(place, 1024, token_budget=64))
+    job = place.start(gradients(place, 2500, token_budget=64))
     with worker_process(place) as process:
-        wait_for(lambda: place.job(job.id).progress.done > 0)
         wait_for(lambda: [each.job for each in place.context.jobs.workers()] == [job.id])
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0

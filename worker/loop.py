@@ -8,6 +8,7 @@ alive, and puts back what dead workers held.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -34,6 +35,7 @@ class Caretaker:
         self._context = context
         self._job: str | None = None
         self._over = threading.Event()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._care, name="caretaker", daemon=True)
 
     def __enter__(self) -> Self:
@@ -44,6 +46,7 @@ class Caretaker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._over.set()
+        self._wake.set()
         self._thread.join()
         try:
             self._context.jobs.leave(self._context.owner)
@@ -51,24 +54,30 @@ class Caretaker:
             log.warning("the catalog does not answer", extra={"reason": _first_line(problem)})
 
     def working_on(self, claim: Claim | None) -> None:
-        """Say which job the worker is at."""
+        """Say which job the worker is at; that it is at none any more is seen at the next look."""
         self._job = claim.job if claim else None
+        if claim is not None:
+            self._wake.set()
 
     def _care(self) -> None:
         interval = min(CARE_INTERVAL, self._context.settings.lease / 3)
         waiting: Sequence[Publication] = ()
-        tidied = 0.0
+        looked = tidied = -math.inf
         while True:
+            self._wake.clear()
+            if self._over.is_set():
+                return
             try:
                 self._context.jobs.announce(self._context.owner, device=str(self._context.device), job=self._job)
-                waiting = tend(self._context, waiting)
-                if time.monotonic() - tidied > TIDY_INTERVAL or not tidied:
-                    tidy(self._context)
+                if time.monotonic() - looked >= interval:
+                    looked = time.monotonic()
+                    waiting = tend(self._context, waiting)
+                if time.monotonic() - tidied >= TIDY_INTERVAL:
                     tidied = time.monotonic()
+                    tidy(self._context)
             except (SQLAlchemyError, OSError) as problem:  # the worker outlives a catalog or a disk that is away
                 log.warning("care is late", extra={"reason": _first_line(problem)})
-            if self._over.wait(interval):
-                return
+            self._wake.wait(interval)
 
 
 def drain(
