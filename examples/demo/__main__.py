@@ -24,7 +24,7 @@ from gradstore.types import EvaluationRow, FinetuneResult
 from rich.console import Console
 from rich.table import Table
 
-from examples.demo.skills import LONGEST, SHORTEST, SKILLS, pool, target
+from examples.demo.skills import SKILLS, pool, target
 from examples.server import running
 
 TARGET = "mirror"
@@ -38,7 +38,7 @@ ENRICHMENT = 3.0
 """How many times the pool's share of the right skill the selection must have."""
 TRAINING: dict[str, Any] = {
     "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
-    "learning_rate": 5e-3,
+    "learning_rate": 2.5e-3,
     "epochs": 4,
     "batch_size": 8,
     "max_length": 64,
@@ -152,7 +152,7 @@ def _say(text: str) -> None:
 
 def _report(outcomes: Sequence[Outcome], *, seconds: float) -> int:
     """Print what came out; returns 0 where the selection has proven itself, else 1."""
-    output = Console(highlight=False, width=100)
+    output = Console(highlight=False, width=96, soft_wrap=True)
     share, pool_share = (mean(getattr(outcome, name) for outcome in outcomes) for name in ("share", "pool_share"))
     table = Table(title=f"target '{TARGET}' after training, mean over {len(outcomes)} seeds (each seed in brackets)")
     for column in ("trained on", "rows", "target loss", "exact answers"):
@@ -169,7 +169,7 @@ def _report(outcomes: Sequence[Outcome], *, seconds: float) -> int:
     output.print(table)
     output.print(
         f"share of '{TARGET}' in the selected 5 %: {share:.1%}; in the pool: {pool_share:.1%} "
-        f"({share / pool_share:.1f} times); answers of all skills have {SHORTEST} to {LONGEST} letters"
+        f"({share / pool_share:.1f} times)"
     )
     enriched = share >= ENRICHMENT * pool_share
     better = losses["selected 5 %"] < losses["random 5 %"]

@@ -16,7 +16,7 @@ from datastore.rows import Example, Message
 from examples.demo.skills import LETTERS, SKILLS, example
 from worker.batches import Encoded, collate, encode
 
-STEPS = 220
+STEPS = 260
 BATCH = 48  # examples a step
 LEARNING_RATE = 3e-3
 END, UNKNOWN = "</s>", "<unk>"
