@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,7 +36,9 @@ from datastore.schema import (
     UseRow,
 )
 
-BUSY_TIMEOUT = 30.0  # seconds that a SQLite writer waits for another
+BUSY_TIMEOUT = 30.0  # seconds that a writer waits for another
+WRITER_LOCK = 7240513
+"""Key of the PostgreSQL advisory lock that a writing transaction holds: there, too, one writes at a time."""
 IDEMPOTENCY_LIFETIME = timedelta(days=1)
 IDEMPOTENCY_WORK = timedelta(minutes=10)  # a request that has not answered by then is taken for dead
 NounT = TypeVar("NounT", bound=Noun)
@@ -82,8 +84,8 @@ class Catalog:
     def alive(self) -> bool:
         """Whether the database answers."""
         try:
-            with self.engine.connect() as connection:
-                connection.execute(text("SELECT 1"))
+            with self.reading() as session:
+                session.execute(text("SELECT 1"))
         except OperationalError:
             return False
         return True
@@ -253,8 +255,11 @@ class Catalog:
                 _take_name(session, noun, row, name, replace=False)
             return row.id
 
-    def remove(self, noun: type[Noun], reference: str) -> str:
-        """Delete a resource's record and return its id. Raises `NotFound`, and `InUse` naming who still needs it."""
+    def remove(self, noun: type[Noun], reference: str, *, delete_files: Callable[[str], None] = lambda _: None) -> str:
+        """Delete a resource's record and return its id. Raises `NotFound`, and `InUse` naming who still needs it.
+
+        `delete_files` is called with the id before others can record the same content again.
+        """
         with self.transaction() as session:
             row = _find(session, noun, reference)
             users = sorted(session.scalars(select(UseRow.user).where(UseRow.used == row.id)))
@@ -266,6 +271,8 @@ class Catalog:
                 raise InUse(_noun_name(noun), row.id, users)
             session.execute(delete(UseRow).where(UseRow.user == row.id))
             session.delete(row)
+            session.flush()
+            delete_files(row.id)
             return row.id
 
     def users(self, used: Collection[str]) -> list[str]:
@@ -347,8 +354,10 @@ def name_if_free(session: Session, row: Noun, name: str) -> None:
 
 
 def _engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
+    return _sqlite(url) if url.startswith("sqlite") else _postgresql(url)
+
+
+def _sqlite(url: str) -> Engine:
     database = url.removeprefix("sqlite:///")
     Path(database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT})
@@ -364,10 +373,32 @@ def _engine(url: str) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
         # A deferred transaction that turns into a writer fails at once ("database is locked"); an immediate one waits.
-        reading = connection.get_execution_options().get("reading", False)
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if _only_reads(connection) else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _postgresql(url: str) -> Engine:
+    """What is looked at and then written must not be another's between the two (docs/decisions/one-writer.md)."""
+    engine = create_engine(url, pool_pre_ping=True)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET lock_timeout = {int(BUSY_TIMEOUT * 1000)}")
+            cursor.execute("SET idle_in_transaction_session_timeout = '10min'")  # of a writer that hangs
+        connection.commit()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        if not _only_reads(connection):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+
+    return engine
+
+
+def _only_reads(connection: Any) -> bool:
+    return bool(connection.get_execution_options().get("reading", False))
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
@@ -385,7 +416,9 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
-    row = session.get(noun, reference) or session.scalar(select(noun).where(noun.name == reference))
+    row = None
+    if "\0" not in reference:  # PostgreSQL takes no text with one
+        row = session.get(noun, reference) or session.scalar(select(noun).where(noun.name == reference))
     if row is None:
         raise NotFound(_noun_name(noun), reference, collection=f"/{noun.__tablename__}")
     return row

@@ -163,7 +163,10 @@ class Datasets:
     def _folder(self, dataset: str) -> DatasetFolder:
         if not re.fullmatch(r"ds_[0-9a-f]{24}", dataset) or not (self._root / dataset).is_dir():
             raise NotFound("dataset", dataset, collection="/datasets")
-        return DatasetFolder(self._root / dataset)
+        try:
+            return DatasetFolder(self._root / dataset)
+        except FileNotFoundError as error:  # deleted at this moment
+            raise NotFound("dataset", dataset, collection="/datasets") from error
 
     def _place(self, work: Path, draft: DatasetFolder, source: DatasetSource, intake: _Intake) -> Ingested:
         """Give the upload and the dataset their names; where another was faster, or the rows are old, only the upload.

@@ -440,6 +440,7 @@ def _held(session: Session, claim: Claim) -> tuple[ShardRow, JobRow] | None:
         select(ShardRow, JobRow)
         .join(JobRow, JobRow.id == ShardRow.job_id)
         .where(ShardRow.id == claim.shard, ShardRow.attempt == claim.attempt, ShardRow.status == "running")
+        .where(ShardRow.job_id == claim.job, ShardRow.owner == claim.owner)
         .with_for_update()
     )
     found = session.execute(query).first()
@@ -467,7 +468,7 @@ def _find_job(session: Session, reference: str, kind: JobKind | None) -> JobRow:
     query = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
     if kind is not None:
         query = query.where(JobRow.kind == kind)
-    found = list(session.scalars(query.limit(2)))
+    found = [] if "\0" in reference else list(session.scalars(query.limit(2)))  # PostgreSQL takes no text with one
     if not found:
         raise NotFound(
             kind or "job", reference, collection=f"/{kind}s" if kind in {"finetune", "evaluation"} else "/jobs"

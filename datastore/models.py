@@ -25,6 +25,7 @@ from datastore.rows import Example
 from datastore.tensors import TensorInfo, read_header
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.ASCII)
 BYTES_PER_TOKEN = 4  # of English text under the usual vocabularies; taken where there is no tokenizer to ask
 TOKENS_PER_TURN = 5  # that a chat template puts around a message
 SAMPLED_BLOCK, SAMPLED_BLOCKS = 1 << 14, 64  # bytes, and blocks of a file, that a fingerprint reads
@@ -71,6 +72,9 @@ def revision_of(model: str, revision: str | None) -> str | None:
     """
     folder = Path(model)
     if not folder.is_absolute():
+        if revision is not None and not REVISION.fullmatch(revision):
+            detail = f"{revision[:100]!r} is no branch, tag or commit of a model of the hub"
+            raise InvalidInput(detail, errors=[ProblemItem(pointer="/revision", detail=detail)])
         return revision
     if not folder.is_dir():
         detail = f"the base model {model} is not on this machine: put the folder back"

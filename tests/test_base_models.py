@@ -156,3 +156,14 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
 def test_a_hub_models_revision_is_left_alone() -> None:
     assert models.revision_of("Qwen/Qwen3-0.6B", None) is None
     assert models.revision_of("Qwen/Qwen3-0.6B", "main") == "main"
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "0123456789abcdef0123456789abcdef01234567"])
+def test_a_revision_of_the_hub_stays_as_it_is(revision: str) -> None:
+    assert models.revision_of("org/tiny", revision) == revision
+
+
+@pytest.mark.parametrize("revision", ["", "../../main", "a b", "x\0", "v" * 201, "/main"])
+def test_what_is_no_revision_is_refused(revision: str) -> None:
+    with pytest.raises(InvalidInput):
+        models.revision_of("org/tiny", revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -106,6 +107,14 @@ def test_an_upload_that_two_datasets_share_stays_with_the_other(service: Service
     source = first["sources"][0]["sha256"]
     assert source in [one["sha256"] for one in second["sources"]]
     assert service.http.get("/datasets/second/content", params={"source": source}).content == content
+
+
+def test_a_dataset_whose_files_are_lost_can_be_deleted(service: Service) -> None:
+    id = service.pool(name="pool")["id"]
+    shutil.rmtree(service.backend.settings.datasets / id)
+    assert service.http.delete("/datasets/pool").status_code == 204
+    assert service.pool(name="pool")["id"] == id
+    assert service.http.get("/datasets/pool/content").content == jsonl(10)
 
 
 def test_a_dataset_in_use_says_by_whom(service: Service) -> None:

@@ -312,6 +312,27 @@ def test_concurrent_uploads_of_one_dataset_make_one(service: Service) -> None:
     assert service.http.get("/datasets/pool/content").content == jsonl(200)
 
 
+def test_a_dataset_that_is_uploaded_and_deleted_at_once_is_whole_or_gone(service: Service) -> None:
+    id = service.pool(50)["id"]
+    over = time.monotonic() + 2
+
+    def delete() -> None:
+        while time.monotonic() < over:
+            assert service.http.delete(f"/datasets/{id}").status_code in {204, 404}
+
+    deleters = [threading.Thread(target=delete) for _ in range(2)]
+    for deleter in deleters:
+        deleter.start()
+    while time.monotonic() < over:
+        assert service.upload(jsonl(50)).status_code in {200, 201, 409}
+    for deleter in deleters:
+        deleter.join()
+    record, content = (service.http.get(f"/datasets/{id}{part}") for part in ("", "/content"))
+    assert (record.status_code, content.status_code) in {(200, 200), (404, 404)}
+    assert service.upload(jsonl(50)).is_success
+    assert service.http.get(f"/datasets/{id}/content").content == jsonl(50)
+
+
 # Tasks --------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.forms import Form, form_or_json
 from service.openapi import upload
 from service.routing import noun
-from service.uploads import is_recorded, recording
+from service.uploads import store_and_record
 
 router = noun("checkpoints")
 
@@ -85,7 +85,7 @@ def rename_checkpoint(backend: BackendDep, reference: Reference, body: Rename) -
 @router.delete("/{reference}", status_code=204)
 def delete_checkpoint(backend: BackendDep, reference: Reference) -> None:
     """Delete a checkpoint; 409 while a run or something else needs it."""
-    backend.checkpoints.delete(backend.catalog.remove(CheckpointRow, reference))
+    backend.catalog.remove(CheckpointRow, reference, delete_files=backend.checkpoints.delete)
 
 
 def weights(backend: Backend, checkpoint: str) -> StreamingResponse:
@@ -99,14 +99,18 @@ def _register(
     backend: Backend, wanted: CheckpointForm | CheckpointRegister, folder: Path, response: Response
 ) -> Checkpoint:
     model = _allowed_model(backend, wanted.model, folder)
-    found = backend.checkpoints.register(
-        folder, model=model, revision=wanted.revision, learning_rate=wanted.learning_rate, step=wanted.step,
-        precision=wanted.precision, name=wanted.name,
+
+    def register() -> Checkpoint:
+        return backend.checkpoints.register(
+            folder, model=model, revision=wanted.revision, learning_rate=wanted.learning_rate, step=wanted.step,
+            precision=wanted.precision, name=wanted.name,
+        )  # fmt: skip
+
+    _, checkpoint, new = store_and_record(
+        backend.catalog, CheckpointRow, store=register, record=backend.catalog.add_checkpoint,
+        look=backend.checkpoints.weights, delete=backend.checkpoints.delete,
     )  # fmt: skip
-    known = is_recorded(backend.catalog, CheckpointRow, found.id)
-    with recording(backend.catalog, CheckpointRow, found.id, undo=lambda: backend.checkpoints.delete(found.id)):
-        checkpoint = backend.catalog.add_checkpoint(found)
-    response.status_code = 200 if known else 201
+    response.status_code = 201 if new else 200
     response.headers["Location"] = f"/checkpoints/{checkpoint.id}"
     return checkpoint
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
@@ -9,13 +11,14 @@ from fastapi.responses import FileResponse
 from gradstore.types import Dataset, Name, Page, Rename, UploadedDataset
 from gradstore.types import Request as RequestBody
 
+from datastore.datasets import Ingested
 from datastore.errors import NotFound
 from datastore.schema import DatasetRow
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.forms import Form, form_of
 from service.openapi import upload
 from service.routing import noun
-from service.uploads import recording
+from service.uploads import store_and_record
 
 router = noun("datasets")
 
@@ -45,16 +48,15 @@ def upload_dataset(backend: BackendDep, request: Request, response: Response) ->
     file = form.only_file("file")
     catalog = backend.catalog
     base = catalog.dataset(fields.append_to).id if fields.append_to is not None else None
-    with file.path.open("rb") as rows:
-        stored = backend.datasets.ingest(
-            rows, filename=file.name, on_error=fields.on_error, append_to=base, known=catalog.dataset_sizes()
-        )
 
-    def undo() -> None:
-        backend.datasets.delete(stored.id, keep_sources=catalog.sources_of_others(stored.id))
+    def store() -> Ingested:
+        with file.path.open("rb") as rows:
+            return backend.datasets.ingest(
+                rows, filename=file.name, on_error=fields.on_error, append_to=base, known=catalog.dataset_sizes()
+            )
 
-    with recording(catalog, DatasetRow, stored.id, undo=undo):
-        dataset = catalog.add_dataset(
+    def record(stored: Ingested) -> Dataset:
+        return catalog.add_dataset(
             id=stored.id,
             rows=stored.rows,
             bytes=stored.bytes,
@@ -64,9 +66,13 @@ def upload_dataset(backend: BackendDep, request: Request, response: Response) ->
             name=fields.name,
             replace=fields.replace,
         )
-    response.status_code = 201 if stored.created else 200
+
+    stored, dataset, new = store_and_record(
+        catalog, DatasetRow, store=store, record=record, look=backend.datasets.content, delete=_deleter(backend)
+    )
+    response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"
-    return UploadedDataset(**dict(dataset), created=stored.created, report=stored.report)
+    return UploadedDataset(**dict(dataset), created=new, report=stored.report)
 
 
 @router.get("")
@@ -127,5 +133,14 @@ def rename_dataset(backend: BackendDep, reference: Reference, body: Rename) -> D
 @router.delete("/{reference}", status_code=204)
 def delete_dataset(backend: BackendDep, reference: Reference) -> None:
     """Delete a dataset and the uploads that no other dataset has; 409 while something needs it."""
-    id = backend.catalog.remove(DatasetRow, reference)
-    backend.datasets.delete(id, keep_sources=backend.catalog.sources_of_others(id))
+    backend.catalog.remove(DatasetRow, reference, delete_files=_deleter(backend))
+
+
+def _deleter(backend: Backend) -> Callable[[str], None]:
+    """What deletes a dataset's files, and its uploads except those that other datasets have."""
+
+    def delete(id: str) -> None:
+        with suppress(NotFound):  # a record whose files are lost can be deleted, too
+            backend.datasets.delete(id, keep_sources=backend.catalog.sources_of_others(id))
+
+    return delete

@@ -11,11 +11,12 @@ from gradstore.types import Request as RequestBody
 
 from datastore.archives import allowed_path
 from datastore.schema import TaskRow
+from datastore.tasks import StoredTask
 from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.forms import Form, form_or_json
 from service.openapi import upload
 from service.routing import noun
-from service.uploads import is_recorded, recording
+from service.uploads import store_and_record
 
 router = noun("tasks")
 
@@ -66,17 +67,20 @@ def rename_task(backend: BackendDep, reference: Reference, body: Rename) -> Task
 @router.delete("/{reference}", status_code=204)
 def delete_task(backend: BackendDep, reference: Reference) -> None:
     """Delete a task; 409 while something needs it."""
-    backend.tasks.delete(backend.catalog.remove(TaskRow, reference))
+    backend.catalog.remove(TaskRow, reference, delete_files=backend.tasks.delete)
 
 
 def _store(backend: Backend, wanted: TaskForm | TaskRegister, folder: Path, response: Response) -> Task:
-    stored = backend.tasks.store(wanted.kind, folder)
-    known = is_recorded(backend.catalog, TaskRow, stored.id)
-    with recording(backend.catalog, TaskRow, stored.id, undo=lambda: backend.tasks.delete(stored.id)):
-        task = backend.catalog.add_task(
+    def record(stored: StoredTask) -> Task:
+        return backend.catalog.add_task(
             id=stored.id, name=wanted.name, kind=stored.kind, subtasks=stored.subtasks, notes=stored.notes,
             replace=wanted.replace,
         )  # fmt: skip
-    response.status_code = 200 if known else 201
+
+    _, task, new = store_and_record(
+        backend.catalog, TaskRow, store=lambda: backend.tasks.store(wanted.kind, folder), record=record,
+        look=backend.tasks.validation, delete=backend.tasks.delete,
+    )  # fmt: skip
+    response.status_code = 201 if new else 200
     response.headers["Location"] = f"/tasks/{task.id}"
     return task
