@@ -181,7 +181,11 @@ class ShardRow(Table):
     """Unix seconds."""
     error: Mapped[dict[str, Any] | None]
 
-    __table_args__ = (Index("ix_shards_claim", "status", "kind", "id"), Index("ix_shards_job", "job_id", "number"))
+    __table_args__ = (
+        Index("ix_shards_claim", "status", "kind", "id"),
+        Index("ix_shards_job", "job_id", "number"),
+        {"sqlite_autoincrement": True},  # an id names a shard's bytes in the store: it is never given again
+    )
 
 
 class FeatureSetRow(Table):

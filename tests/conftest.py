@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services import RedisServer
+from tests.services import PostgresServer, RedisServer
 from tests.serving import service, shared_service
 
 __all__ = ["service", "shared_service"]
@@ -28,4 +28,11 @@ def shared_data() -> Path:
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     """A redis-server of the test's own; skips with a reason where the program is missing."""
     with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the tests' own; skips with a reason where the programs are missing."""
+    with PostgresServer() as server:
         yield server

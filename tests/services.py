@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
+import psycopg
 import pytest
 
 START_TIMEOUT = 20.0  # seconds
@@ -17,7 +21,8 @@ START_TIMEOUT = 20.0  # seconds
 
 def require_binary(name: str) -> str:
     """Find a program; without it the test skips, or fails where GRADSTORE_REQUIRE_SERVICES=1 says it must be there."""
-    path = shutil.which(name)
+    packaged = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # Debian leaves these out of the PATH
+    path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *packaged]))
     if path is None and os.environ.get("GRADSTORE_REQUIRE_SERVICES") == "1":
         pytest.fail(f"{name} is not installed, and GRADSTORE_REQUIRE_SERVICES=1 requires it")
     if path is None:
@@ -85,6 +90,64 @@ class RedisServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.kill()
+
+
+class PostgresServer:
+    """A PostgreSQL server with a database for each that asks; its account is postgres where the tests run as root."""
+
+    def __init__(self) -> None:
+        binaries = [require_binary(name) for name in ("initdb", "postgres")]
+        self._account = "postgres" if os.geteuid() == 0 else None
+        self._folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # tmp_path is closed to other accounts
+        if self._account is not None:
+            shutil.chown(self._folder, self._account)
+        self._binaries, self._data = binaries, self._folder / "data"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = free_port()
+
+    def database(self) -> str:
+        """SQLAlchemy URL of a new database."""
+        name = f"test_{uuid4().hex}"
+        with self._connect() as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self._port}/{name}"
+
+    def __enter__(self) -> PostgresServer:
+        initdb, postgres = self._binaries
+        made = [initdb, "-D", self._data, "-A", "trust", "-U", "postgres", "--no-sync"]
+        subprocess.run(made, user=self._account, cwd=self._folder, stdout=subprocess.DEVNULL, check=True)
+        options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        with (self._folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [postgres, "-D", self._data, "-p", str(self._port), *arguments],
+                user=self._account, cwd=self._folder, stdout=log, stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            try:
+                self._connect().close()
+            except psycopg.OperationalError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self._stop()
+                    raise
+                time.sleep(0.05)
+            else:
+                return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _connect(self) -> psycopg.Connection:
+        return psycopg.connect(host="127.0.0.1", port=self._port, user="postgres", autocommit=True)
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)  # fast: whoever is connected is cut off
+            self._process.wait()
+        shutil.rmtree(self._folder)
 
 
 def _pings(port: int) -> bool:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
-from gradstore.types import Problem
+from gradstore.types import AnyJob, Problem
+from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog
 from datastore.errors import Conflict, InUse, NameTaken, NotFound
-from datastore.leases import Claim, Jobs, NewShard
+from datastore.leases import Claim, Jobs, NewChunk, NewShard
+from datastore.schema import SegmentRow
 
 PROBLEM = Problem(type="broken", title="Broken", status=500, detail="it broke")
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    catalog = Catalog(f"sqlite:///{tmp_path}/catalog.sqlite3")
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Catalog]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/catalog.sqlite3"
+    else:
+        url = request.getfixturevalue("postgres_server").database()
+    catalog = Catalog(url)
     catalog.migrate()
-    return catalog
+    yield catalog
+    catalog.close()
 
 
 @pytest.fixture
@@ -37,6 +48,18 @@ def claim(jobs: Jobs, owner: str = "worker") -> Claim:
     found = jobs.claim(owner, kinds=["finetune"])
     assert found is not None
     return found
+
+
+def at_once(*calls: Callable[[], object]) -> list[object]:
+    """Call all at the same moment; their results."""
+    ready = threading.Barrier(len(calls))
+
+    def called(call: Callable[[], object]) -> object:
+        ready.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(called, calls))
 
 
 def test_the_same_id_starts_one_job(jobs: Jobs) -> None:
@@ -65,6 +88,36 @@ def test_every_shard_is_claimed_once_by_many_threads(jobs: Jobs) -> None:
     for thread in threads:
         thread.join()
     assert sorted(taken) == list(range(40))
+
+
+def test_the_same_request_sent_twice_at_once_starts_one_job(jobs: Jobs) -> None:
+    for number in range(10):
+        new = partial(jobs.create, id=f"ft_{number}", kind="finetune", request={}, plan={}, shards=[NewShard({}, 1)])
+        answers = cast("list[tuple[AnyJob, bool]]", at_once(new, new))
+        assert {job.id for job, _ in answers} == {f"ft_{number}"}
+    assert len(jobs.page(limit=100).data) == 10
+
+
+def test_a_job_is_done_when_its_last_two_chunks_are_published_at_once(jobs: Jobs) -> None:
+    for number in range(10):
+        segment = SegmentRow(id=f"seg_{number}", rows=2048, dim=4, dtype="float16", shard_rows=1024, complete=False)
+        jobs.create(
+            id=f"grad_{number}", kind="gradients", request={}, plan={"segments": [segment.id]},
+            shards=[NewShard({}, 1024), NewShard({}, 1024)], before=partial(Session.add, instance=segment),
+        )  # fmt: skip
+        for start_row in (0, 1024):
+            held = jobs.claim("worker", kinds=["gradients"])
+            assert held is not None
+            assert jobs.succeed(held, chunks=[NewChunk(segment.id, start_row, start_row + 1024, "digest")])
+        at_once(*(partial(jobs.published, [chunk]) for chunk in jobs.unpublished()))
+        assert jobs.get(f"grad_{number}").status == "succeeded"
+
+
+def test_a_job_that_is_cancelled_while_it_is_claimed_stays_cancelled(jobs: Jobs) -> None:
+    for number in range(10):
+        start(jobs, id=f"ft_{number}", shards=1)
+        at_once(partial(jobs.claim, "worker", kinds=["finetune"]), partial(jobs.cancel, f"ft_{number}"))
+        assert jobs.get(f"ft_{number}").status == "cancelled"
 
 
 def test_a_job_succeeds_with_its_last_shard(jobs: Jobs) -> None:
@@ -107,6 +160,19 @@ def test_a_lost_lease_gives_the_shard_to_another_and_its_old_owner_changes_nothi
     result = jobs.get("ft_1").result
     assert result is not None
     assert result.model_dump() == {"by": "second"}
+
+
+def test_the_worker_of_a_deleted_job_changes_no_other_job(jobs: Jobs) -> None:
+    start(jobs, id="ft_1", shards=1)
+    stalled = claim(jobs, "stalled")
+    jobs.cancel("ft_1")
+    jobs.remove("ft_1", kind="finetune")
+    start(jobs, id="ft_2", shards=1)
+    second = claim(jobs, "second")
+    assert second.token != stalled.token
+    assert not jobs.renew(stalled, done=1)
+    assert not jobs.succeed(stalled, result={"by": "stalled"})
+    assert jobs.succeed(second, result={"by": "second"})
 
 
 def test_a_lease_that_is_renewed_is_not_swept(catalog: Catalog) -> None:

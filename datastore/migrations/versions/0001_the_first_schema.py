@@ -234,6 +234,7 @@ def upgrade() -> None:
         sa.Column("error", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_shards_job_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_shards")),
+        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("shards", schema=None) as batch_op:
         batch_op.create_index("ix_shards_claim", ["status", "kind", "id"], unique=False)
