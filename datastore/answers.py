@@ -100,7 +100,7 @@ class Answers:
         origins = pool.origins
         summary = {
             "count": len(chosen),
-            "pool": int((combined.valid if excluded is None else combined.valid & ~excluded).sum()),
+            "pool": len(combined.valid) if excluded is None else int((~excluded).sum()),
             "left_out": left_out(self.scoring.reasons(sources), excluded),
             "origins": make_up(origins, chosen.tolist()),
             "pool_origins": make_up(origins),
@@ -150,9 +150,9 @@ class Answers:
 
     def remove(self, reference: str) -> str:
         """Delete a selection and return its id. Raises `NotFound`, `InUse`."""
-        id = self.catalog.remove(SelectionRow, reference)
-        self._path(id).unlink(missing_ok=True)
-        return id
+        return self.catalog.remove(
+            SelectionRow, reference, delete_files=lambda id: self._path(id).unlink(missing_ok=True)
+        )
 
     def _lines(self, rows: Sequence[SelectedRow]) -> Iterator[bytes]:
         if rows:

@@ -1,7 +1,7 @@
 """Choosing rows by their scores: the best first, equal scores in the order of the pool.
 
-`pct` is a fraction of the rows that can be chosen, those with a score and not excluded: 5 % of a pool of which half is
-excluded is 5 % of the other half. The answer's `pool` is that number, so that anybody can check the count.
+`pct` is a fraction of the pool's N rows, less those that are excluded: ⌊pct·N⌋ as LESS counts. A row without a feature
+counts in N and is never chosen. The answer's `pool` is N, so that anybody can check the count.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def top(
             f"none of the pool's {len(valid):,} rows can be chosen: "
             f"{int((~valid).sum()):,} have no score and the others are excluded"
         )
-    wanted = count(len(candidates), pct=pct, k=k)
+    pool = len(valid) if excluded is None else int((~excluded).sum())
+    wanted = min(count(pool, pct=pct, k=k), len(candidates))
     values = score[candidates]
     threshold = np.partition(values, len(values) - wanted)[len(values) - wanted]
     above = np.flatnonzero(values > threshold)

@@ -53,13 +53,15 @@ def test_a_fraction_is_rounded_down_as_it_is_written(pool: int, percent: int) ->
     assert count(pool, pct=percent / 100) == max(1, pool * percent // 100)
 
 
-def test_a_fraction_is_of_the_rows_that_can_be_chosen() -> None:
+def test_a_fraction_is_of_the_pools_rows_that_are_not_excluded() -> None:
     score = np.arange(100, dtype=np.float32)
     valid = np.ones(100, bool)
     valid[90:] = False
     excluded = np.zeros(100, bool)
     excluded[:50] = True
-    assert top(score, valid, pct=0.1, excluded=excluded).tolist() == [89, 88, 87, 86]
+    assert top(score, valid, pct=0.1).tolist() == [89, 88, 87, 86, 85, 84, 83, 82, 81, 80]
+    assert top(score, valid, pct=0.1, excluded=excluded).tolist() == [89, 88, 87, 86, 85]
+    assert len(top(score, valid, pct=1, excluded=excluded)) == 40
 
 
 def test_the_smallest_fraction_still_gives_a_row() -> None:

@@ -471,7 +471,7 @@ class Selection(Body):
     recipe: SelectionRecipe
     count: int
     pool: int
-    """Rows that could have been chosen."""
+    """Rows of the pool, less those that are excluded: `pct` is a fraction of these."""
     left_out: dict[str, int]
     """Rows that could not: by reason."""
     origins: dict[str, int]

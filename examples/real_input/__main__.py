@@ -31,7 +31,7 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
     "epochs": 4,
     "batch_size": 16,
-    "max_length": 512,
+    "max_length": 1024,
 }
 
 console = Console(stderr=True, highlight=False)
