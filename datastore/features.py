@@ -241,13 +241,16 @@ class Features:
     def remove(self, reference: str) -> str:
         """Delete a gradients job and every feature that no other job answers with; returns its id."""
         orphans: list[str] = []
-        id = self.jobs.remove(
-            reference, kind="gradients", before=lambda session, job: orphans.extend(_orphan(session, job))
-        )
+
+        def delete_features(session: Session, job: JobRow) -> None:
+            orphans.extend(_orphan(session, job))
+            for segment in orphans:  # before others can ask for the same features again
+                self.store.delete(segment)
+
+        id = self.jobs.remove(reference, kind="gradients", before=delete_features)
         scores = ScoreCache(self.settings.scores)
         for segment in orphans:
             scores.delete(segment)
-            self.store.delete(segment)
         return id
 
     def _checkpoints(self, request: GradientsRequest) -> list[Checkpoint]:

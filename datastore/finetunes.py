@@ -136,14 +136,13 @@ class Finetunes:
 
     def remove(self, reference: str) -> str:
         """Delete a fine-tune with its run and checkpoints, and return its id. Raises `InUse` where these are needed."""
-        gone: list[str] = []
-        id = self.jobs.remove(
-            reference, kind="finetune", before=lambda session, job: gone.extend(_take_apart(session, job))
-        )
-        for checkpoint in gone:
-            self.checkpoints.delete(checkpoint)
-        shutil.rmtree(self.settings.work / id, ignore_errors=True)
-        return id
+
+        def delete_files(session: Session, job: JobRow) -> None:
+            for checkpoint in _take_apart(session, job):  # before others can start the same fine-tune again
+                self.checkpoints.delete(checkpoint)
+            shutil.rmtree(self.settings.work / job.id, ignore_errors=True)
+
+        return self.jobs.remove(reference, kind="finetune", before=delete_files)
 
     def _size(self, model: str, request: FinetuneRequest) -> models.Size | None:
         folder = models.folder_of(model, request.revision)

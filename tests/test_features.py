@@ -147,6 +147,21 @@ def test_deleting_a_job_keeps_the_segments_that_a_grown_dataset_refers_to(store:
         store.store.open(segments[0])
 
 
+def test_features_whose_files_cannot_be_deleted_are_still_recorded(store: Store) -> None:
+    pool = store.pool(10, name="pool")
+    job, _ = store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    unfinished = store.settings.features / "unfinished"
+    shutil.rmtree(unfinished)
+    unfinished.write_text("in the way of what is deleted")
+    with pytest.raises(OSError, match="unfinished"):
+        store.features.remove(job.id)
+    assert store.jobs.get(job.id).status == "succeeded"
+    unfinished.unlink()
+    store.features.remove(job.id)
+    assert store.features.complete(datasets=[pool.id]) == []
+
+
 def test_what_gradients_are_made_from_is_in_use(store: Store) -> None:
     from datastore.schema import DatasetRow
 
