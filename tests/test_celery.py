@@ -66,7 +66,7 @@ def test_jobs_are_done_when_it_rings_when_it_rings_twice_and_when_the_ring_is_lo
         idle = start(place, first=2000)
         queue.ring(idle, "gradients")
         wait_for(lambda: place.job(idle).status == "succeeded")
-        assert [each.job for each in place.context.jobs.workers()] == [None]
+        wait_for(lambda: [each.job for each in place.context.jobs.workers()] == [None])
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert place.context.jobs.workers() == []
