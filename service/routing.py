@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import IntegrityError
 
 from service import forms, idempotency
 from service.dependencies import backend_of
@@ -73,12 +72,6 @@ def conditional(request: Request, response: Response) -> Response:
 
 
 async def _once(request: Request, content: bytes, answer: Handler) -> Response:
-    async def settled() -> Response:
-        try:
-            return await answer(request)
-        except IntegrityError:  # another request recorded the same at this moment, and is found at the second attempt
-            return await answer(request)
-
     if request.method != "POST":
-        return await settled()
-    return await idempotency.once(request, backend_of(request).catalog, content=content, answer=settled)
+        return await answer(request)
+    return await idempotency.once(request, backend_of(request).catalog, content=content, answer=lambda: answer(request))
