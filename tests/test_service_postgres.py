@@ -76,7 +76,7 @@ def test_one_job_started_many_times_at_once_is_one_job(service: Service) -> None
     assert len({answer.json()["id"] for answer in answers}) == 1
 
 
-def test_who_loses_the_race_for_a_new_id_finds_the_winners(service: Service) -> None:
+def test_who_comes_second_to_a_new_id_finds_the_firsts(service: Service) -> None:
     service.pool(name="pool")
     body = {"dataset": "pool", "model": "org/base"}
     id = service.http.post("/finetunes", json=body).json()["id"]
@@ -85,14 +85,14 @@ def test_who_loses_the_race_for_a_new_id_finds_the_winners(service: Service) -> 
     service.http.post(f"/jobs/{id}/cancel")
     service.http.delete(f"/finetunes/{id}")
     answers: list[httpx.Response] = []
-    loser = threading.Thread(target=lambda: answers.append(service.http.post("/finetunes", json=body)))
+    second = threading.Thread(target=lambda: answers.append(service.http.post("/finetunes", json=body)))
     with service.backend.catalog.transaction() as session:
         session.add(JobRow(**columns))
         session.flush()
-        loser.start()
+        second.start()
         time.sleep(0.5)  # it waits for this transaction, in which its id has been taken
         assert not answers
-    loser.join()
+    second.join()
     assert (answers[0].status_code, answers[0].json()["id"]) == (202, id)
 
 
