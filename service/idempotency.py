@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from typing import cast
 
+from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import Request, Response
 from gradstore.types import ProblemItem
@@ -42,7 +43,8 @@ async def once(
     try:
         response = await answer()
     except BaseException:  # also when the request is cancelled
-        await run_sync(catalog.free_key, key)
+        with CancelScope(shield=True):
+            await run_sync(catalog.free_key, key)
         raise
     headers = {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
     body = bytes(response.body).decode()
