@@ -151,7 +151,7 @@ class Answers:
     def remove(self, reference: str) -> str:
         """Delete a selection and return its id. Raises `NotFound`, `InUse`."""
         return self.catalog.remove(
-            SelectionRow, reference, delete_files=lambda id: self._path(id).unlink(missing_ok=True)
+            SelectionRow, reference, delete_files=lambda gone: self._path(gone).unlink(missing_ok=True)
         )
 
     def _lines(self, rows: Sequence[SelectedRow]) -> Iterator[bytes]:

@@ -14,14 +14,18 @@ from typing import Any, Literal
 from urllib.parse import urlencode
 
 from gradstore.types import (
+    AdamForm,
     Aggregate,
     FeatureDtype,
     FeatureSet,
     GradientKind,
+    Precision,
     ProjectionName,
+    Quantisation,
     Run,
     SelectionRecipe,
     Task,
+    TemplateName,
 )
 
 from datastore.catalog import Catalog
@@ -38,10 +42,15 @@ class Query:
     run: str | None = None
     checkpoints: Sequence[str] = ()
     kind: GradientKind | None = None
+    adam: AdamForm | None = None
     dim: int | None = None
     dtype: FeatureDtype | None = None
     projection: ProjectionName | None = None
     seed: int | None = None
+    template: TemplateName | None = None
+    max_length: int | None = None
+    precision: Precision | None = None
+    quantisation: Quantisation | Literal["none"] | None = None
     aggregate: Aggregate = "less"
     combine: Literal["max", "mean"] = "max"
     pct: float | None = None
@@ -57,8 +66,14 @@ class Sources:
     tasks: dict[str, list[FeatureSet]]
 
 
-_SHARED = ("projection", "seed", "dim", "dtype", "template", "max_length")
+_OWN = ("kind", "adam")
+"""Parameters of a pool's features that its task's may have otherwise."""
+_SHARED = (
+    "dim", "dtype", "projection", "projection_version", "seed", "template", "max_length", "precision", "quantisation",
+)  # fmt: skip
 """Parameters in which the features of pool and task must agree."""
+_ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version")
+"""Parameters that a query can name."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +119,16 @@ class Recipes:
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
     ) -> list[_Candidate]:
         known = self.features.complete(datasets=datasets or list(self.catalog.dataset_sizes()))
-        wanted = {
-            key: value
-            for key in ("kind", "dim", "dtype", "projection", "seed")
-            if (value := getattr(query, key)) is not None
-        }
+        wanted = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
         for feature in known:
-            if all(getattr(feature, key) == value for key, value in wanted.items()):
-                key = (feature.kind, feature.adam, *(getattr(feature, name) for name in _SHARED))
+            if all(_said(name, getattr(feature, name)) == value for name, value in wanted.items()):
+                key = tuple(getattr(feature, name) for name in (*_OWN, *_SHARED))
                 groups[key][feature.dataset or ""].append(feature)
         trainings = self._trainings(run, checkpoints)
         found = []
         for key, pools in groups.items():
-            parameters = dict(zip(("kind", "adam", *_SHARED), key, strict=True))
+            parameters = dict(zip((*_OWN, *_SHARED), key, strict=True))
             for training, members in trainings:
                 covered = {
                     dataset: chosen
@@ -148,8 +159,8 @@ class Recipes:
         ]
         found = {}
         for task in tasks:
-            for kind in ("sgd", "adam", "sign"):
-                sets = [feature for feature in fitting if feature.task == task.id and feature.kind == kind]
+            for wanted in (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None)):
+                sets = [each for each in fitting if each.task == task.id and (each.kind, each.adam) == wanted]
                 chosen = _in_order(sets, candidate.checkpoints)
                 if chosen is not None:
                     found[task.id] = chosen
@@ -202,11 +213,7 @@ class Recipes:
             body["checkpoints"] = list(checkpoints)
         else:
             body["run"] = run.id if run else self._only_run() or "<run>"
-        body |= {
-            key: value for key in ("kind", "projection", "seed", "dtype") if (value := getattr(query, key)) is not None
-        }
-        if query.dim is not None:
-            body["dims"] = [query.dim]
+        body |= _body({name: value for name in _ASKED if (value := getattr(query, name)) is not None})
         pool = "these datasets have" if len(datasets) > 1 else f"{datasets[0]} has" if datasets else "no dataset has"
         negative = pool if not datasets else pool.replace(" has", " does not have").replace("have", "do not all have")
         return GradientsMissing(f"{negative} features at every checkpoint asked for: {_post(body)}", body=body)
@@ -226,17 +233,28 @@ def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[Fe
 
 def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str, list[FeatureSet]]) -> GradientsMissing:
     missing = next(task for task in tasks if task.id not in found)
-    parameters = candidate.parameters
     body: dict[str, object] = {"task": missing.id}
     if candidate.run:
         body["run"] = candidate.run.id
     else:
         body["checkpoints"] = list(candidate.checkpoints)
-    body |= {"dims": [parameters["dim"]]}
-    body |= {name: parameters[name] for name in ("projection", "seed", "dtype", "template", "max_length")}
+    body |= _body({name: candidate.parameters[name] for name in _ASKED if name not in _OWN})
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's: {_post(body)}", body=body
     )
+
+
+def _body(parameters: dict[str, Any]) -> dict[str, object]:
+    """Parameters as POST /gradients takes them."""
+    sent = {
+        "dims" if name == "dim" else name: [value] if name == "dim" else value for name, value in parameters.items()
+    }
+    return {name: value for name, value in sent.items() if value not in (None, "none")}
+
+
+def _said(name: str, value: Any) -> Any:
+    """A parameter as a query names it: features without quantisation can be asked for, too."""
+    return "none" if name == "quantisation" and value is None else value
 
 
 def _post(body: dict[str, object]) -> str:
@@ -245,9 +263,9 @@ def _post(body: dict[str, object]) -> str:
 
 def _ambiguous(query: Query, candidates: Sequence[_Candidate], path: str) -> Ambiguous:
     choices = [f"{path}?{urlencode(_parameters(query, candidate), doseq=True)}" for candidate in candidates]
-    differing = "dataset, run, kind, dim, dtype, projection and seed"
+    differing = ", ".join(("dataset", "run", *_ASKED))
     return Ambiguous(
-        f"{len(choices)} sets of features fit; say which one is meant by {differing}, for example {choices[0]}",
+        f"{len(choices)} sets of features fit; say which one is meant ({differing}), for example {choices[0]}",
         choices=choices,
     )
 
@@ -263,6 +281,6 @@ def _parameters(query: Query, candidate: _Candidate) -> dict[str, Any]:
         chosen["run"] = candidate.run.id
     else:
         chosen["checkpoint"] = list(candidate.checkpoints)
-    chosen |= {name: candidate.parameters[name] for name in ("kind", "dim", "dtype", "projection", "seed")}
+    chosen |= {name: _said(name, candidate.parameters[name]) for name in _ASKED}
     chosen |= {"aggregate": query.aggregate, "combine": query.combine, "exclude": list(query.exclude)}
     return {key: value for key, value in chosen.items() if value not in (None, [])}

@@ -219,6 +219,29 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
     }
 
 
+FEATURES: dict[str, Any] = {
+    "kind": "adam",
+    "adam": "less",
+    "projection": "blocks",
+    "seed": 0,
+    "dim": 8192,
+    "dtype": "float16",
+    "template": "tulu",
+    "max_length": 2048,
+    "precision": "float32",
+    "quantisation": None,
+    "projection_version": 1,
+}
+FEATURE_SET: dict[str, Any] = {
+    "id": "feat_1",
+    "dataset": "ds_pool",
+    "task": None,
+    "checkpoint": "ck_1",
+    **FEATURES,
+    "rows": 3,
+    "excluded": 0,
+    "bytes": 98304,
+}
 RESULTS: dict[str, Any] = {
     "finetune": {
         "run": "run_1",
@@ -232,7 +255,7 @@ RESULTS: dict[str, Any] = {
         "seconds": 1.5,
     },
     "gradients": {
-        "feature_sets": [],
+        "feature_sets": [FEATURE_SET],
         "rows": 3,
         "computed_rows": 3,
         "excluded": [],
@@ -294,15 +317,8 @@ def recipe() -> dict[str, Any]:
         "checkpoints": ["ck_1"],
         "weights": [1.0],
         "run": "run_1",
-        "kind": "adam",
+        **FEATURES,
         "task_kind": "sgd",
-        "adam": "less",
-        "projection": "blocks",
-        "seed": 0,
-        "dim": 8192,
-        "dtype": "float16",
-        "template": "tulu",
-        "max_length": 2048,
         "aggregate": "less",
         "combine": "max",
         "pct": 0.05,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -280,6 +281,44 @@ def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_p
     assert len(caught.value.choices) == 2
     assert {"kind=adam" in choice for choice in caught.value.choices} == {True, False}
     assert store.recipes.resolve(Query(tasks=["target"], k=1, kind="sgd"), path="/select")[0].kind == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("adam", "exact"),
+        ("seed", 1),
+        ("dtype", "float32"),
+        ("projection", "rademacher"),
+        ("template", "chat"),
+        ("max_length", 32),
+        ("precision", "bfloat16"),
+        ("quantisation", "int8"),
+    ],
+)
+def test_features_that_differ_in_one_thing_are_candidates_with_urls_of_their_own(
+    store: Store, tmp_path: Path, name: str, other: object
+) -> None:
+    filled(store, tmp_path, rows=50)
+    before = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    for owner in ({"dataset": "pool"}, {"task": "target"}):
+        store.features.start(request(**owner, **{name: other}))
+        store.work(numbers)
+    with pytest.raises(Ambiguous) as caught:
+        store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    answers = [store.recipes.resolve(asked(url), path="/select") for url in caught.value.choices]
+    assert [getattr(recipe, name) for recipe, _ in answers] == [getattr(before[0], name), other]
+    assert answers[0] == before
+
+
+def asked(url: str) -> Query:
+    """The question of an URL of /select."""
+    values = parse_qs(urlsplit(url).query)
+    several = {"task": "tasks", "dataset": "datasets", "checkpoint": "checkpoints"}
+    lists = {several[name]: value for name, value in values.items() if name in several}
+    numbers = {name: int(values[name][0]) for name in ("dim", "seed", "max_length", "k")}
+    words = {name: value[0] for name, value in values.items() if name not in {*several, *numbers}}
+    return Query(**lists, **numbers, **words)  # type: ignore[arg-type]
 
 
 def test_missing_features_are_answered_with_the_post_that_computes_them(store: Store, tmp_path: Path) -> None:

@@ -233,10 +233,15 @@ class Question(TypedDict, total=False):
     run: str | None
     checkpoint: str | Sequence[str] | None
     kind: GradientKind | None
+    adam: AdamForm | None
     dim: int | None
     dtype: FeatureDtype | None
     projection: ProjectionName | None
     seed: int | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | Literal["none"] | None
     aggregate: Aggregate | None
     combine: Literal["max", "mean"] | None
 

@@ -142,8 +142,23 @@ def less(
     )
 
     step(f"selection of the best {pct:.3g}")
+    features = pool_gradients.result.feature_sets[0]
     selection = store.select(
-        task=target.id, dataset=dataset.id, pct=pct, run=run, kind="adam", dim=dim, dtype=dtype, progress=progress
+        task=target.id,
+        dataset=dataset.id,
+        pct=pct,
+        run=run,
+        kind=features.kind,
+        adam=features.adam,
+        dim=dim,
+        dtype=dtype,
+        projection=features.projection,
+        seed=features.seed,
+        template=features.template,
+        max_length=features.max_length,
+        precision=features.precision,
+        quantisation=features.quantisation or "none",
+        progress=progress,
     )
 
     step(f"training on the {selection.count:,} selected rows")

@@ -393,6 +393,11 @@ class FeatureSet(Body):
     dtype: FeatureDtype
     template: TemplateName
     max_length: int
+    precision: Precision
+    """Precision of the base model while it computed."""
+    quantisation: Quantisation | None
+    projection_version: int
+    """Version of the projection's random numbers."""
     rows: int
     excluded: int
     """Rows without a feature."""
@@ -437,6 +442,9 @@ class SelectionRecipe(Body):
     dtype: FeatureDtype
     template: TemplateName
     max_length: int
+    precision: Precision
+    quantisation: Quantisation | None
+    projection_version: int
     aggregate: Aggregate
     combine: Literal["max", "mean"]
     """How the scores of several tasks become one."""

@@ -14,16 +14,20 @@ from fastapi import Query as Parameters
 from fastapi.responses import JSONResponse
 from gradstore.types import (
     FINISHED,
+    AdamForm,
     Aggregate,
     AnyJob,
     FeatureDtype,
     Fraction,
     GradientKind,
+    Precision,
     ProjectionName,
+    Quantisation,
     Scores,
     ScoringJob,
     Selection,
     SelectionRecipe,
+    TemplateName,
 )
 from gradstore.types import Request as RequestBody
 from pydantic import Field, model_validator
@@ -51,10 +55,16 @@ class ScoresQuery(RequestBody):
     run: str | None = None
     checkpoint: list[str] = Field([], max_length=1000)
     kind: GradientKind | None = None
+    adam: AdamForm | None = None
     dim: int | None = Field(None, ge=1)
     dtype: FeatureDtype | None = None
     projection: ProjectionName | None = None
     seed: int | None = Field(None, ge=0)
+    template: TemplateName | None = None
+    max_length: int | None = Field(None, ge=2)
+    precision: Precision | None = None
+    quantisation: Quantisation | Literal["none"] | None = None
+    """`none`: features of a base model that was not quantised."""
     aggregate: Aggregate = "less"
     """`less`: mean within a subtask, then the largest; `avg`, `max`, `min`: over all validation rows."""
     combine: Literal["max", "mean"] = "max"
@@ -79,10 +89,15 @@ class ScoresQuery(RequestBody):
             run=self.run,
             checkpoints=self.checkpoint,
             kind=self.kind,
+            adam=self.adam,
             dim=self.dim,
             dtype=self.dtype,
             projection=self.projection,
             seed=self.seed,
+            template=self.template,
+            max_length=self.max_length,
+            precision=self.precision,
+            quantisation=self.quantisation,
             aggregate=self.aggregate,
             combine=self.combine,
             pct=getattr(self, "pct", None),
