@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.serving import Service, jsonl, problem_of, serving
+from tests.serving import Service, jsonl, problem_of
 
 NOUNS = ["datasets", "tasks", "checkpoints", "runs", "gradients", "selections", "finetunes", "evaluations"]
 POSTS = ["/runs", "/gradients", "/finetunes", "/evaluations"]
@@ -105,7 +104,7 @@ def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> Non
         ("/finetunes", {"dataset": "d", "model": "o/m", "fraction": 5}, "/fraction"),
         ("/evaluations", {"model": "o/m", "tasks": []}, "/tasks"),
         ("/evaluations", {"model": "o/m", "checkpoint": "c", "tasks": ["t"]}, ""),
-        ("/tasks", {"name": "t", "kind": "unheard", "path": "/"}, "/kind"),
+        ("/tasks", {"name": "t", "kind": 1, "path": "/"}, "/kind"),
         ("/tasks", {"name": "t", "kind": "jsonl"}, "/path"),
         ("/checkpoints", {"path": "/", "learning_rate": 0}, "/learning_rate"),
         ("/checkpoints", {"path": "/", "step": 10**30}, "/step"),
@@ -201,20 +200,29 @@ def test_a_server_path_outside_the_allowed_roots_is_refused(service: Service, pa
     assert problem_of(service.http.post(path, json=body), 422).type == "path-not-allowed"
 
 
-def test_an_unforeseen_error_keeps_its_insides_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(tmp_path) as service:
-        service.pool(name="pool")
-        id = service.http.get("/datasets/pool").json()["id"]
-        service.backend.datasets.content(id).unlink()
-        with caplog.at_level(logging.ERROR):
-            answer = service.http.get("/datasets/pool/content")
+def test_an_unforeseen_error_keeps_its_insides_to_the_log(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    @service.app.post("/broken")
+    def broken() -> None:
+        raise RuntimeError("an inner secret")
+
+    with caplog.at_level(logging.ERROR):
+        answer = service.http.post("/broken")
     problem = problem_of(answer, 500)
     assert problem.instance is not None
     assert problem.instance in problem.detail
-    assert str(tmp_path) not in answer.text
+    assert "secret" not in answer.text
     logged = next(record for record in caplog.records if record.message == "unexpected error")
     assert vars(logged)["request"] == problem.instance
     assert logged.exc_info is not None
+    assert "an inner secret" in str(logged.exc_info[1])
+
+
+def test_a_dataset_whose_files_are_lost_is_no_secret_either(service: Service) -> None:
+    id = service.pool(name="pool")["id"]
+    service.backend.datasets.content(id).unlink()
+    answer = service.http.get("/datasets/pool/content")
+    problem_of(answer, answer.status_code)
+    assert str(service.backend.settings.data) not in answer.text
 
 
 def test_a_full_disk_is_told(service: Service) -> None:
