@@ -215,6 +215,26 @@ def test_a_training_that_was_interrupted_comes_to_the_same_bytes(
     assert min(steps) >= step - 1  # it went on, and did not begin anew
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_training_that_dies_at_an_epochs_end_comes_to_the_same_checkpoints(
+    model: Path, tmp_path: Path, uninterrupted: Finetuned, epoch: int
+) -> None:
+    last = uninterrupted.epochs[epoch - 1].description.step
+    epochs = tmp_path / "1" / "epochs"
+
+    def block_the_checkpoint(step: int, _total: int) -> None:
+        if step == last:
+            epochs.rename(tmp_path / "kept")
+            epochs.write_text("in the way of the epoch's checkpoint")
+
+    with pytest.raises(NotADirectoryError):
+        finetune(ROWS, request(model), work=tmp_path, device=CPU, on_step=block_the_checkpoint, save_seconds=0)
+    epochs.unlink()
+    (tmp_path / "kept").rename(epochs)
+    done = finetune(ROWS, request(model), work=tmp_path, device=CPU, attempt="2")
+    assert contents(done) == contents(uninterrupted)
+
+
 def test_a_training_that_had_ended_is_not_done_again(model: Path, tmp_path: Path, uninterrupted: Finetuned) -> None:
     finetune(ROWS, request(model), work=tmp_path, device=CPU)
     again = finetune(ROWS, request(model), work=tmp_path, device=CPU, attempt="2", on_step=until(0))

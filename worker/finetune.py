@@ -349,9 +349,10 @@ class _Keeper(TrainerCallback):
         self._on_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002 - the Trainer's interface
-        """After a step: tell how far it is, and save now and then."""
+        """After a step: tell how far it is, and save now and then; an epoch's end saves its checkpoint first."""
         self._on_step(state.global_step, state.max_steps)
-        if time.monotonic() - self._saved >= self._save_seconds:
+        ends_epoch = float(state.epoch or 0).is_integer()
+        if not ends_epoch and time.monotonic() - self._saved >= self._save_seconds:
             control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002 - the Trainer's interface
