@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -103,9 +103,10 @@ class Recipes:
         exclude = [self._excluded(reference) for reference in dict.fromkeys(query.exclude)]
         checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
         run = self.catalog.run(query.run) if query.run else None
-        pool = self._pool_candidates(query, datasets, run, checkpoints)
+        near = self._pool_candidates(query, datasets, run, checkpoints)
+        pool = [candidate for candidate in near if len(candidate.pools) == max(1, len(datasets))]
         if not pool:
-            raise self._missing_pool(query, datasets, run, checkpoints)
+            raise self._missing_pool(query, datasets, run, checkpoints, near)
         found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
         complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
         if not complete:
@@ -118,6 +119,7 @@ class Recipes:
     def _pool_candidates(
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
     ) -> list[_Candidate]:
+        """What fits the query; of the datasets that it names a candidate may have only some."""
         known = self.features.complete(datasets=datasets or list(self.catalog.dataset_sizes()))
         wanted = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
@@ -135,11 +137,10 @@ class Recipes:
                     for dataset, sets in pools.items()
                     if (chosen := _in_order(sets, members)) is not None
                 }
-                if datasets:
-                    if set(covered) == set(datasets):
-                        ordered = {dataset: covered[dataset] for dataset in datasets}
-                        found.append(_Candidate(training, members, parameters, ordered))
-                else:
+                if datasets and covered:
+                    ordered = {dataset: covered[dataset] for dataset in datasets if dataset in covered}
+                    found.append(_Candidate(training, members, parameters, ordered))
+                elif not datasets:
                     found += [_Candidate(training, members, parameters, {one: sets}) for one, sets in covered.items()]
         return found
 
@@ -206,21 +207,40 @@ class Recipes:
         return self.catalog.dataset(reference).id
 
     def _missing_pool(
-        self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
+        self,
+        query: Query,
+        datasets: Sequence[str],
+        run: Run | None,
+        checkpoints: tuple[str, ...],
+        near: Sequence[_Candidate],
     ) -> GradientsMissing:
-        body: dict[str, object] = {"dataset": datasets[0] if datasets else "<dataset>"}
+        """The POST for a dataset without features, computed as those of the others are where others have some."""
+        if near:
+            nearest = max(near, key=lambda candidate: len(candidate.pools))
+            owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
+            body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
+            return GradientsMissing(f"{owner} has no features that go with the others': {_post(body)}", body=body)
+        body = {"dataset": datasets[0] if datasets else _only(self.catalog.dataset_sizes()) or "<dataset>"}
         if checkpoints:
             body["checkpoints"] = list(checkpoints)
         else:
-            body["run"] = run.id if run else self._only_run() or "<run>"
+            body["run"] = run.id if run else _only(one.id for one in self.catalog.all_runs()) or "<run>"
         body |= _body({name: value for name in _ASKED if (value := getattr(query, name)) is not None})
-        pool = "these datasets have" if len(datasets) > 1 else f"{datasets[0]} has" if datasets else "no dataset has"
-        negative = pool if not datasets else pool.replace(" has", " does not have").replace("have", "do not all have")
-        return GradientsMissing(f"{negative} features at every checkpoint asked for: {_post(body)}", body=body)
+        owners = " and ".join(datasets) or "any dataset"
+        return GradientsMissing(
+            f"there are no features of {owners} at every checkpoint asked for: {_post(body)}", body=body
+        )
 
-    def _only_run(self) -> str | None:
-        runs = self.catalog.all_runs()
-        return runs[0].id if len(runs) == 1 else None
+
+def _only(ids: Iterable[str]) -> str | None:
+    """The id, where there is one alone."""
+    found = list(ids)
+    return found[0] if len(found) == 1 else None
+
+
+def _training(candidate: _Candidate) -> dict[str, object]:
+    """A candidate's checkpoints as POST /gradients takes them."""
+    return {"run": candidate.run.id} if candidate.run else {"checkpoints": list(candidate.checkpoints)}
 
 
 def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[FeatureSet] | None:
@@ -233,12 +253,8 @@ def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[Fe
 
 def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str, list[FeatureSet]]) -> GradientsMissing:
     missing = next(task for task in tasks if task.id not in found)
-    body: dict[str, object] = {"task": missing.id}
-    if candidate.run:
-        body["run"] = candidate.run.id
-    else:
-        body["checkpoints"] = list(candidate.checkpoints)
-    body |= _body({name: candidate.parameters[name] for name in _ASKED if name not in _OWN})
+    shared = {name: candidate.parameters[name] for name in _ASKED if name not in _OWN}
+    body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's: {_post(body)}", body=body
     )
@@ -246,10 +262,11 @@ def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str,
 
 def _body(parameters: dict[str, Any]) -> dict[str, object]:
     """Parameters as POST /gradients takes them."""
-    sent = {
-        "dims" if name == "dim" else name: [value] if name == "dim" else value for name, value in parameters.items()
+    return {
+        "dims" if name == "dim" else name: [value] if name == "dim" else value
+        for name, value in parameters.items()
+        if name in _ASKED and value is not None and (name, value) != ("quantisation", "none")
     }
-    return {name: value for name, value in sent.items() if value not in (None, "none")}
 
 
 def _said(name: str, value: Any) -> Any:

@@ -336,6 +336,39 @@ def test_missing_features_are_answered_with_the_post_that_computes_them(store: S
     assert store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")[0].datasets == [pool.id]
 
 
+def answered(store: Store, query: Query) -> list[str]:
+    """Send the POST of every refusal until the question has its answer: the datasets and tasks that were sent."""
+    sent: list[str] = []
+    while len(sent) < 5:
+        try:
+            store.recipes.resolve(query, path="/select")
+        except GradientsMissing as missing:
+            wanted = GradientsRequest.model_validate(missing.body)
+            store.features.start(wanted)
+            sent.append(wanted.dataset or wanted.task or "")
+            store.work(task_numbers if wanted.task else numbers)
+        else:
+            return sent
+    raise AssertionError(f"the same question is refused after {sent}")
+
+
+def test_of_several_pools_the_one_without_features_is_sent_with_the_parameters_of_the_others(
+    store: Store, tmp_path: Path
+) -> None:
+    filled(store, tmp_path, rows=20)
+    other = store.pool(10, name="other", first=100)
+    assert answered(store, Query(tasks=["target"], datasets=["pool", "other"], k=1)) == [other.id]
+
+
+def test_missing_features_of_a_task_are_sent_with_the_projection_of_the_pool(store: Store, tmp_path: Path) -> None:
+    task = store.task({"one": 2}, folder=tmp_path / "task")
+    store.pool(20, name="pool")
+    parameters = store.catalog.checkpoint("ck_0").parameters
+    store.features.start(request(dataset="pool", projection="none", dims=[parameters]))
+    store.work(numbers)
+    assert answered(store, Query(tasks=["target"], k=1)) == [task.id]
+
+
 def test_an_unfinished_job_answers_nothing(store: Store, tmp_path: Path) -> None:
     store.pool(1500, name="pool")
     store.features.start(request(dataset="pool"))
