@@ -49,17 +49,22 @@ class ScoringWorker:
         self._thread.join()
 
     def _loop(self) -> None:
+        swept = 0.0
         while not self._stopping:
             self._bell.clear()
+            claim = None
             try:
+                if time.monotonic() - swept > self._jobs.lease / 3:
+                    self._jobs.sweep()  # a server that was killed may have left a job, and there may be no worker
+                    swept = time.monotonic()
                 claim = self._jobs.claim(self._owner, kinds=KINDS) if self._waiting() else None
-            except Exception:  # the thread must outlive a catalog that is away for a while
+                if claim is not None:
+                    self._do(claim)
+            except Exception:  # the thread must outlive a catalog that is away for a while; the lease ends by itself
                 log.exception("scoring cannot reach the catalog")
                 claim = None
             if claim is None:
                 self._bell.wait(self._poll_interval)
-            else:
-                self._do(claim)
 
     def _waiting(self) -> bool:
         return self._jobs.waiting(kinds=KINDS)
