@@ -340,6 +340,22 @@ def test_what_a_dead_worker_committed_is_published_by_another(place: Workplace) 
     assert not tend(other.context)
 
 
+def test_bytes_that_were_lost_before_their_publication_do_not_end_the_worker(
+    place: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.start(gradients(place))
+    place.context.store.publish = _refuse  # type: ignore[method-assign]  # the worker dies between commit and publication
+    with pytest.raises(SystemExit):
+        run(place.claim(), place.context)
+    [attempt] = place.context.settings.features.glob("*/attempts/*")
+    (attempt.parent.parent / "receipts" / "0.json").write_bytes((attempt / "manifest.json").read_bytes())
+    shutil.rmtree(attempt)
+    other = place.another()
+    waiting = tend(other.context)
+    assert tend(other.context, waiting) == waiting
+    assert "is lost" in str(caplog.records[-1].__dict__["reason"])
+
+
 def _refuse(*_: object, **__: object) -> None:
     raise SystemExit
 

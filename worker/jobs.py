@@ -325,7 +325,7 @@ def _publish(context: Context, publications: Sequence[Publication]) -> None:
     for one in publications:
         try:
             context.store.publish(one.segment, start=one.start, attempt=one.attempt, digest=one.digest)
-        except (Conflict, NotFound) as error:  # deleted meanwhile, or its bytes are gone: the next look tries again
+        except (Conflict, Damaged, NotFound) as error:  # deleted meanwhile, or its bytes are gone: tried again later
             log.warning("chunk not published", extra={"segment": one.segment, "start": one.start, "reason": str(error)})
         else:
             done.append(one)
