@@ -51,7 +51,7 @@ ROUTERS = (
     health.router,
 )
 THREADS = 128  # handlers at work at once; a GET /select that waits for scores is one of them
-ABANDONED = 86400.0  # seconds after which an upload that a killed server left half-received is deleted
+ABANDONED = 86400.0  # seconds after which what a killed server left half-done is deleted
 
 
 def create_app(settings: Settings, *, catalog: Catalog | None = None, queue: Queue | None = None) -> FastAPI:
@@ -88,7 +88,7 @@ def _operation_id(route: APIRoute) -> str:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     backend: Backend = app.state.backend
     await run_sync(backend.catalog.migrate)
-    await run_sync(_sweep, backend.settings)
+    await run_sync(_sweep, backend)
     current_default_thread_limiter().total_tokens = THREADS
     backend.scorer.start()
     yield
@@ -97,9 +97,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     backend.catalog.close()
 
 
-def _sweep(settings: Settings) -> None:
-    """Delete what killed servers left of uploads."""
-    for folder in (settings.data / "incoming").glob("form-*"):
+def _sweep(backend: Backend) -> None:
+    """Delete what killed servers left of uploads, tasks and scores."""
+    backend.tasks.sweep(older_than=ABANDONED)
+    backend.scoring.cache.sweep(older_than=ABANDONED)
+    for folder in (backend.settings.data / "incoming").glob("form-*"):
         if time.time() - folder.stat().st_mtime > ABANDONED:
             log.info("an abandoned upload is deleted", extra={"folder": folder.name})
             shutil.rmtree(folder, ignore_errors=True)

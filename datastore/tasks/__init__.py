@@ -22,7 +22,7 @@ from typing import Any
 
 from gradstore.types import Metric, Split, Subtask
 
-from datastore.durable import place, unfinished, write_file
+from datastore.durable import place, sweep, unfinished, write_file
 from datastore.errors import Damaged, InvalidTask, NotFound
 from datastore.identity import DIGITS, content_id
 from datastore.rows import Example, Message
@@ -97,6 +97,10 @@ class Tasks:
         if _ID.fullmatch(task) and folder.is_dir():
             with unfinished(self._root / "unfinished", task) as partial:
                 folder.rename(partial / task)
+
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
+        return sweep(self._root / "unfinished", older_than=older_than)
 
     def _examples(self, task: str, split: Split) -> list[TaskExample]:
         folder = self._root / task
