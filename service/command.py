@@ -6,6 +6,7 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -85,6 +86,7 @@ def serve(
         api_key=SecretStr(api_key) if api_key else None,
     )
     logs.configure()
+    _refuse_unusable(settings.data)
     worker_beside = EmbeddedWorker(settings) if settings.embedded_worker else None
     with listen(settings) as listener, suppress(KeyboardInterrupt):
         Server(create_app(settings), worker_beside).run(sockets=[listener])
@@ -106,6 +108,18 @@ def configured(**given: Any) -> Settings:
             "set GRADSTORE_API_KEY, or listen on 127.0.0.1"
         )
     return settings
+
+
+def _refuse_unusable(data: Path) -> None:
+    """Make the store's folder; exits with a reason where there cannot be one, or nothing can be written there."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=data):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        typer.echo(f"the store cannot be at {data.absolute()}: {reason}; name another folder with --data", err=True)
+        sys.exit(1)
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -92,6 +92,14 @@ def test_a_taken_port_is_said_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_store_that_cannot_be_there_is_said_in_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    status, message = refused("--port", "0", "--data", str(tmp_path / place))
+    assert (status, message.count("\n")) == (1, 1)
+    assert message.startswith(f"the store cannot be at {tmp_path / place}: ")
+
+
 def test_a_wrong_setting_is_said(tmp_path: Path) -> None:
     status, message = refused("--no-worker", GRADSTORE_SHARD_ROWS="100")
     assert status == 2
