@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -274,11 +274,6 @@ class Catalog:
             session.flush()
             delete_files(row.id)
             return row.id
-
-    def users(self, used: Collection[str]) -> list[str]:
-        """Ids of everything that needs one of these."""
-        with self.reading() as session:
-            return sorted(set(session.scalars(select(UseRow.user).where(UseRow.used.in_(used)))))
 
     # Idempotency ------------------------------------------------------------------------------------------------------
 

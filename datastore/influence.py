@@ -117,35 +117,6 @@ def reduce(influences: Floats, subtask: Subtasks, how: Aggregate) -> tuple[Float
     return influences[np.arange(len(influences)), best], subtask[best]
 
 
-def less_scores(
-    train: Sequence[NDArray[np.floating]],
-    target: Sequence[NDArray[np.floating]],
-    *,
-    weights: Sequence[float],
-    subtask: Subtasks,
-    train_valid: Sequence[Mask],
-    target_valid: Sequence[Mask],
-    aggregate: Aggregate = "less",
-) -> TaskScores:
-    """The scores of a pool that fits into memory: per checkpoint the training rows (n, dim) and target rows (m, dim).
-
-    `subtask` (m,) numbers the target rows' subtasks. A training row that is not valid at some checkpoint has no score.
-    Raises `Conflict` where no target row is valid at every checkpoint.
-    """
-    usable, _ = usable_rows(target_valid, subtask, ())
-    valid = everywhere(train_valid)
-    total: Floats | None = None
-    labels = subtask
-    for pool, rows, weight in zip(train, target, checkpoint_weights(weights), strict=True):
-        query, labels = queries(normalise(rows[usable]), subtask[usable], aggregate)
-        part = np.float32(weight) * (normalise(np.where(valid[:, None], pool, 0)) @ query.T)
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("there is no checkpoint")
-    score, best = reduce(total, labels, aggregate)
-    return masked(score, best, valid)
-
-
 def masked(score: Floats, subtask: Subtasks, valid: Mask) -> TaskScores:
     """Scores with nothing to be read where a row has none."""
     return TaskScores(

@@ -13,10 +13,12 @@ from datastore.influence import (
     NO_SUBTASK,
     TaskScores,
     checkpoint_weights,
+    everywhere,
     influence,
-    less_scores,
+    masked,
     normalise,
     queries,
+    reduce,
     usable_rows,
 )
 
@@ -74,15 +76,16 @@ def scores_of(
     train_valid: list[np.ndarray] | None = None,
     target_valid: list[np.ndarray] | None = None,
 ) -> TaskScores:
-    return less_scores(
-        train,
-        target,
-        weights=rates or [1.0] * len(train),
-        subtask=subtask,
-        train_valid=train_valid or [np.ones(len(rows), bool) for rows in train],
-        target_valid=target_valid or [np.ones(len(rows), bool) for rows in target],
-        aggregate=how,
-    )
+    """The parts of the formula put together, for arrays that fit into memory (datastore/scores.py streams them)."""
+    checkpoints = range(len(train))
+    usable, _ = usable_rows(target_valid or [np.ones(len(rows), bool) for rows in target], subtask, ())
+    valid = everywhere(train_valid or [np.ones(len(rows), bool) for rows in train])
+    weights = checkpoint_weights(rates or [1.0] * len(train))
+    asked = [queries(normalise(rows[usable]), subtask[usable], how) for rows in target]
+    pools = [normalise(np.where(valid[:, None], rows, 0)) for rows in train]
+    total = sum(np.float32(weights[i]) * (pools[i] @ asked[i][0].T) for i in checkpoints)
+    score, best = reduce(np.asarray(total, np.float32), asked[0][1], how)
+    return masked(score, best, valid)
 
 
 SUBTASK = np.array([0, 0, 1, 2, 2, 2, 1], np.int16)

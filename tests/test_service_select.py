@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from datastore.errors import Damaged
 from tests.serving import Service, problem_of
 from tests.stores import Store
 
@@ -124,6 +125,20 @@ def test_scores_that_are_not_ready_are_a_job_to_follow(ready: Service) -> None:
     result = ready.backend.scoring.work(claim, lambda _: None).model_dump(mode="json")
     assert ready.backend.jobs.succeed(claim, result=result)
     assert select(ready, wait=0)["count"] == 2
+
+
+def test_scores_that_cannot_be_computed_are_said_and_tried_again(
+    ready: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise Damaged("a chunk is damaged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("datastore.scoring.Scoring.work", broken)
+        answer = ready.http.get("/select", params={"task": "target", "k": 3})
+    assert answer.status_code == 409
+    assert "a chunk is damaged" in answer.json()["detail"]
+    assert select(ready)["count"] == 2
 
 
 def test_the_whole_score_vector_in_three_forms(ready: Service) -> None:

@@ -32,6 +32,7 @@ from gradstore.types import (
 from gradstore.types import Request as RequestBody
 from pydantic import Field, model_validator
 
+from datastore.errors import Conflict
 from datastore.influence import TaskScores
 from datastore.recipes import Query, Sources
 from datastore.selection import combine
@@ -175,7 +176,7 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
 def _scores(
     backend: Backend, recipe: SelectionRecipe, sources: Sources, wait: float | None
 ) -> Sequence[TaskScores] | Response:
-    """The scores, or the answer that they are not ready."""
+    """The scores, or the answer that they are not ready. Raises `Conflict` where they cannot be computed."""
     known = backend.scoring.known(recipe, sources)
     if known is not None:
         return known
@@ -186,6 +187,8 @@ def _scores(
         time.sleep(LOOK_INTERVAL)
         job = backend.jobs.get(job.id)
     known = backend.scoring.known(recipe, sources)
+    if known is None and job.error is not None:
+        raise Conflict(f"{job.id} has failed: {job.error.detail}; ask again to let it try once more")
     return _not_ready(job) if known is None else known
 
 
