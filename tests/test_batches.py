@@ -119,12 +119,18 @@ def test_truncation_to_just_before_the_answer_is_refused_and_one_token_later_is_
     first = next(position for position, label in enumerate(whole.labels) if label != IGNORED)
     with pytest.raises(Unsupervised) as refused:
         encode(example, tokenizer=TOKENIZER, template="tulu", max_length=first)
-    assert refused.value.reason == (
-        f"truncation leaves no token to learn from: the first is token {first + 1} of {len(whole.labels)}, "
-        f"and max_length is {first}"
-    )
+    assert refused.value.reason == f"truncation leaves no token to learn from: max_length is {first}"
     kept = encode(example, tokenizer=TOKENIZER, template="tulu", max_length=first + 1)
     assert [label for label in kept.labels if label != IGNORED] == [whole.labels[first]]
+
+
+def test_rows_lost_by_truncation_have_one_reason_whatever_their_lengths() -> None:
+    reasons = set()
+    for times in range(1, 5):
+        with pytest.raises(Unsupervised) as refused:
+            encode(talk("What is 2 + 3?" * times, "5"), tokenizer=TOKENIZER, template="tulu", max_length=4)
+        reasons.add(refused.value.reason)
+    assert len(reasons) == 1
 
 
 def test_an_answer_that_nothing_predicts_is_refused() -> None:

@@ -126,13 +126,10 @@ def _refuse_nothing_learnt(learnt: Sequence[bool], *, max_length: int) -> None:
         return
     if not any(learnt):
         raise Unsupervised("there is no text to learn from: no answer with content")
-    first = next((position for position, keep in enumerate(learnt) if keep and position), 0)
-    if not first:
+    if not any(learnt[1:]):
         raise Unsupervised("the only token to learn from is the first one, which nothing predicts")
-    raise Unsupervised(
-        f"truncation leaves no token to learn from: the first is token {first + 1:,} of {len(learnt):,}, "
-        f"and max_length is {max_length:,}"
-    )
+    # Nothing of this row alone: rows are counted by their reason.
+    raise Unsupervised(f"truncation leaves no token to learn from: max_length is {max_length:,}")
 
 
 # Tokens and their characters ----------------------------------------------------------------------------------------
