@@ -249,9 +249,14 @@ def link(source: Path, target: Path) -> None:
 
 def _single_folder(folder: Path) -> Path:
     """The folder itself, or the only one in it, as an archive of a folder unpacks."""
-    for candidate in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    adapters = sorted(path for path in folder.iterdir() if (path / ADAPTER_CONFIG).is_file())
+    if len(adapters) > 1:
+        shown = ", ".join(path.name for path in adapters[:10])
+        raise InvalidCheckpoint(f"the folder holds {len(adapters)} adapters ({shown}): register them one by one")
+    if adapters:
+        return adapters[0]
     entries = list(folder.iterdir())
     source = entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
     if (source / MODEL_CONFIG).is_file() and any(source.glob("*.safetensors")):

@@ -291,6 +291,19 @@ def test_a_folder_that_is_no_adapter_is_refused_and_nothing_is_kept(
     assert not list(checkpoints.root.glob("unfinished/*"))
 
 
+def test_of_several_adapters_in_a_folder_none_is_taken_by_chance(
+    checkpoints: Checkpoints, adapter: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    for step in (100, 200):
+        shutil.copytree(adapter, output / f"checkpoint-{step}")
+    for read in (base_model, checkpoints.register):
+        with pytest.raises(InvalidCheckpoint, match=r"holds 2 adapters \(checkpoint-100, checkpoint-200\)"):
+            read(output)
+    shutil.rmtree(output / "checkpoint-100")
+    assert checkpoints.register(output).id == checkpoints.register(adapter).id
+
+
 # What could do harm ---------------------------------------------------------------------------------------------------
 
 
