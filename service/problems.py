@@ -183,7 +183,12 @@ def _item(error: dict[str, Any], body: Any) -> ProblemItem:
     return ProblemItem(detail=detail, parameter=".".join(str(part) for part in path if isinstance(part, str)))
 
 
-_SAYINGS = {"extra_forbidden": "there is no such field", "missing": "this is required"}
+_SAYINGS = {
+    "extra_forbidden": "there is no such field",
+    "missing": "this is required",
+    "model_attributes_type": "a JSON object is needed",
+    "string_pattern_mismatch": "a name has no slash, backslash, line break or other control character",
+}
 
 
 def _pointer(path: Sequence[str | int], body: Any) -> str:

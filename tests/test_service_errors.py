@@ -154,6 +154,12 @@ def test_a_wrong_name_is_refused(shared_service: Service, noun: str, body: dict[
     problem_of(shared_service.http.patch(f"/{noun}/nothing", json=body), 422)
 
 
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "a\nb"])
+def test_a_refused_name_is_told_what_names_are_made_of(shared_service: Service, name: str) -> None:
+    problem = problem_of(shared_service.http.patch("/datasets/nothing", json={"name": name}), 422)
+    assert problem.detail.startswith("/name: a name has no slash, backslash, line break")
+
+
 @pytest.mark.parametrize("reference", ["a%00b", "%0a", "x" * 300])
 def test_a_name_that_nothing_can_have_is_refused(shared_service: Service, reference: str) -> None:
     problem_of(shared_service.http.get(f"/datasets/{reference}"), 422)
