@@ -506,6 +506,17 @@ def test_a_subtask_with_two_metrics_is_refused(tmp_path: Path) -> None:
         Tasks(tmp_path / "store").store("jsonl", folder)
 
 
+def test_validation_rows_need_no_metric_where_the_test_rows_have_one(tmp_path: Path) -> None:
+    measured = CHAT | {"pattern": r"\d"}
+    files = {"validation.jsonl": lines(CHAT), "test.jsonl": lines(measured)}
+    assert [
+        part.metric for part in Tasks(tmp_path / "store").store("jsonl", write(tmp_path / "files", files)).subtasks
+    ] == ["exact_match"]
+    other = {"validation.jsonl": lines(measured), "test.jsonl": lines(CHAT | {"metric": "token_f1"})}
+    with pytest.raises(InvalidTask, match="metrics exact_match and token_f1"):
+        Tasks(tmp_path / "store").store("jsonl", write(tmp_path / "other", other))
+
+
 def test_a_deleted_task_is_gone_and_deleting_again_is_no_error(tmp_path: Path) -> None:
     tasks = Tasks(tmp_path / "store")
     task = tasks.store("jsonl", write(tmp_path / "files", {"validation.jsonl": lines(CHAT)})).id

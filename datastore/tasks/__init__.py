@@ -122,16 +122,29 @@ def _ordered(rows: Sequence[TaskExample]) -> list[TaskExample]:
 
 
 def _subtasks(validation: Sequence[TaskExample], test: Sequence[TaskExample]) -> list[Subtask]:
-    metrics: dict[str, Metric] = {}
-    for row in (*validation, *test):
-        if metrics.setdefault(row.subtask, row.metric) != row.metric:
-            first = metrics[row.subtask]
-            raise InvalidTask(f"subtask {row.subtask!r} has rows with the metrics {first} and {row.metric}: part them")
+    measured, selecting = _metrics(test), _metrics(validation)
+    for name, metric in selecting.items():
+        if metric not in ("none", measured.setdefault(name, metric)):
+            raise _different(name, metric, measured[name])
+    metrics = selecting | measured
     counts = [Counter(row.subtask for row in rows) for rows in (validation, test)]
     return [
         Subtask(name=name, validation=counts[0][name], test=counts[1][name], metric=metric)
         for name, metric in sorted(metrics.items())
     ]
+
+
+def _metrics(rows: Sequence[TaskExample]) -> dict[str, Metric]:
+    """The one metric of each subtask's rows in a split; validation rows are not measured and need none."""
+    found: dict[str, Metric] = {}
+    for row in rows:
+        if found.setdefault(row.subtask, row.metric) != row.metric:
+            raise _different(row.subtask, found[row.subtask], row.metric)
+    return found
+
+
+def _different(subtask: str, first: Metric, second: Metric) -> InvalidTask:
+    return InvalidTask(f"subtask {subtask!r} has rows with the metrics {first} and {second}: part them")
 
 
 def _coverage(subtasks: Sequence[Subtask]) -> list[str]:
