@@ -85,6 +85,15 @@ def allowed_path(path: str | Path, roots: Sequence[Path]) -> Path:
     return real
 
 
+def allowed_folder(path: str | Path, roots: Sequence[Path]) -> Path:
+    """Like `allowed_path`, for a folder all of whose files are read: no link in it may lead out of the roots."""
+    folder = allowed_path(path, roots)
+    for file in folder.rglob("*"):
+        if file.is_symlink():
+            allowed_path(file, roots)
+    return folder
+
+
 # Zip -----------------------------------------------------------------------------------------------------------------
 
 

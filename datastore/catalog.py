@@ -116,7 +116,7 @@ class Catalog:
             if session.get(SourceRow, (id, source.sha256)) is None:
                 session.add(SourceRow(dataset_id=id, **source.model_dump()))
             if name is not None:
-                _take_name(session, DatasetRow, row, name, replace=replace)
+                _give_name(session, DatasetRow, row, name, replace=replace)
             session.flush()
             return _dataset(session, row)
 
@@ -154,7 +154,7 @@ class Catalog:
                 row = TaskRow(id=id, name=None, kind=kind, subtasks=stored, notes=list(notes), created_at=utc_now())
                 session.add(row)
                 session.flush()
-            _take_name(session, TaskRow, row, name, replace=replace)
+            _give_name(session, TaskRow, row, name, replace=replace)
             session.flush()
             return _task(row)
 
@@ -176,7 +176,7 @@ class Catalog:
         with self.transaction() as session:
             row = record_checkpoint(session, checkpoint)
             if checkpoint.name is not None:
-                _take_name(session, CheckpointRow, row, checkpoint.name, replace=replace)
+                _give_name(session, CheckpointRow, row, checkpoint.name, replace=replace)
             session.flush()
             return _checkpoint(session, row)
 
@@ -196,7 +196,7 @@ class Catalog:
         with self.transaction() as session:
             row = record_run(session, id=id, checkpoints=checkpoints, finetune=finetune)
             if name is not None:
-                _take_name(session, RunRow, row, name, replace=False)
+                _give_name(session, RunRow, row, name, replace=False)
             session.flush()
             return _run(session, row)
 
@@ -421,6 +421,16 @@ def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
 
 def _noun_name(noun: type[Noun]) -> str:
     return str(noun.__tablename__).removesuffix("s")
+
+
+def _give_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool) -> None:
+    """Name what was sent; content that is known under another name keeps it, since somebody relies on that."""
+    if row.name not in (None, name) and not replace:
+        raise Conflict(
+            f"the same content is called {row.name!r} already ({row.id}): use that name, or send replace=true to give "
+            "it this one"
+        )
+    _take_name(session, noun, row, name, replace=replace)
 
 
 def _take_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool) -> None:

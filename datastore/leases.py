@@ -380,6 +380,8 @@ class Jobs:
 
     def _again(self, session: Session, job: JobRow, name: str | None) -> tuple[AnyJob, bool]:
         if name is not None:
+            if job.name not in (None, name):
+                raise Conflict(f"the same request is called {job.name!r} already ({job.id}): leave the name out")
             _take_job_name(session, job, name)
         if job.status in {"failed", "cancelled"}:
             self._resume(session, job)
@@ -498,5 +500,5 @@ def _progress(job: JobRow) -> Progress:
         advanced = job.done - job.resumed_done
         if seconds > 0 and advanced > 0:
             rate = advanced / seconds
-            eta = 0.0 if job.status in FINISHED else (job.total - job.done) / rate
+            eta = None if job.status in FINISHED else (job.total - job.done) / rate
     return Progress(done=job.done, total=job.total, unit=job.unit, rate=rate, eta_seconds=eta)

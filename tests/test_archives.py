@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.archives import Limits, allowed_path, safe_name, unpack
+from datastore.archives import Limits, allowed_folder, allowed_path, safe_name, unpack
 from datastore.errors import InvalidInput, PathNotAllowed, TooLarge
 
 
@@ -202,3 +202,15 @@ def test_a_path_outside_the_roots_is_refused_alike_whether_it_exists_or_not(tmp_
             allowed_path(tmp_path / name, [tmp_path / "root"])
         messages.append(str(refused.value).replace(name, "…"))
     assert messages[0] == messages[1]
+
+
+def test_no_link_inside_an_allowed_folder_leads_out_of_the_roots(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "secret.jsonl"
+    (root / "task").mkdir(parents=True)
+    outside.write_text("secret")
+    (root / "shared.jsonl").write_text("{}")
+    (root / "task" / "validation.jsonl").symlink_to(root / "shared.jsonl")
+    assert allowed_folder(root / "task", [root]) == (root / "task").resolve()
+    (root / "task" / "test.jsonl").symlink_to(outside)
+    with pytest.raises(PathNotAllowed):
+        allowed_folder(root / "task", [root])

@@ -88,6 +88,17 @@ def test_a_name_is_an_alias_of_one_dataset(catalog: Catalog) -> None:
     assert catalog.dataset("ds_1").name is None
 
 
+def test_content_that_has_a_name_keeps_it_unless_told_otherwise(catalog: Catalog) -> None:
+    dataset(catalog, "ds_1", name="mine")
+    with pytest.raises(Conflict, match="called 'mine' already"):
+        dataset(catalog, "ds_1", name="yours")
+    assert catalog.dataset("mine").id == "ds_1"
+    dataset(catalog, "ds_1", name="yours", replace=True)
+    assert catalog.dataset("yours").id == "ds_1"
+    catalog.rename(DatasetRow, "yours", "ours")
+    assert catalog.dataset("ours").id == "ds_1"
+
+
 def test_a_refused_name_leaves_no_dataset_behind(catalog: Catalog) -> None:
     dataset(catalog, "ds_1", name="pool")
     with pytest.raises(NameTaken):

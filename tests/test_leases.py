@@ -258,6 +258,14 @@ def test_a_name_belongs_to_one_job_of_a_kind(jobs: Jobs) -> None:
         jobs.get("worst")
 
 
+def test_the_same_request_under_another_name_keeps_the_first(jobs: Jobs) -> None:
+    start(jobs, name="mine")
+    start(jobs)
+    with pytest.raises(Conflict, match="called 'mine' already"):
+        start(jobs, name="yours")
+    assert jobs.get("mine").id == "ft_1"
+
+
 def test_what_is_used_or_at_work_is_not_deleted(jobs: Jobs) -> None:
     start(jobs, shards=1)
     start(jobs, id="ft_2", shards=1, uses=["ft_1"])

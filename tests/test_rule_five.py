@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_a_killed_worker_costs_its_shard_only_and_no_bit(trained: Trained, peace
     job = trained.start(place, range(MANY), token_budget=SLOWLY)
     with worker_process(place) as first:
         wait_for(lambda: [status for _, _, status, _ in shards(place, job)][:2] == ["succeeded", "running"])
-        wait_for(lambda: place.job(job).progress.done > 1024)
+        time.sleep(0.3)  # into the shard, of which each takes seconds
         first.send_signal(signal.SIGKILL)
         first.wait()
     before = manifest(place)

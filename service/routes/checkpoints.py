@@ -12,7 +12,7 @@ from gradstore.types import Request as RequestBody
 from pydantic import Field
 
 from datastore import models
-from datastore.archives import allowed_path
+from datastore.archives import allowed_folder
 from datastore.checkpoints import base_model
 from datastore.errors import InvalidCheckpoint, PathNotAllowed
 from datastore.schema import CheckpointRow
@@ -55,7 +55,7 @@ def create_checkpoint(backend: BackendDep, sent: Sent, response: Response) -> Ch
     """Store an adapter folder of PEFT, the HF Trainer or LESS: its files or one zip, or JSON naming a server folder."""
     if isinstance(sent, Form):
         return _register(backend, sent.read(CheckpointForm, files=["files", "file"]), sent.content(), response)
-    return _register(backend, sent, allowed_path(sent.path, backend.settings.allowed_roots), response)
+    return _register(backend, sent, allowed_folder(sent.path, backend.settings.allowed_roots), response)
 
 
 @router.get("")

@@ -9,7 +9,7 @@ from fastapi import Depends, Query, Response
 from gradstore.types import Name, Page, Rename, Task, TaskKind, TaskRegister
 from gradstore.types import Request as RequestBody
 
-from datastore.archives import allowed_path
+from datastore.archives import allowed_folder
 from datastore.schema import TaskRow
 from datastore.tasks import StoredTask
 from service.dependencies import Backend, BackendDep, Paging, Reference
@@ -43,7 +43,7 @@ def create_task(backend: BackendDep, sent: Sent, response: Response) -> Task:
     """Store a task: files or one zip of them, or JSON naming a folder of the server inside an allowed root."""
     if isinstance(sent, Form):
         return _store(backend, sent.read(TaskForm, files=["files", "file"]), sent.content(), response)
-    return _store(backend, sent, allowed_path(sent.path, backend.settings.allowed_roots), response)
+    return _store(backend, sent, allowed_folder(sent.path, backend.settings.allowed_roots), response)
 
 
 @router.get("")
