@@ -1,7 +1,7 @@
 """LESS's scores the slow way, from the paper and the documents alone: no line of `worker` or `datastore` takes part.
 
 One example at a time, float64 autograd over all trainable parameters, Adam's map by hand, projections as explicit
-matrices made number by number from the generator that docs/on-disk-format.md and worker/projection.py document.
+matrices made number by number from the generator that the docstring of worker/projection.py documents.
 """
 
 from __future__ import annotations
