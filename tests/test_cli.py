@@ -355,6 +355,20 @@ def test_a_started_job_prints_its_id_and_how_to_wait_for_it(run: Run) -> None:
     }
 
 
+def test_rows_that_a_job_did_without_are_told(run: Run) -> None:
+    result = canned.RESULTS["finetune"] | {"skipped_rows": 12}
+    done = canned.job("succeeded", result=result)
+    words = ["finetunes", "create", "--model", "m", "--dataset", "d", "--wait"]
+    ran, _ = asked_by(run, Said(done, status=200), *words)
+    assert "12 rows were not trained on" in ran.err
+    first = {"row": 7, "checkpoint": "ck_1", "reason": "the gradient is zero"}
+    result = canned.RESULTS["gradients"] | {"total_excluded": 3, "excluded": [first]}
+    done = canned.job("succeeded", kind="gradients", result=result)
+    ran, _ = asked_by(run, Said(done, status=200), "gradients", "create", "--task", "t", "--run", "r", "--wait")
+    assert "3 rows have no feature; the first is row 7: the gradient is zero" in ran.err
+    assert ran.out == "grad_1\n"
+
+
 def test_all_linear_layers_can_be_named_at_once(run: Run) -> None:
     words = ["finetunes", "create", "--model", "m", "--dataset", "d", "--lora-target", "all-linear"]
     _, (asked,) = asked_by(run, Said(canned.job("queued"), status=202), *words)

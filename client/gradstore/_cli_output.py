@@ -14,12 +14,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradstore.types import FinetuneResult, GradientsResult
+
 Columns = Mapping[str, Callable[[Any], object]]
 
 
 def say(message: str) -> None:
     """Tell something beside the data, on stderr."""
     typer.echo(message, err=True)
+
+
+def say_lost_rows(result: BaseModel | None) -> None:
+    """Tell of rows that a job did without."""
+    if isinstance(result, FinetuneResult) and result.skipped_rows:
+        say(f"{result.skipped_rows:,} rows were not trained on: truncation left them nothing to learn from")
+    if isinstance(result, GradientsResult) and result.total_excluded:
+        first = result.excluded[0]
+        say(f"{result.total_excluded:,} rows have no feature; the first is row {first.row}: {first.reason}")
 
 
 def print_json(body: BaseModel) -> None:

@@ -34,6 +34,7 @@ from gradstore._cli_output import (
     print_object,
     print_table,
     say,
+    say_lost_rows,
 )
 from gradstore.types import (
     Checkpoint,
@@ -371,6 +372,7 @@ def _started(store: GradientStore, noun: str, job: Job[Any, Any], *, wait: bool,
             raise
     elif not job.finished:
         say(f"{job.kind} {job.id} is {job.status}: gradstore jobs wait {job.id}")
+    say_lost_rows(job.result)
     if as_json:
         print_json(job)
     elif noun == "evaluations" and job.result is not None:
@@ -763,6 +765,8 @@ def less(
     """
     with _session(ctx) as store:
         done = recipes.less(store, pool=pool, progress=is_terminal(), say=say, **given(fields))
+        for job in (done.warmup, done.pool_gradients, done.task_gradients, done.tuned):
+            say_lost_rows(job.result)
         say(f"warm-up {done.warmup.id} (run {done.warmup.result.run})")
         say(f"selection {done.selection.id}, tuned model {done.tuned.id}")
         if as_json:
