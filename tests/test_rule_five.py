@@ -51,6 +51,9 @@ def row(number: int) -> dict[str, Any]:
     return {"prompt": question + " please" * (number % 11), "completion": answer * (1 + number % 3)}
 
 
+PATIENCE = 300.0  # seconds that a job may take on a busy machine
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Bits are promised for one number of threads; workers in processes of their own have one."""
@@ -306,7 +309,7 @@ class Served:
 
     def features(self, job: str) -> Floats:
         """What a job has left."""
-        result = self.store.gradients.wait(job, timeout=90).result
+        result = self.store.gradients.wait(job, timeout=PATIENCE).result
         assert result.computed_rows == MANY
         return all_of(self.disk.store.view(self.disk.features.segments(result.feature_sets[0].id)))
 
@@ -341,7 +344,7 @@ def test_a_service_that_is_killed_and_started_again_goes_on_and_whoever_waits_ne
     served.service.worker()
     job = served.start()
     waited: list[str] = []
-    waiting = threading.Thread(target=lambda: waited.append(served.store.gradients.wait(job, timeout=90).status))
+    waiting = threading.Thread(target=lambda: waited.append(served.store.gradients.wait(job, timeout=PATIENCE).status))
     waiting.start()
     served.wait_until_a_shard_is_finished_and_another_begun(job)
     served.service.kill()
