@@ -114,7 +114,7 @@ class PostgresServer:
 
     def __enter__(self) -> PostgresServer:
         initdb, postgres = self._binaries
-        made = [initdb, "-D", self._data, "-A", "trust", "-U", "postgres", "--no-sync"]
+        made = [initdb, "-D", self._data, "-E", "UTF8", "-A", "trust", "-U", "postgres", "--no-sync"]
         subprocess.run(made, user=self._account, cwd=self._folder, stdout=subprocess.DEVNULL, check=True)
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
