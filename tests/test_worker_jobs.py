@@ -444,6 +444,17 @@ def test_a_worker_that_is_asked_to_leave_gives_its_shard_back(place: Workplace) 
     assert place.context.jobs.workers() == []
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_asked_many_times_at_once_ends_and_holds_nothing_back(place: Workplace) -> None:
+    job = place.start(gradients(place, 2500, token_budget=64))
+    with worker_process(place) as process:
+        wait_for(lambda: [each.job for each in place.context.jobs.workers()] == [job.id])
+        for _ in range(50):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.0005)
+        assert process.wait(20) in {0, 128 + signal.SIGTERM}
+
+
 # Failures -------------------------------------------------------------------------------------------------------------
 
 

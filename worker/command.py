@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("worker.command")  # its own name when run with -m, too
 
 KINDS: tuple[JobKind, ...] = tuple(kind for kind in get_args(JobKind) if kind != "scoring")
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def worker(
@@ -54,6 +57,9 @@ def worker(
 
 def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
     """Be a worker until asked to stop; returns the exit status."""
+    by_celery = bool(settings.broker) and not once
+    if not by_celery:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before there are threads, which take it over
     device = choose_device(settings.device)  # before torch looks for devices
     from worker.context import Context  # noqa: PLC0415 - heavy
     from worker.loop import Caretaker, work_until_left  # noqa: PLC0415
@@ -62,21 +68,28 @@ def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
     _use_one_log()
     use_cpu_threads(settings.threads or None)
     context = Context.open(settings, device)
-    if settings.broker and not once:
+    if by_celery:
         from worker.celery_app import Doorbell  # noqa: PLC0415 - only where there is a broker
 
         with Caretaker(context) as caretaker:
             log.info("worker ready", extra={"worker": context.owner, "device": str(device), "kinds": sorted(kinds)})
             return Doorbell(context, caretaker, kinds=kinds).run()
 
-    def leave(number: int, _frame: FrameType | None) -> None:
-        context.leaving.set()
-        signal.signal(number, signal.SIG_DFL)  # asked a second time, the process ends at once
-
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
+    threading.Thread(target=_leave_when_asked, args=(context.leaving,), name="signals", daemon=True).start()
     work_until_left(context, kinds=kinds, once=once)
     return 0
+
+
+def _leave_when_asked(leaving: threading.Event) -> None:
+    """Wait for the signals that ask the worker to stop; asked a second time, the process ends at once.
+
+    In a thread, since a handler runs inside whatever the main thread is at: inside the event's own lock it would wait
+    for itself for ever.
+    """
+    signal.sigwait(STOP_SIGNALS)
+    leaving.set()
+    number = signal.sigwait(STOP_SIGNALS)
+    os._exit(128 + number)
 
 
 def choose_device(asked: str) -> torch.device:
