@@ -233,6 +233,29 @@ def test_an_interrupted_wait_is_exit_code_130_and_leaves_the_job(tmp_path: Path)
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("select", "--help"), ("datasets", "list"), ("datasets", "list", "--json"), ("datasets", "show", "a"),
+     ("datasets", "content", "a")],
+    ids=" ".join,
+)  # fmt: skip
+def test_output_that_nobody_reads_any_more_ends_the_command_quietly(words: tuple[str, ...]) -> None:
+    def answer(asked: Asked) -> Said:
+        if asked.path.endswith("/content"):
+            return Said(body=b"{}\n" * 100_000)
+        return canned.page([canned.dataset()], asked, size=1) if asked.path == "/datasets" else Said(canned.dataset())
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with CannedServer(answer) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "gradstore", *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+            env=os.environ | {"GRADSTORE_URL": server.url},
+        )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_a_degraded_service_is_exit_code_1(run: Run) -> None:
     state = {"version": "0.1.0", "catalog": True, "dispatch": True, "workers": [], "free_bytes": 5}
     assert asked_by(run, Said({**state, "status": "ok"}), "health")[0].code == 0

@@ -100,5 +100,12 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+class _Pipe(Console):
+    """A console whose reader may go away; rich would exit with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 - rich calls this while it handles the BrokenPipeError
+
+
 def _console() -> Console:
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 1000, highlight=False)
+    return _Pipe(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 1000, highlight=False)

@@ -1,13 +1,14 @@
 """The command line: `gradstore …`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or not reached, 2 wrong usage, 3 the
-job failed, 130 interrupted. The client itself is imported when a command runs, so `--help` is quick; `serve` and
-`worker` come from the server's distribution, by entry points of the group "gradstore.commands", and are imported only
-when they are called.
+job failed, 130 interrupted, 141 the reader of stdout went away. The client itself is imported when a command runs, so
+`--help` is quick; `serve` and `worker` come from the server's distribution, by entry points of the group
+"gradstore.commands", and are imported only when they are called.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,11 +61,21 @@ ORDER = (
     *("checkpoints", "runs", "jobs", "health"),
 )
 MISSING = "Not installed: pip install 'gradstore-server[service,worker]'"
-REFUSED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+REFUSED, USAGE, FAILED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 
 
 class Commands(TyperGroup):
     """The commands of this distribution, and those of the server where it is installed."""
+
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        """Read the command line; `--help` is printed here."""
+        with _unread_output():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was called."""
+        with _unread_output():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names, in the order of their use."""
@@ -80,6 +91,19 @@ class Commands(TyperGroup):
         if args and args[0] in SERVER_COMMANDS:
             return args[0], _loaded(args[0]), args[1:]
         return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _unread_output() -> Iterator[None]:
+    """End quietly when the reader of stdout has read enough (`| head -1`), with the status a shell gives to SIGPIPE.
+
+    The signal itself stays ignored, as Python leaves it: a connection that breaks would raise it, too.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered is not tried again
+        raise typer.Exit(UNREAD) from None
 
 
 def _entry_points(name: str) -> Iterable[Any]:
