@@ -26,7 +26,7 @@ from service.problems import NotAllowed, NotAuthenticated
 
 log = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 16 << 20  # of any body that is not a form
 MAX_DRAINED_BYTES = 64 << 20  # read of a refused body, so that its sender gets to see the answer
 MAX_DRAIN = 2.0  # seconds
 
@@ -142,8 +142,11 @@ class Bodies:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self.max_upload_bytes if headers.get("content-type", "").startswith(FORM) else MAX_JSON_BYTES
-        body = _Body(receive, limit=limit, headers=headers)
+        if headers.get("content-type", "").startswith(FORM):
+            limit, advice = self.max_upload_bytes, "send less at once, or raise the server's GRADSTORE_MAX_UPLOAD_BYTES"
+        else:
+            limit, advice = MAX_JSON_BYTES, f"what is larger is sent as a file, in a form ({FORM})"
+        body = _Body(receive, limit=limit, advice=advice, headers=headers)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
@@ -154,9 +157,10 @@ class Bodies:
 
 
 class _Body:
-    def __init__(self, receive: Receive, *, limit: int, headers: Headers) -> None:
+    def __init__(self, receive: Receive, *, limit: int, advice: str, headers: Headers) -> None:
         self._receive = receive
         self._limit = limit
+        self._advice = advice
         self._length = headers.get("content-length", "")
         self._empty = not self._length and "transfer-encoding" not in headers
         self._waits = headers.get("expect", "").lower() == "100-continue"
@@ -193,9 +197,7 @@ class _Body:
         return message
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(
-            f"the body is larger than {self._limit:,} bytes: send less at once, or raise GRADSTORE_MAX_UPLOAD_BYTES"
-        )
+        return TooLarge(f"the body is larger than {self._limit:,} bytes: {self._advice}")
 
 
 class Door:

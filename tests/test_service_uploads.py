@@ -252,7 +252,11 @@ def test_an_upload_of_unsaid_length_is_stopped_at_the_limit(tmp_path: Path) -> N
 def test_a_json_body_beyond_its_limit_is_too_large(service: Service) -> None:
     body = b'{"checkpoints": ["' + b"x" * (17 << 20) + b'"]}'
     answer = service.http.post("/runs", content=body, headers={"Content-Type": "application/json"})
-    assert problem_of(answer, 413).type == "too-large"
+    problem = problem_of(answer, 413)
+    assert problem.type == "too-large"
+    assert "16,777,216 bytes" in problem.detail
+    assert "multipart/form-data" in problem.detail
+    assert "GRADSTORE_MAX_UPLOAD_BYTES" not in problem.detail, "which would change nothing"
 
 
 def test_who_waits_for_leave_to_send_is_refused_before_sending(tmp_path: Path) -> None:
