@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -328,9 +328,9 @@ def record_run(session: Session, *, id: str, checkpoints: Sequence[str], finetun
     row = session.get(RunRow, id)
     if row is None:
         found = [_find(session, CheckpointRow, reference) for reference in checkpoints]
-        bases = {(checkpoint.model, checkpoint.revision) for checkpoint in found}
+        bases = {(checkpoint.model, checkpoint.revision): checkpoint.id for checkpoint in found[::-1]}
         if len(bases) > 1:
-            raise Conflict(f"the checkpoints of a run share one base model; these have {sorted(map(str, bases))}")
+            raise Conflict(_several_bases(bases))
         model, revision = next(iter(bases))
         row = RunRow(id=id, name=None, model=model, revision=revision, finetune=finetune, created_at=utc_now())
         session.add(row)
@@ -339,6 +339,15 @@ def record_run(session: Session, *, id: str, checkpoints: Sequence[str], finetun
             session.add(RunCheckpointRow(run_id=id, position=position, checkpoint_id=checkpoint.id))
         session.flush()
     return row
+
+
+def _several_bases(checkpoints: Mapping[tuple[str, str | None], str]) -> str:
+    """Say which base models the checkpoints have, by one checkpoint of each."""
+    found = (
+        f"{checkpoint} was trained on {model}" + (f" at revision {revision}" if revision else "")
+        for (model, revision), checkpoint in sorted(checkpoints.items(), key=lambda one: one[1])
+    )
+    return f"the checkpoints of a run share one base model; {', '.join(found)}: make a run of each"
 
 
 def name_if_free(session: Session, row: Noun, name: str) -> None:

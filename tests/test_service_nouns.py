@@ -139,7 +139,9 @@ def test_a_run_groups_checkpoints_in_order(service: Service) -> None:
 
 def test_a_run_has_one_base_model(service: Service) -> None:
     ids = [service.checkpoint(0)["id"], service.checkpoint(1, model="org/other")["id"]]
-    assert "one base model" in problem_of(service.http.post("/runs", json={"checkpoints": ids}), 409).detail
+    detail = problem_of(service.http.post("/runs", json={"checkpoints": ids}), 409).detail
+    told = [f"{id} was trained on {model}" for id, model in zip(ids, ["org/base", "org/other"], strict=True)]
+    assert detail == f"the checkpoints of a run share one base model; {', '.join(sorted(told))}: make a run of each"
 
 
 @pytest.mark.parametrize("path", ["/datasets", "/datasets/pool", "/datasets/pool/content"])
