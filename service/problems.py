@@ -187,7 +187,7 @@ _SAYINGS = {
     "extra_forbidden": "there is no such field",
     "missing": "this is required",
     "model_attributes_type": "a JSON object is needed",
-    "string_pattern_mismatch": "a name has no slash, backslash, line break or other control character",
+    "string_pattern_mismatch": "no id and no name has a line break or another control character",
 }
 
 

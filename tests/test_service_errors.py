@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -154,10 +155,36 @@ def test_a_wrong_name_is_refused(shared_service: Service, noun: str, body: dict[
     problem_of(shared_service.http.patch(f"/{noun}/nothing", json=body), 422)
 
 
-@pytest.mark.parametrize("name", ["a/b", "a\\b", "a\nb"])
+REFUSED_NAMES = {
+    "a/b": "a name has no slash",
+    "a\\b": "a name has no slash",
+    "a\nb": "line break or other control character",
+    "a\x85b": "line break or other control character",
+    "a\u2028b": "line break or other control character",
+    ".": "'.' is no name",
+    "..": "'..' is no name",
+    " ": "neither begins nor ends with a space",
+    " a": "neither begins nor ends with a space",
+    "a\u3000": "neither begins nor ends with a space",
+    "ds_0123456789abcdef01234567": "looks like an id",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_NAMES)
 def test_a_refused_name_is_told_what_names_are_made_of(shared_service: Service, name: str) -> None:
     problem = problem_of(shared_service.http.patch("/datasets/nothing", json={"name": name}), 422)
-    assert problem.detail.startswith("/name: a name has no slash, backslash, line break")
+    assert problem.detail.startswith("/name: ")
+    assert REFUSED_NAMES[name] in problem.detail
+    uploaded = problem_of(shared_service.upload(jsonl(1), name=name), 422)
+    assert uploaded.errors[0].parameter == "name"
+    assert REFUSED_NAMES[name] in uploaded.detail
+
+
+@pytest.mark.parametrize("name", ["...", "mmlu 5-shot", "تجربة", "run_1", "ds_beef", "a%2e", "?#"])
+def test_what_a_name_may_be_it_can_be_asked_for_by(shared_service: Service, name: str) -> None:
+    made = shared_service.pool(3)["id"]
+    assert shared_service.http.patch(f"/datasets/{made}", json={"name": name}).status_code == 200
+    assert shared_service.http.get(f"/datasets/{quote(name, safe='')}").json()["id"] == made
 
 
 @pytest.mark.parametrize("reference", ["a%00b", "%0a", "x" * 300])

@@ -6,6 +6,8 @@ fractions lie between 0 and 1, and every key is present in an answer.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -38,7 +40,32 @@ def _fraction(value: float) -> float:
 
 
 Fraction = Annotated[float, AfterValidator(_fraction), Field(description="A fraction: 0.05 is 5 %.")]
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\\\x00-\x1f]+$")]
+
+_NOT_IN_NAMES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # Unicode's control characters, lone surrogates, line separators
+_AN_ID = re.compile(r"[a-z]+_[0-9a-f]{24}")
+
+
+def _name(value: str) -> str:
+    if value in {".", ".."}:
+        raise ValueError(f"{value!r} is no name: an address would lose it")
+    if any(letter in "/\\" or unicodedata.category(letter) in _NOT_IN_NAMES for letter in value):
+        raise ValueError("a name has no slash, backslash, line break or other control character")
+    if value != value.strip():
+        raise ValueError("a name neither begins nor ends with a space")
+    if _AN_ID.fullmatch(value):
+        raise ValueError("this looks like an id, and could be another thing's: choose a name that does not")
+    return value
+
+
+Name = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=200,
+        description="Any text without slashes, control characters and spaces around it that does not look like an id.",
+    ),
+    AfterValidator(_name),
+]
 
 
 class Body(BaseModel):
