@@ -161,7 +161,10 @@ class FeatureStore:
         receipt = self._receipt(segment, start)
         if not receipt.exists():
             self._claim(segment, start, source, digest)
-        manifest = receipt.read_bytes()
+        try:
+            manifest = receipt.read_bytes()
+        except FileNotFoundError:
+            raise Conflict(f"rows from {start} of {segment} were given up while they were published") from None
         if _digest(manifest) != digest:
             raise Conflict(f"rows from {start} of {segment} belong to another attempt; nothing was changed")
         touched = set()
@@ -186,6 +189,23 @@ class FeatureStore:
                     f"attempt {attempt} is being published for rows from {start} of {segment}: publish it again"
                 )
         shutil.rmtree(source, ignore_errors=True)
+
+    def give_up(self, segment: str, *, start: int, attempt: int) -> None:
+        """Remove all bytes of rows whose publication cannot be finished: then another attempt's can be published.
+
+        The catalog knows that nobody reads them yet. Who is publishing them at this moment finds nothing more to move.
+        Raises FileNotFoundError where the whole store is away, as a disk may be.
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root} is not there; nothing was given up")
+        with unfinished(self._unfinished, f"{segment}.{start}-{attempt}") as partial:
+            with contextlib.suppress(FileNotFoundError):
+                self._attempt(segment, start, attempt).rename(partial / "attempt")  # first: no more files get keys
+            receipt = self._receipt(segment, start)
+            if receipt.exists():
+                for name in json.loads(receipt.read_bytes())["files"]:
+                    (self._folder(segment) / _GROUP / name).unlink(missing_ok=True)
+                receipt.unlink()  # last: killed before this, all of it is done again
 
     def open(self, segment: str) -> Segment:
         """A segment as it stands. Raises `NotFound`; reading rows that are not published raises `Damaged`."""

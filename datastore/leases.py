@@ -334,12 +334,30 @@ class Jobs:
         """Record that these chunks have their key, and finish the jobs that waited for them."""
         with self.catalog.transaction() as session:
             for chunk in publications:
-                key = (ChunkRow.segment_id == chunk.segment, ChunkRow.start == chunk.start)
-                session.execute(update(ChunkRow).where(*key).values(published=True))
+                row = _committed(session, chunk)
+                if row is not None:
+                    row.published = True
+            session.flush()
             for segment in {chunk.segment for chunk in publications}:
                 _complete(session, segment)
             for job in session.scalars(select(JobRow).where(JobRow.status.in_(("queued", "running")))):
                 self._settle(session, job)
+
+    def lost(self, chunk: Publication, problem: Problem, *, discard: Callable[[], None]) -> bool:
+        """Take back a commit whose bytes are lost: the shards that it finished wait again, or fail, tried too often.
+
+        `discard` removes what is left of the bytes, before others can commit new ones. Returns False, changing nothing,
+        where the rows have been published, have another attempt's bytes by now, or are gone with their segment.
+        """
+        with self.catalog.transaction() as session:
+            row = _committed(session, chunk)
+            if row is None or row.published:
+                return False
+            discard()
+            session.delete(row)
+            for shard, job in _finished_by(session, chunk):
+                self._put_back(job, shard, problem.model_dump(mode="json"), permanent=False)
+            return True
 
     def sweep(self) -> int:
         """Put back the shards whose lease has ended; returns how many there were."""
@@ -434,6 +452,27 @@ def _chunk_row(chunk: NewChunk, attempt: int) -> ChunkRow:
         segment_id=chunk.segment, start=chunk.start, stop=chunk.stop, attempt=attempt, digest=chunk.digest,
         excluded=[list(item) for item in chunk.excluded], tokens=chunk.tokens, published=False,
     )  # fmt: skip
+
+
+def _committed(session: Session, chunk: Publication) -> ChunkRow | None:
+    """The chunk's record, if it is still that of the same bytes."""
+    row = session.get(ChunkRow, (chunk.segment, chunk.start))
+    return row if row is not None and (row.attempt, row.digest) == (chunk.attempt, chunk.digest) else None
+
+
+def _finished_by(session: Session, chunk: Publication) -> list[tuple[ShardRow, JobRow]]:
+    """The finished shards that have these rows, of jobs that have not succeeded, each with its job."""
+    query = (
+        select(ShardRow, JobRow)
+        .join(JobRow, JobRow.id == ShardRow.job_id)
+        .where(JobRow.kind == "gradients", JobRow.status != "succeeded", ShardRow.status == "succeeded")
+    )
+    return [
+        (shard, job)
+        for shard, job in session.execute(query)
+        for output in shard.payload["outputs"]
+        if (output["segment"], shard.payload["start"] - output["base"]) == (chunk.segment, chunk.start)
+    ]
 
 
 def _held(session: Session, claim: Claim) -> tuple[ShardRow, JobRow] | None:

@@ -113,6 +113,72 @@ def test_a_job_is_done_when_its_last_two_chunks_are_published_at_once(jobs: Jobs
         assert jobs.get(f"grad_{number}").status == "succeeded"
 
 
+def with_a_chunk(jobs: Jobs, id: str, chunk: NewChunk | None) -> Claim | None:
+    """A gradients job of one shard of one chunk, done with that chunk, or not yet done."""
+    segment = SegmentRow(id="seg_1", rows=1024, dim=4, dtype="float16", shard_rows=1024, complete=False)
+    payload = {"start": 2048, "outputs": [{"segment": segment.id, "base": 2048}]}
+    jobs.create(
+        id=id, kind="gradients", request={}, plan={"segments": [segment.id]},
+        shards=[NewShard(payload, 1024, finished=chunk is None)], before=partial(Session.merge, instance=segment),
+    )  # fmt: skip
+    held = jobs.claim("worker", kinds=["gradients"])
+    if held is not None and chunk is not None:
+        assert jobs.succeed(held, chunks=[chunk])
+    return held
+
+
+def nothing() -> None:
+    """What a discarded chunk leaves: here there are no bytes."""
+
+
+def refused() -> None:
+    raise AssertionError("bytes were discarded that are somebody's")
+
+
+def test_a_lost_chunk_is_computed_again_for_all_jobs_that_waited_for_it(jobs: Jobs) -> None:
+    with_a_chunk(jobs, "grad_1", NewChunk("seg_1", 0, 1024, "digest"))
+    with_a_chunk(jobs, "grad_2", None)
+    [chunk] = jobs.unpublished()
+    assert jobs.lost(chunk, PROBLEM, discard=nothing)
+    assert jobs.unpublished() == []
+    for id in ("grad_1", "grad_2"):
+        assert (jobs.get(id).status, jobs.get(id).progress.done) in {("running", 0), ("queued", 0)}
+        again = jobs.claim("worker", kinds=["gradients"], job=id)
+        assert again is not None
+        assert jobs.succeed(again, chunks=[NewChunk("seg_1", 0, 1024, "other digest")])
+    jobs.published(jobs.unpublished())
+    assert [jobs.get(id).status for id in ("grad_1", "grad_2")] == ["succeeded", "succeeded"]
+
+
+def test_a_chunk_that_is_lost_too_often_fails_its_job(jobs: Jobs) -> None:
+    for attempt in range(jobs.max_attempts):
+        with_a_chunk(jobs, "grad_1", NewChunk("seg_1", 0, 1024, f"digest {attempt}"))
+        assert jobs.lost(jobs.unpublished()[0], PROBLEM, discard=nothing)
+    assert (jobs.get("grad_1").status, jobs.get("grad_1").error) == ("failed", PROBLEM)
+
+
+def test_who_looks_for_bytes_of_another_attempt_changes_nothing(jobs: Jobs) -> None:
+    with_a_chunk(jobs, "grad_1", NewChunk("seg_1", 0, 1024, "digest"))
+    [late] = jobs.unpublished()
+    assert jobs.lost(late, PROBLEM, discard=nothing)
+    with_a_chunk(jobs, "grad_1", NewChunk("seg_1", 0, 1024, "digest"))
+    jobs.published([late])
+    assert not jobs.lost(late, PROBLEM, discard=refused)
+    [chunk] = jobs.unpublished()
+    assert chunk.attempt != late.attempt
+    jobs.published([chunk])
+    assert not jobs.lost(chunk, PROBLEM, discard=refused)
+    assert jobs.get("grad_1").status == "succeeded"
+
+
+def test_a_chunk_whose_bytes_cannot_be_discarded_stays_committed(jobs: Jobs) -> None:
+    with_a_chunk(jobs, "grad_1", NewChunk("seg_1", 0, 1024, "digest"))
+    waiting = jobs.unpublished()
+    with pytest.raises(AssertionError, match="discarded"):
+        jobs.lost(waiting[0], PROBLEM, discard=refused)
+    assert jobs.unpublished() == waiting
+
+
 def test_a_job_that_is_cancelled_while_it_is_claimed_stays_cancelled(jobs: Jobs) -> None:
     for number in range(10):
         start(jobs, id=f"ft_{number}", shards=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -340,20 +341,124 @@ def test_what_a_dead_worker_committed_is_published_by_another(place: Workplace) 
     assert not tend(other.context)
 
 
-def test_bytes_that_were_lost_before_their_publication_do_not_end_the_worker(
-    place: Workplace, caplog: pytest.LogCaptureFixture
-) -> None:
-    place.start(gradients(place))
-    place.context.store.publish = _refuse  # type: ignore[method-assign]  # the worker dies between commit and publication
+def committed_only(place: Workplace) -> Path:
+    """Do a shard whose worker dies between commit and publication; returns what its attempt has written."""
+    publish, place.context.store.publish = place.context.store.publish, _refuse  # type: ignore[method-assign]
     with pytest.raises(SystemExit):
         run(place.claim(), place.context)
-    [attempt] = place.context.settings.features.glob("*/attempts/*")
-    (attempt.parent.parent / "receipts" / "0.json").write_bytes((attempt / "manifest.json").read_bytes())
+    place.context.store.publish = publish  # type: ignore[method-assign]
+    return next(place.context.settings.features.glob("*/attempts/*"))
+
+
+def lose_the_attempt(attempt: Path) -> None:
     shutil.rmtree(attempt)
+
+
+def lose_half_of_it_while_it_is_published(attempt: Path) -> None:
+    segment = attempt.parent.parent
+    (segment / "receipts" / "0.json").write_bytes((attempt / "manifest.json").read_bytes())
+    (attempt / "norms.c.0").rename(segment / "data.zarr" / "norms" / "c.0")
+    shutil.rmtree(attempt)
+
+
+def lose_the_whole_segment(attempt: Path) -> None:
+    shutil.rmtree(attempt.parent.parent)
+
+
+def find_the_rows_taken_by_other_bytes(attempt: Path) -> None:
+    segment = attempt.parent.parent
+    other = json.loads((attempt / "manifest.json").read_bytes())
+    other["files"]["norms/c.0"]["sha256"] = "0" * 64
+    (segment / "receipts" / "0.json").write_text(json.dumps(other))
+    (segment / "data.zarr" / "norms" / "c.0").write_bytes(b"other bytes")
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lose_the_attempt,
+        lose_half_of_it_while_it_is_published,
+        lose_the_whole_segment,
+        find_the_rows_taken_by_other_bytes,
+    ],
+)
+def test_rows_whose_bytes_are_lost_before_their_publication_are_computed_again(
+    place: Workplace, lose: Callable[[Path], None]
+) -> None:
+    asked = gradients(place)
+    job = place.start(asked)
+    lose(committed_only(place))
     other = place.another()
-    waiting = tend(other.context)
-    assert tend(other.context, waiting) == waiting
-    assert "is lost" in str(caplog.records[-1].__dict__["reason"])
+    tend(other.context, tend(other.context))
+    assert (other.job(job.id).status, shards(other, job.id), chunks(other)) == ("running", ["queued"], {})
+    assert other.job(job.id).progress.done == 0
+    assert other.work() == ["succeeded"]
+    done = other.job(job.id)
+    assert done.status == "succeeded"
+    assert done.result is not None
+    peace = Workplace.at(place.folder / "peace", model=place.model)
+    expected = peace.done(gradients(peace))["feature_sets"][0]["id"]
+    found = done.result.model_dump()["feature_sets"][0]["id"]
+    np.testing.assert_array_equal(other.stored(found), peace.stored(expected))
+    np.testing.assert_array_equal(
+        *(each.context.store.view(each.features.segments(expected)).norms for each in (other, peace))
+    )
+
+
+def test_rows_that_are_lost_every_time_fail_their_job_with_the_reason(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    for _ in range(place.context.settings.max_attempts):
+        lose_the_attempt(committed_only(place))
+        tend(place.context, tend(place.context))
+    error = failed(place, job.id)
+    assert error.type == "bytes-lost"
+    assert "lost before it was published" in error.detail
+    assert not tend(place.context)
+    place.context.jobs.retry(job.id)
+    assert place.work() == ["succeeded"]
+    assert place.job(job.id).status == "succeeded"
+
+
+def test_lost_rows_are_computed_for_every_job_that_waits_for_them(place: Workplace) -> None:
+    asked = gradients(place)
+    first = place.start(asked)
+    attempt = committed_only(place)
+    second = place.start(asked.model_copy(update={"dims": [32, 64]}))
+    third = place.start(asked.model_copy(update={"checkpoints": [*(asked.checkpoints or []), place.checkpoint(1).id]}))
+    assert (shards(place, second.id), shards(place, third.id)) == (["queued"], ["succeeded", "queued"])
+    lose_the_attempt(attempt)
+    tend(place.context, tend(place.context))
+    assert (shards(place, first.id), shards(place, third.id)) == (["queued"], ["queued", "queued"])
+    place.work()
+    assert {place.job(job.id).status for job in (first, second, third)} == {"succeeded"}
+
+
+def test_bytes_that_are_lost_with_their_deleted_job_concern_nobody(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    committed_only(place)
+    waiting = tend(place.context)
+    place.context.jobs.cancel(job.id)
+    place.features.remove(job.id)
+    assert tend(place.context, waiting) == []
+    assert place.context.jobs.page(limit=1).data == []
+
+
+def test_a_store_that_is_away_loses_no_commit(place: Workplace) -> None:
+    job = place.start(gradients(place))
+    committed_only(place)
+    features = place.context.settings.features
+    features.rename(features.with_name("away"))
+    with pytest.raises(FileNotFoundError, match="nothing was given up"):
+        tend(place.context, tend(place.context))
+    features.with_name("away").rename(features)
+    tend(place.context, tend(place.context))
+    assert place.job(job.id).status == "succeeded"
+
+
+def feature_set_of(place: Workplace, job: str) -> str:
+    result = place.job(job).result
+    assert result is not None
+    return str(result.model_dump()["feature_sets"][0]["id"])
 
 
 def _refuse(*_: object, **__: object) -> None:

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore.catalog import name_if_free, record_checkpoint, record_run
 from datastore.checkpoints import run_id
-from datastore.errors import Conflict, Damaged, GradstoreError, InvalidCheckpoint, InvalidInput, NotFound
+from datastore.errors import Conflict, Damaged, GradstoreError, InvalidCheckpoint, InvalidInput
 from datastore.gradients import Block, sound
 from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
@@ -325,12 +325,31 @@ def _publish(context: Context, publications: Sequence[Publication]) -> None:
     for one in publications:
         try:
             context.store.publish(one.segment, start=one.start, attempt=one.attempt, digest=one.digest)
-        except (Conflict, Damaged, NotFound) as error:  # deleted meanwhile, or its bytes are gone: tried again later
-            log.warning("chunk not published", extra={"segment": one.segment, "start": one.start, "reason": str(error)})
+        except (Conflict, Damaged) as error:
+            _give_up(context, one, reason=str(error))
         else:
             done.append(one)
     if done:
         context.jobs.published(done)
+
+
+def _give_up(context: Context, chunk: Publication, *, reason: str) -> None:
+    """Have rows computed again whose bytes are lost; these may also be deleted, or another attempt's, and then stay so.
+
+    A publication is refused only where it can never be finished: an attempt's bytes are either in its folder or, moved
+    by another publisher, under their keys.
+    """
+    problem = Problem(
+        type="bytes-lost", title="Bytes lost", status=500,
+        detail=f"what was computed for rows from {chunk.start} of {chunk.segment} was lost before it was published: "
+        f"{reason}",
+    )  # fmt: skip
+    discard = partial(context.store.give_up, chunk.segment, start=chunk.start, attempt=chunk.attempt)
+    again = context.jobs.lost(chunk, problem, discard=discard)
+    log.warning(
+        "chunk not published",
+        extra={"segment": chunk.segment, "start": chunk.start, "reason": reason, "computed_again": again},
+    )
 
 
 def _discard(context: Context, segment: str, *, start: int, attempt: int) -> None:
