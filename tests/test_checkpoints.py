@@ -23,7 +23,7 @@ from datastore.tensors import read_header
 from tests.tiny import save_tiny_model
 from tests.workplace import random_moments, tiny_adapter
 from worker import moments
-from worker.gradients import Moments
+from worker.directions import Moments
 from worker.models import load_adapter, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's

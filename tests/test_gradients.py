@@ -24,16 +24,14 @@ from transformers import (
 )
 
 from worker.batches import IGNORED, Encoded
+from worker.directions import AdamForm, GradientKind, Moments
 from worker.gradients import (
     GRADIENT_NOT_FINITE,
     GRADIENT_ZERO,
     LOSS_NOT_FINITE,
     NOTHING_SUPERVISED,
-    AdamForm,
     Features,
     GradientEngine,
-    GradientKind,
-    Moments,
 )
 from worker.models import use_gradient_checkpointing
 
@@ -153,9 +151,10 @@ class Reference:
     losses: torch.Tensor
 
 
-def reference(model: PeftModel, examples: Sequence[Encoded]) -> Reference:
+def reference(model: PeftModel | PreTrainedModel, examples: Sequence[Encoded]) -> Reference:
     double = copy.deepcopy(model).double().eval()
-    double.get_base_model().set_experts_implementation("eager")  # the fused one has no double precision
+    base = double.get_base_model() if isinstance(double, PeftModel) else double
+    base.set_experts_implementation("eager")  # the fused one has no double precision
     gradients, losses = [], []
     for row in examples:
         loss = loss_of(double, row)
@@ -207,7 +206,7 @@ def direction(gradients: torch.Tensor, kind: str, adam: str, moments: Moments) -
     return (m / (1 - 0.9**step)) / (torch.sqrt(v / (1 - 0.999**step)) + 1e-8)
 
 
-def whole(model: PeftModel, *, kind: GradientKind = "sgd", **settings: Any) -> GradientEngine:
+def whole(model: PeftModel | PreTrainedModel, *, kind: GradientKind = "sgd", **settings: Any) -> GradientEngine:
     """An engine that does not project."""
     count = sum(parameter.numel() for parameter in trainable(model).values())
     return GradientEngine(model, kind=kind, projection="none", dims=[count], **settings)
@@ -277,16 +276,16 @@ def special_adapters() -> dict[str, tuple[str, dict[str, Any], bool]]:
             {"target_modules": "all-linear", "use_rslora": True},
             True,
         ),
-        "DoRA": ("llama", {"use_dora": True}, False),
+        "DoRA": ("llama", {"use_dora": True}, True),
         "trained biases of a Conv1D": (
             "gpt2",
             {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True},
-            False,
+            True,
         ),
-        "LoRA on the embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, False),
-        "trained norms": ("llama", {"modules_to_save": ["input_layernorm"]}, False),
+        "LoRA on the embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, True),
+        "trained norms": ("llama", {"modules_to_save": ["input_layernorm"]}, True),
         "LoRA on fused experts": ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj"]}, False),
-        "LoRA on flattened tokens": ("qwen2_moe", {"target_modules": ["shared_expert.up_proj"]}, False),
+        "LoRA on flattened tokens": ("qwen2_moe", {"target_modules": ["shared_expert.up_proj"]}, True),
     }
 
 
@@ -324,6 +323,51 @@ def test_a_layer_used_twice_is_covered_exactly(where: str) -> None:
     engine = whole(model)
     assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
     assert engine.one_at_a_time
+
+
+class Sorted(torch.nn.Module):
+    """A layer for flattened tokens that goes through them in an order of its own, as a sorting router would."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        order = tokens[:, 0].argsort()
+        return self.layer(tokens[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_flattened_tokens_in_another_order_are_noticed(kind: GradientKind) -> None:
+    base = base_model("qwen2_moe")
+    for layer in base.model.layers:
+        layer.mlp.shared_expert = Sorted(layer.mlp.shared_expert)
+    model = adapt(base, target_modules=["q_proj", "shared_expert.layer.up_proj"], lora_dropout=0.0)
+    moments = train(model.eval())
+    engine = whole(model, kind=kind, moments=moments)
+    truth = direction(reference(model, rows()).gradients, kind, "less", moments)
+    assert relative_error(only(run(engine, rows())), truth) < 1e-5
+    assert engine.one_at_a_time
+
+
+def test_the_sum_of_the_losses_has_the_gradient_of_the_mean_times_the_tokens() -> None:
+    model, moments, truth = trained("llama")
+    features = run(whole(model, reduction="sum"), rows())
+    assert relative_error(only(features), truth.gradients * torch.tensor(features.tokens)[:, None]) < 1e-5
+    np.testing.assert_allclose(features.losses, truth.losses, rtol=1e-5)
+    mapped = direction(truth.gradients * torch.tensor(features.tokens)[:, None], "adam", "exact", moments)
+    features = run(whole(model, kind="adam", adam="exact", moments=moments, reduction="sum"), rows())
+    assert relative_error(only(features), mapped) < 1e-5
+
+
+@pytest.mark.parametrize("chosen", ["mlp.down_proj", "self_attn", "norm", "embed_tokens"])
+def test_chosen_weights_of_a_model_without_an_adapter_have_features(chosen: str) -> None:
+    model = base_model("llama").requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen in name)
+    engine = whole(model)
+    assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
+    assert engine.one_at_a_time == []
 
 
 def test_adam_moves_parameters_that_the_loss_does_not_depend_on() -> None:
@@ -385,8 +429,8 @@ def test_layers_taken_in_small_slices_of_the_batch_give_the_same_features(monkey
     model, moments, _ = trained("llama")
     engine = GradientEngine(model, kind="adam", moments=moments, dims=[128])
     usual = run(engine, rows())
-    monkeypatch.setattr("worker.gradients.GRADIENT_ELEMENTS", 1)
-    monkeypatch.setattr("worker.gradients.LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr("worker.taps.GRADIENT_ELEMENTS", 1)
+    monkeypatch.setattr("worker.losses.LOGIT_ELEMENTS", 1)
     assert relative_error(only(run(engine, rows())), only(usual)) < 1e-6
 
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "worker": ["gradstore.__version__", "gradstore.types*", "datastore.*"],
 }
 KNOW_CELERY = {"service/queue.py", "worker/celery_app.py"}
-ENGINE = ["worker.models", "worker.batches", "worker.gradients", "worker.projection"]
+ENGINE = [f"worker.{name}" for name in ("models", "batches", "losses", "taps", "directions", "projection", "gradients")]
 
 
 def modules(package: str) -> Iterator[Path]:

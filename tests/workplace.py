@@ -30,7 +30,7 @@ from tests.conftest import REPOSITORY
 from tests.tiny import save_tiny_model
 from worker import moments
 from worker.context import Context
-from worker.gradients import Moments
+from worker.directions import Moments
 from worker.jobs import KINDS, Outcome, run, tend
 from worker.models import load_model
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:  # collate imports torch itself: planning needs none
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Batch", "Encoded", "Unsupervised", "collate", "encode", "encode_answer", "encode_prompt", "plan"]
+__all__ = [
+    "IGNORED", "Batch", "Encoded", "Unsupervised", "collate", "encode", "encode_answer", "encode_prompt", "plan",
+    "slices",
+]  # fmt: skip
 
 IGNORED = -100
 """Label of a token that is not learnt from."""
@@ -114,6 +117,17 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int) -> Batch:
         attention_mask=padded(([1] * len(row.input_ids) for row in encoded), 0),
         labels=padded((row.labels for row in encoded), IGNORED),
     )
+
+
+def slices(examples: int, size: int, *, elements: int) -> Iterator[slice]:
+    """Cut `examples` rows of `size` numbers into slices of at most `elements` numbers, at least one row each.
+
+    >>> list(slices(3, 10, elements=25))
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    at_once = max(1, elements // max(1, size))
+    for start in range(0, examples, at_once):
+        yield slice(start, min(start + at_once, examples))
 
 
 def _encoded(ids: Sequence[int], learnt: Sequence[bool]) -> Encoded:

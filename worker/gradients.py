@@ -1,76 +1,51 @@
 """The gradient engine: the projected gradient of every single example, at about the price of a plain training step.
 
-For a linear layer y = xWᵀ the gradient of example b is Σ_t δ_bt ⊗ x_bt, δ being the gradient of y. So one forward and
-one backward pass of the *sum* of the examples' mean losses give every example's own gradient, exactly, by one batched
-matrix product per layer (Goodfellow, 2015, arXiv 1510.01799); an example's terms never meet another's. A layer's
-gradients (examples × size) are mapped (Adam), measured, projected and dropped inside the backward pass: the whole
+One forward and one backward pass of the *sum* of the examples' losses (worker/losses.py) give every example's own
+gradient, exactly, since an example's terms never meet another's: taps in the layers (worker/taps.py) compute it in the
+place of the sum over the batch that autograd would compute. A layer's gradients (examples × size) are mapped
+(worker/directions.py), measured, projected (worker/projection.py) and dropped inside the backward pass: the whole
 gradient (examples × parameters) never exists, and no parameter gets a `.grad`.
 
-Three things keep the price low, and none changes a number:
+What no tap can attribute to examples (LoRA on fused experts, a layer used twice) is noticed, because autograd reaches
+the parameter by another way, and from then on the engine runs the examples one at a time through plain autograd: as
+exact, and some three to twenty times slower. `GradientEngine.one_at_a_time` names the cause.
 
-* padding stands on the right, where a causal model's real tokens never look, so there is no attention mask to build;
-* logits are made for supervised positions only, and their cross-entropy keeps two float32 numbers per token beside
-  them, where log-softmax would keep a second copy;
-* the trainable linear layers run as `_TappedLinear`, which computes the per-example gradients in the place of the
-  summed one that autograd would compute.
-
-That covers LoRA's A and B and any other trainable weight or bias of an `nn.Linear`. What else PEFT trains (DoRA's
-magnitudes, norms, embeddings, biases of a Conv1D, LoRA on fused experts, a layer used twice or on flattened tokens) is
-noticed, because autograd reaches the parameter by another way than the tap, and from then on the engine runs the
-examples one at a time through plain autograd: as exact, and some three to twenty times slower.
-`GradientEngine.one_at_a_time` names the cause.
-
-Order of parameters: `model.named_parameters()`, the trainable ones. Mathematics: LESS (arXiv 2402.04333), section 2.
+Order of parameters: `model.named_parameters()`, the trainable ones. They may be an adapter's, or chosen weights of a
+model without one: the features are then those of its full gradient.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from worker.batches import IGNORED, Encoded, collate, plan
+from worker import taps
+from worker.batches import IGNORED, Encoded, plan, slices
+from worker.directions import AdamForm, Direction, GradientKind, Moments, make_direction
+from worker.losses import Inputs, Model, losses
 from worker.models import use_exact_mode
 from worker.projection import Projection, ProjectionName, make_projection
 
-GradientKind = Literal["adam", "sgd", "sign"]
-AdamForm = Literal["less", "exact"]
-
-BETA1 = 0.9
-BETA2 = 0.999
-EPSILON = 1e-8
+Reduction = Literal["mean", "sum"]
 
 LOSS_NOT_FINITE = "loss is not finite"
 GRADIENT_NOT_FINITE = "gradient is not finite"
 GRADIENT_ZERO = "gradient is zero"
 NOTHING_SUPERVISED = "no supervised token"
 
-GRADIENT_ELEMENTS = 1 << 26  # per-example gradients of one layer at a time: 256 MiB as float32
-LOGIT_ELEMENTS = 1 << 22  # logits turned into a loss at a time: 16 MiB as float32
-
 HALF_LOSS_SCALE = 1024.0  # float16 loses gradients below 6e-8; a power of two changes no digit of the others
 
+LEAST_COSINE = {torch.float32: 0.999, torch.float64: 0.999}  # of one feature computed in two ways
+LEAST_COSINE_HALF = 0.95
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Adam's state at a checkpoint, by parameter name."""
-
-    exp_avg: Mapping[str, Tensor]
-    """First moment m, in the shape of its parameter."""
-    exp_avg_sq: Mapping[str, Tensor]
-    """Second moment v, in the shape of its parameter."""
-    step: int
-    """Optimizer steps taken."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +70,7 @@ class GradientEngine:
     `kind`: `sgd` is the gradient g; `sign` its sign; `adam` the direction in which Adam would step,
     with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g²: m' / √(v' + ε) in the form `less` (LESS's published code), and
     (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at t = step + 1 in the form `exact` (its paper, and Adam itself).
+    `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum.
 
     The model is put in the mode of evaluation (gradient checkpointing stays on where it is on), a `.grad` left from
     training is dropped, and nothing else of it changes. Memory beside the training step's: examples × sum of `dims`
@@ -105,7 +81,7 @@ class GradientEngine:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: Model,
         *,
         kind: GradientKind,
         adam: AdamForm = "less",
@@ -113,6 +89,7 @@ class GradientEngine:
         projection: ProjectionName = "blocks",
         dims: Sequence[int],
         seed: int = 0,
+        reduction: Reduction = "mean",
     ) -> None:
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -128,8 +105,12 @@ class GradientEngine:
             seed=seed,
             device=self.device,
         )
-        self._direction = self._make_direction(kind, adam, moments)
-        self._layers, self.one_at_a_time = _tappable_layers(model, self.parameters)
+        self._direction = make_direction(
+            kind, adam=adam, moments=moments, parameters=self.parameters, device=self.device
+        )
+        self._reduction = reduction
+        self._sites, self.one_at_a_time = taps.find_sites(model, self.parameters)
+        self._in_order = False
         self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         self._drop_gradients()
         use_exact_mode(model)
@@ -166,18 +147,44 @@ class GradientEngine:
         return self._compute_one_by_one(rows, pad_id=pad_id)
 
     def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch | None:
-        inputs = _Inputs.of(rows, pad_id=pad_id, device=self.device)
+        inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
         batch = self._batch(len(rows))
-        with _tapped(self._layers, inputs.shape, batch.take) as tap:
-            losses = self._losses(inputs)
-            (losses.sum() * self._scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        batch.losses = losses.detach()
-        self.one_at_a_time = tap.strays + self._drop_gradients()
+        with taps.tapped(self._sites, inputs.shape, batch.take) as recorder:
+            means = losses(self.model, inputs)
+            self._objective(means, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        batch.losses = means.detach()
+        self.one_at_a_time = recorder.strays + self._drop_gradients()
+        if not self.one_at_a_time and recorder.flattened:
+            self.one_at_a_time = self._out_of_order(rows, recorder.flattened, pad_id=pad_id)
         if self.one_at_a_time:
             log.info("examples go one at a time", extra={"parameters": self.one_at_a_time[:5]})
             return None
         batch.take_zeros(self.parameters.keys() - batch.seen)
         return batch
+
+    def _objective(self, means: Tensor, inputs: Inputs) -> Tensor:
+        """Return the number whose gradient is taken: the examples' losses together, scaled."""
+        by_example = means * inputs.counts if self._reduction == "sum" else means
+        return by_example.sum() * self._scale
+
+    def _out_of_order(self, rows: Sequence[Encoded], flattened: Mapping[str, Tensor], *, pad_id: int) -> list[str]:
+        """Name the parameters whose flattened tokens were no rows in order: tested once, by the first example alone.
+
+        A router that sorts tokens by their expert gives as many as there are, in another order.
+        """
+        if self._in_order or len(rows) == 1:
+            return []
+        inputs = Inputs.of(rows[:1], pad_id=pad_id, device=self.device)
+        objective = self._objective(losses(self.model, inputs), inputs)
+        alone = torch.autograd.grad(objective, [self.parameters[name] for name in flattened], materialize_grads=True)
+        least = LEAST_COSINE.get(self.model.dtype, LEAST_COSINE_HALF)
+        wrong = [
+            name
+            for (name, together), gradient in zip(flattened.items(), alone, strict=True)
+            if not _cosine(together, gradient.flatten()) >= least
+        ]
+        self._in_order = not wrong
+        return wrong
 
     def _drop_gradients(self) -> list[str]:
         """Name the parameters that autograd gave a gradient by another way than a tap, and drop it."""
@@ -189,11 +196,15 @@ class GradientEngine:
     def _compute_one_by_one(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         batch = self._batch(len(rows))
         for position, row in enumerate(rows):
-            loss = self._losses(_Inputs.of([row], pad_id=pad_id, device=self.device))
+            inputs = Inputs.of([row], pad_id=pad_id, device=self.device)
+            mean = losses(self.model, inputs)
             gradients = torch.autograd.grad(
-                loss.sum() * self._scale, list(self.parameters.values()), allow_unused=True, materialize_grads=True
+                self._objective(mean, inputs),
+                list(self.parameters.values()),
+                allow_unused=True,
+                materialize_grads=True,
             )
-            batch.losses[position] = loss.detach()[0]
+            batch.losses[position] = mean.detach()[0]
             for name, gradient in zip(self.parameters, gradients, strict=True):
                 # autograd may give two parameters one tensor, and what is taken may be overwritten
                 batch.take(name, gradient.flatten().clone().unsqueeze(0), slice(position, position + 1))
@@ -202,97 +213,6 @@ class GradientEngine:
     def _batch(self, examples: int) -> _Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         return _Batch(examples, sizes, self._direction, self.projection, 1 / self._scale)
-
-    def _losses(self, inputs: _Inputs) -> Tensor:
-        """Return the mean cross-entropy over the supervised tokens of each example: (examples,) float32."""
-        with _logits_only_at(inputs, self.model) as reduced:
-            logits = self.model(input_ids=inputs.input_ids, use_cache=False).logits
-        logits = logits.flatten(0, 1)
-        if not reduced:
-            logits = logits.index_select(0, inputs.positions)
-        losses: Tensor = _CrossEntropy.apply(logits, inputs.targets)  # type: ignore[no-untyped-call]  # torch's
-        # laid out in rows and summed: adding by index has no fixed order on a GPU
-        spread = torch.zeros(inputs.input_ids.numel(), device=self.device).index_copy(0, inputs.positions, losses)
-        return spread.view(inputs.shape).sum(1) / inputs.counts
-
-    def _make_direction(self, kind: GradientKind, adam: AdamForm, moments: Moments | None) -> Direction:
-        if kind == "sgd":
-            return _sgd
-        if kind == "sign":
-            return _sign
-        if moments is None:
-            raise ValueError("kind='adam' needs Adam's moments, and this checkpoint has none; ask for sgd or sign")
-        return _Adam(adam, _fitting(moments, self.parameters), self.device)
-
-
-# What is done with a gradient ----------------------------------------------------------------------------------------
-
-Direction = Callable[[str, Tensor], Tensor]
-"""Maps the flat gradients (examples, size) of the named parameter, float32, to directions; it may overwrite them."""
-
-
-def _sgd(_name: str, gradients: Tensor) -> Tensor:
-    return gradients
-
-
-def _sign(_name: str, gradients: Tensor) -> Tensor:
-    return gradients.sign_()
-
-
-class _Adam:
-    """Adam's step at fixed moments, as four operations on precomputed tensors.
-
-    `less`: (a + c₁g) / √(b + c₂g²) with a = β₁m, b = β₂v + ε, c₁ = 1 − β₁, c₂ = 1 − β₂. `exact`: a and c₁ over 1 − β₁ᵗ,
-    b = β₂v and c₂ over 1 − β₂ᵗ, and ε is added to the root.
-    """
-
-    def __init__(self, form: AdamForm, moments: Moments, device: torch.device) -> None:
-        step = moments.step + 1
-        exact = form == "exact"
-        first = 1 - BETA1**step if exact else 1.0
-        second = 1 - BETA2**step if exact else 1.0
-        self._outside = EPSILON if exact else 0.0
-        self._c1 = (1 - BETA1) / first
-        self._c2 = (1 - BETA2) / second
-        inside = 0.0 if exact else EPSILON
-        self._a = {name: _flat(m, device).mul_(BETA1 / first) for name, m in moments.exp_avg.items()}
-        self._b = {name: _flat(v, device).mul_(BETA2 / second).add_(inside) for name, v in moments.exp_avg_sq.items()}
-
-    def __call__(self, name: str, gradients: Tensor) -> Tensor:
-        roots = torch.addcmul(self._b[name], gradients, gradients, value=self._c2).sqrt_()
-        if self._outside:
-            roots.add_(self._outside)
-        return gradients.mul_(self._c1).add_(self._a[name]).div_(roots)
-
-
-def _flat(moment: Tensor, device: torch.device) -> Tensor:
-    return moment.detach().to(device=device, dtype=torch.float32, copy=True).flatten()
-
-
-def _fitting(moments: Moments, parameters: Mapping[str, Tensor]) -> Moments:
-    """Return `moments` where they are those of `parameters`: the same names and shapes, finite, v not negative."""
-    for label, values in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):
-        _refuse_names(label, missing=parameters.keys() - values.keys(), extra=values.keys() - parameters.keys())
-        for name, value in values.items():
-            if value.shape != parameters[name].shape:
-                raise ValueError(
-                    f"Adam's {label} of {name!r} has the shape {tuple(value.shape)} and the parameter "
-                    f"{tuple(parameters[name].shape)}: the moments belong to another adapter"
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"Adam's {label} of {name!r} holds numbers that are not finite")
-            if label == "exp_avg_sq" and bool((value < 0).any()):
-                raise ValueError(f"Adam's {label} of {name!r} holds negative numbers: it is no mean of squares")
-    if moments.step < 0:
-        raise ValueError(f"Adam's step is {moments.step}; it counts the steps taken")
-    return moments
-
-
-def _refuse_names(label: str, *, missing: set[str], extra: set[str]) -> None:
-    for names, fault in ((missing, "lack the trainable parameter"), (extra, "name what is no trainable parameter:")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"Adam's moments ({label}) {fault} {min(names)!r}{more}")
 
 
 class _Batch:
@@ -328,7 +248,7 @@ class _Batch:
     def take_zeros(self, names: set[str]) -> None:
         """Take in parameters that the loss did not depend on: Adam moves these too."""
         for name in sorted(names):
-            for examples in _slices(self._examples, self._sizes[name]):
+            for examples in slices(self._examples, self._sizes[name], elements=taps.GRADIENT_ELEMENTS):
                 zeros = torch.zeros(examples.stop - examples.start, self._sizes[name], device=self._peaks.device)
                 self.take(name, zeros, examples)
 
@@ -375,214 +295,8 @@ def _supervised_tokens(row: Encoded) -> int:
     return sum(label != IGNORED for label in row.labels[1:])
 
 
-# The forward pass ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """A batch on its device, and where its N supervised tokens are."""
-
-    input_ids: Tensor
-    """(examples, tokens)."""
-    positions: Tensor
-    """(N,) positions, in the flattened batch, whose logits predict the supervised tokens."""
-    targets: Tensor
-    """(N,) the supervised tokens."""
-    counts: Tensor
-    """(examples,) supervised tokens, float32."""
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.input_ids.shape
-
-    @classmethod
-    def of(cls, rows: Sequence[Encoded], *, pad_id: int, device: torch.device) -> _Inputs:
-        batch = collate(rows, pad_id=pad_id)
-        mask = batch.attention_mask.bool()
-        if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
-            raise ValueError("a batch must be padded on the right: a causal model then never looks at the padding")
-        # padding repeats the example's first token: the pad token may lie outside the vocabulary
-        input_ids = torch.where(mask, batch.input_ids, batch.input_ids[:, :1])
-        examples, predictors = torch.nonzero(batch.labels[:, 1:] != IGNORED, as_tuple=True)
-        positions = examples * input_ids.shape[1] + predictors
-        targets = batch.labels[examples, predictors + 1]
-        counts = torch.bincount(examples, minlength=len(rows)).float()
-        return cls(*(tensor.to(device) for tensor in (input_ids, positions, targets, counts)))
-
-
-@dataclass
-class _Reduced:
-    """Whether the output layer saw the supervised positions only."""
-
-    done: bool = False
-
-    def __bool__(self) -> bool:
-        return self.done
-
-
-@contextmanager
-def _logits_only_at(inputs: _Inputs, model: PeftModel) -> Iterator[_Reduced]:
-    """Give the output layer the hidden states of the supervised positions only, as a batch of one.
-
-    Every architecture's own treatment of logits (scale, soft cap) still applies. A trainable output layer is left
-    alone, since its gradients need the examples apart.
-    """
-    reduced = _Reduced()
-    head = model.get_output_embeddings()
-    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
-        yield reduced
-        return
-
-    def reduce(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = arguments[0]
-        if hidden.shape[:-1] != inputs.shape:
-            return None
-        reduced.done = True
-        return (hidden.flatten(0, 1).index_select(0, inputs.positions).unsqueeze(0), *arguments[1:])
-
-    handle = head.register_forward_pre_hook(reduce)
-    try:
-        yield reduced
-    finally:
-        handle.remove()
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each token from its logits, in float32 whatever the logits are.
-
-    The backward pass makes the softmax again from the logits and two numbers per token (maximum, and log of the sum):
-    log-softmax keeps a float32 copy of all logits instead, 5 GB at 8,192 tokens of a vocabulary of 152K.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Map logits (tokens, vocabulary) and targets (tokens,) to losses (tokens,)."""
-        highest = logits.amax(1, keepdim=True).float()
-        sums = torch.empty_like(highest)
-        for part in _slices(*logits.shape, elements=LOGIT_ELEMENTS):
-            torch.sum((logits[part].float() - highest[part]).exp_(), 1, keepdim=True, out=sums[part])
-        log_sums = sums.log()
-        ctx.save_for_backward(logits, targets, highest, log_sums)
-        chosen = logits.gather(1, targets.unsqueeze(1)).float()
-        return (log_sums - (chosen - highest)).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Return softmax − one-hot, times the gradient of the loss."""
-        logits, targets, highest, log_sums = ctx.saved_tensors
-        weights = gradients[0].unsqueeze(1)
-        result = torch.empty_like(logits)
-        for part in _slices(*logits.shape, elements=LOGIT_ELEMENTS):
-            softmax = (logits[part].float() - highest[part]).sub_(log_sums[part]).exp_()
-            softmax.scatter_add_(1, targets[part].unsqueeze(1), torch.full_like(weights[part], -1))
-            result[part] = softmax.mul_(weights[part])
-        return result, None
-
-
-def _slices(examples: int, size: int, *, elements: int = GRADIENT_ELEMENTS) -> Iterator[slice]:
-    """Cut `examples` rows of `size` numbers into slices of at most `elements` numbers, at least one row each."""
-    at_once = max(1, elements // max(1, size))
-    for start in range(0, examples, at_once):
-        yield slice(start, min(start + at_once, examples))
-
-
-# Taps ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A trainable linear layer and the full names of its trainable parameters."""
-
-    module: nn.Linear
-    weight: str | None
-    bias: str | None
-
-
-@dataclass
-class _Tap:
-    """Where the taps of one batch put what they get, and what they could not attribute to examples."""
-
-    shape: torch.Size
-    """(examples, tokens) of the batch."""
-    take: Callable[[str, Tensor, slice], None]
-    strays: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
-
-    def gradients(self, layer: _Layer, inputs: Tensor, deltas: Tensor) -> None:
-        """Take the gradients of `layer` from its inputs (examples, tokens, in) and those of its outputs (…, out)."""
-        names = [name for name in (layer.weight, layer.bias) if name is not None]
-        if inputs.shape[:-1] != self.shape or not self.used.isdisjoint(names):
-            self.strays += names
-            return
-        self.used.update(names)
-        if layer.weight is not None:
-            for part in _slices(inputs.shape[0], inputs.shape[-1] * deltas.shape[-1]):
-                outer = torch.bmm(deltas[part].transpose(1, 2), inputs[part])
-                self.take(layer.weight, outer.flatten(1), part)
-        if layer.bias is not None:
-            self.take(layer.bias, deltas.sum(1), slice(0, inputs.shape[0]))
-
-
-class _TappedLinear(torch.autograd.Function):
-    """`nn.Linear` whose backward pass hands the per-example gradients to a tap instead of summing them.
-
-    The weight goes in as an argument so that the output requires a gradient where the input does not (the first layer).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, tap: _Tap) -> Tensor:
-        """Return xWᵀ + b."""
-        ctx.save_for_backward(inputs, weight)  # and not on ctx: gradient checkpointing packs what is saved here
-        ctx.layer = layer
-        ctx.tap = tap
-        return nn.functional.linear(inputs, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        """Return the inputs' gradient only."""
-        inputs, weight = ctx.saved_tensors
-        ctx.tap.gradients(ctx.layer, inputs, deltas[0])
-        return (deltas[0] @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
-
-
-def _tappable_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[list[_Layer], list[str]]:
-    """Find the linear layers that hold trainable parameters, and the trainable parameters outside of them."""
-    layers = []
-    covered: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
-            own = {name: f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-            if own:
-                layers.append(_Layer(module, own.get("weight"), own.get("bias")))
-                covered += own.values()
-    # a parameter shared by two layers comes up under a name that named_parameters() leaves out
-    shared = [name for name in covered if name not in parameters]
-    return layers, shared + [name for name in parameters if name not in covered]
-
-
-@contextmanager
-def _tapped(layers: Sequence[_Layer], shape: torch.Size, take: Callable[[str, Tensor, slice], None]) -> Iterator[_Tap]:
-    """Let `layers` run as tapped ones for one forward and backward pass."""
-    tap = _Tap(shape, take)
-    before = [vars(layer.module).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            vars(layer.module)["forward"] = _tapped_forward(layer, tap)
-        yield tap
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                vars(layer.module).pop("forward", None)
-            else:
-                vars(layer.module)["forward"] = forward  # as a hook of accelerate left it
-
-
-def _tapped_forward(layer: _Layer, tap: _Tap) -> Callable[[Tensor], Tensor]:
-    def forward(inputs: Tensor) -> Tensor:
-        module = layer.module
-        output: Tensor = _TappedLinear.apply(  # type: ignore[no-untyped-call]  # torch's
-            inputs, module.weight, module.bias, layer, tap
-        )
-        return output
-
-    return forward
+def _cosine(first: Tensor, second: Tensor) -> float:
+    """Return the cosine of two vectors; 1 where both are zero."""
+    if not bool(first.any()) and not bool(second.any()):
+        return 1.0
+    return float(torch.nn.functional.cosine_similarity(first.float(), second.float(), dim=0))

@@ -34,7 +34,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from datastore.checkpoints import ADAPTER_WEIGHTS, file_key, parameter_name, trainable
 from datastore.errors import GradstoreError, InvalidCheckpoint
 from datastore.tensors import read_header
-from worker.gradients import Moments
+from worker.directions import Moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_DECAYING = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]

@@ -1,0 +1,140 @@
+"""The loss of every example of a batch, at the price of the supervised tokens alone.
+
+* Padding stands on the right, where a causal model's real tokens never look, so there is no attention mask to build.
+* Logits are made for supervised positions only, and their cross-entropy keeps two float32 numbers per token beside
+  them, where log-softmax would keep a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from worker.batches import IGNORED, Encoded, collate, slices
+
+Model = PeftModel | PreTrainedModel
+
+LOGIT_ELEMENTS = 1 << 22  # logits turned into a loss at a time: 16 MiB as float32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on its device, and where its N supervised tokens are."""
+
+    input_ids: Tensor
+    """(examples, tokens)."""
+    positions: Tensor
+    """(N,) positions, in the flattened batch, whose logits predict the supervised tokens."""
+    targets: Tensor
+    """(N,) the supervised tokens."""
+    counts: Tensor
+    """(examples,) supervised tokens, float32."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(examples, tokens)."""
+        return self.input_ids.shape
+
+    @classmethod
+    def of(cls, rows: Sequence[Encoded], *, pad_id: int, device: torch.device) -> Inputs:
+        """Pad `rows` on the right and put them on the device."""
+        batch = collate(rows, pad_id=pad_id)
+        mask = batch.attention_mask.bool()
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
+            raise ValueError("a batch must be padded on the right: a causal model then never looks at the padding")
+        # padding repeats the example's first token: the pad token may lie outside the vocabulary
+        input_ids = torch.where(mask, batch.input_ids, batch.input_ids[:, :1])
+        examples, predictors = torch.nonzero(batch.labels[:, 1:] != IGNORED, as_tuple=True)
+        positions = examples * input_ids.shape[1] + predictors
+        targets = batch.labels[examples, predictors + 1]
+        counts = torch.bincount(examples, minlength=len(rows)).float()
+        return cls(*(tensor.to(device) for tensor in (input_ids, positions, targets, counts)))
+
+
+def losses(model: Model, inputs: Inputs) -> Tensor:
+    """Return the mean cross-entropy over the supervised tokens of each example: (examples,) float32."""
+    with _logits_only_at(inputs, model) as reduced:
+        logits = model(input_ids=inputs.input_ids, use_cache=False).logits
+    logits = logits.flatten(0, 1)
+    if not reduced:
+        logits = logits.index_select(0, inputs.positions)
+    by_token: Tensor = _CrossEntropy.apply(logits, inputs.targets)  # type: ignore[no-untyped-call]  # torch's
+    # laid out in rows and summed: adding by index has no fixed order on a GPU
+    spread = torch.zeros(inputs.input_ids.numel(), device=by_token.device).index_copy(0, inputs.positions, by_token)
+    return spread.view(inputs.shape).sum(1) / inputs.counts
+
+
+@dataclass
+class _Reduced:
+    """Whether the output layer saw the supervised positions only."""
+
+    done: bool = False
+
+    def __bool__(self) -> bool:
+        return self.done
+
+
+@contextmanager
+def _logits_only_at(inputs: Inputs, model: Model) -> Iterator[_Reduced]:
+    """Give the output layer the hidden states of the supervised positions only, as a batch of one.
+
+    Every architecture's own treatment of logits (scale, soft cap) still applies. A trainable output layer is left
+    alone, since its gradients need the examples apart.
+    """
+    reduced = _Reduced()
+    head = model.get_output_embeddings()
+    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+        yield reduced
+        return
+
+    def reduce(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = arguments[0]
+        if hidden.shape[:-1] != inputs.shape:
+            return None
+        reduced.done = True
+        return (hidden.flatten(0, 1).index_select(0, inputs.positions).unsqueeze(0), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(reduce)
+    try:
+        yield reduced
+    finally:
+        handle.remove()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each token from its logits, in float32 whatever the logits are.
+
+    The backward pass makes the softmax again from the logits and two numbers per token (maximum, and log of the sum):
+    log-softmax keeps a float32 copy of all logits instead, 5 GB at 8,192 tokens of a vocabulary of 152K.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Map logits (tokens, vocabulary) and targets (tokens,) to losses (tokens,)."""
+        highest = logits.amax(1, keepdim=True).float()
+        sums = torch.empty_like(highest)
+        for part in slices(*logits.shape, elements=LOGIT_ELEMENTS):
+            torch.sum((logits[part].float() - highest[part]).exp_(), 1, keepdim=True, out=sums[part])
+        log_sums = sums.log()
+        ctx.save_for_backward(logits, targets, highest, log_sums)
+        chosen = logits.gather(1, targets.unsqueeze(1)).float()
+        return (log_sums - (chosen - highest)).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return softmax − one-hot, times the gradient of the loss."""
+        logits, targets, highest, log_sums = ctx.saved_tensors
+        weights = gradients[0].unsqueeze(1)
+        result = torch.empty_like(logits)
+        for part in slices(*logits.shape, elements=LOGIT_ELEMENTS):
+            softmax = (logits[part].float() - highest[part]).sub_(log_sums[part]).exp_()
+            softmax.scatter_add_(1, targets[part].unsqueeze(1), torch.full_like(weights[part], -1))
+            result[part] = softmax.mul_(weights[part])
+        return result, None
