@@ -1,4 +1,4 @@
-"""What every route does beside its own work: the media types it takes, idempotency, entity tags.
+"""What every route does beside its own work: HEAD, the media types it takes, idempotency, entity tags.
 
 A route takes the media types that its entry in the OpenAPI document names, so the two cannot differ.
 """
@@ -6,7 +6,7 @@ A route takes the media types that its entry in the OpenAPI document names, so t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,6 +18,7 @@ from service.dependencies import backend_of
 from service.problems import UnsupportedMediaType
 
 JSON = "application/json"
+READING = frozenset({"GET", "HEAD"})
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -30,7 +31,7 @@ class Route(APIRoute):
         accepted = self._media_types()
 
         async def handle(request: Request) -> Response:
-            if request.method == "GET":
+            if request.method in READING:
                 return conditional(request, await answer(request))
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if media_type == forms.MEDIA_TYPE and media_type in accepted:
@@ -50,13 +51,29 @@ class Route(APIRoute):
         return frozenset(documented or ({JSON} if self.body_field else ()))
 
 
-def noun(collection: str) -> APIRouter:
+class Router(APIRouter):
+    """A router whose GET routes answer HEAD, too: the headers alone, and nothing is read or made for the body."""
+
+    def __init__(self, *, prefix: str = "", tag: str) -> None:
+        super().__init__(prefix=prefix, tags=[tag], route_class=Route)
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
+        """Add a route, and its HEAD beside a GET."""
+        super().add_api_route(path, endpoint, **settings)
+        if settings.get("methods") == ["GET"]:
+            head = {"methods": ["HEAD"], "include_in_schema": False}
+            super().add_api_route(path, endpoint, **settings | head)
+
+
+def noun(collection: str) -> Router:
     """A router of routes below `/collection`."""
-    return APIRouter(prefix=f"/{collection}", tags=[collection], route_class=Route)
+    return Router(prefix=f"/{collection}", tag=collection)
 
 
 def conditional(request: Request, response: Response) -> Response:
-    """The response with its entity tag, or 304 where the client has it already."""
+    """The response with its entity tag, or 304 where the client has it already; a stream is not begun for HEAD."""
+    if request.method == "HEAD" and isinstance(response, StreamingResponse):
+        response.body_iterator = _nothing()
     if response.status_code != 200:
         return response
     tag = response.headers.get("etag")
@@ -69,6 +86,12 @@ def conditional(request: Request, response: Response) -> Response:
     if tag in wanted or "*" in wanted:
         return Response(status_code=304, headers={"ETag": tag})
     return response
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    """The body of an answer to HEAD."""
+    return
+    yield b""
 
 
 async def _once(request: Request, content: bytes, answer: Handler) -> Response:

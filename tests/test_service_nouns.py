@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service import zips
 from tests.serving import Service, jsonl, problem_of
 
 
@@ -167,3 +168,38 @@ def test_a_range_goes_on_only_where_nothing_has_changed(service: Service) -> Non
     headers = {"Range": "bytes=5-", "If-Range": tag}
     assert service.http.get("/datasets/pool/content", headers=headers).status_code == 206
     assert service.http.get("/datasets/pool/content", headers=headers | {"If-Range": '"other"'}).status_code == 200
+
+
+def test_head_is_answered_as_get_without_a_body(service: Service) -> None:
+    made = {noun: make(service, noun, 0)["id"] for noun in ("datasets", "tasks", "checkpoints", "runs", "finetunes")}
+    made["jobs"] = made["finetunes"]
+    for path, operations in service.http.get("/openapi.json").json()["paths"].items():
+        if "get" not in operations or path.endswith("/events"):
+            continue
+        address = path.replace("{reference}", made.get(path.split("/")[1], "nothing")).replace("{selection}", "nothing")
+        got, asked = service.http.get(address), service.http.head(address)
+        assert asked.status_code == got.status_code, path
+        assert not asked.content
+        for name in ("content-type", "content-disposition"):
+            assert asked.headers.get(name) == got.headers.get(name), (path, name)
+
+
+def test_head_of_a_download_says_how_long_it_is_and_reads_nothing(service: Service) -> None:
+    dataset = service.pool(5)["id"]
+    content = service.http.get(f"/datasets/{dataset}/content").content
+    asked = service.http.head(f"/datasets/{dataset}/content")
+    assert (asked.headers["content-length"], asked.content) == (str(len(content)), b"")
+    assert asked.headers["etag"] == f'"{dataset}"'
+    checkpoint = service.checkpoint()["id"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zips, "READ", "nothing")  # a file that is read with it fails
+        asked = service.http.head(f"/checkpoints/{checkpoint}/content")
+    assert asked.status_code == 200
+    assert "content-length" not in asked.headers, "a zip is made while it is sent"
+
+
+def test_head_of_a_jobs_events_does_not_wait_for_its_end(service: Service) -> None:
+    service.pool(2, name="pool")
+    job = service.finetune(dataset="pool")["id"]
+    asked = service.http.head(f"/jobs/{job}/events", timeout=5)
+    assert (asked.status_code, asked.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")

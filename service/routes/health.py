@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 from gradstore import __version__
 from gradstore.types import Health
 
 from service.dependencies import BackendDep
 from service.metrics import MEDIA_TYPE, Metrics
-from service.routing import Route
+from service.routing import Router
 
-router = APIRouter(tags=["service"], route_class=Route)
+router = Router(tag="service")
 
 
 def _metrics(request: Request) -> Metrics:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi import Query as Parameters
 from fastapi.responses import JSONResponse
 from gradstore.types import (
@@ -38,14 +38,14 @@ from datastore.recipes import Query, Sources
 from datastore.selection import combine
 from service.dependencies import Backend, BackendDep
 from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson, wanted_type
-from service.routing import Route
+from service.routing import Router
 
 NPY = "application/x-npy"
 PARQUET = "application/vnd.apache.parquet"
 LOOK_INTERVAL = 0.02  # seconds between two looks at a scoring job
 Format = Literal["json", "npy", "parquet"]
 
-router = APIRouter(tags=["selections"], route_class=Route)
+router = Router(tag="selections")
 
 
 class ScoresQuery(RequestBody):
