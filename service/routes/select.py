@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
-from fastapi import Request, Response
 from fastapi import Query as Parameters
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from gradstore.types import (
     FINISHED,
