@@ -267,7 +267,8 @@ RESULTS: dict[str, Any] = {
         "rows": [
             {
                 "model": model,
-                "task": "mmlu",
+                "task": "task_mmlu",
+                "task_name": "mmlu",
                 "subtask": None,
                 "examples": 10,
                 "loss": loss,

@@ -285,6 +285,7 @@ def test_what_was_selected_trains_a_model_that_is_better_at_the_task_and_downloa
         (row.model, row.subtask): row for row in evaluation.result.rows
     }
     assert rows.keys() == {(model, part) for model in ("base", "tuned") for part in ("sums", "talks", None)}
+    assert {(row.task, row.task_name) for row in rows.values()} == {(world.task.id, "target")}
     before, after = rows["base", None].loss, rows["tuned", None].loss
     assert before is not None
     assert after is not None

@@ -450,21 +450,19 @@ def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     """Measure a model, and the base model beside it, on the test rows of tasks."""
     began = time.monotonic()
     request = EvaluationRequest.model_validate(claim.request)
-    tasks = {
-        reference: first_rows(context.tasks.test(task), request.max_rows)
-        for reference, task in zip(request.tasks, claim.plan["tasks"], strict=True)
-    }
+    tasks = {task: first_rows(context.tasks.test(task), request.max_rows) for task in claim.plan["tasks"]}
+    names = {task: context.catalog.task(task).name for task in tasks}
     subjects: list[Subject] = ["base"] if claim.plan["checkpoint"] is None or request.baseline else []
     subjects += ["tuned"] if claim.plan["checkpoint"] is not None else []
     total = len(subjects) * sum(passes_over(examples) for examples in tasks.values())
     before = 0
     rows: list[EvaluationRow] = []
     for subject in subjects:
-        for reference, examples in tasks.items():
+        for task, examples in tasks.items():
             report = partial(_report, heartbeat, before, total)
             measured = _measure(context, claim.plan, request, subject, examples, report)
             before += passes_over(examples)
-            rows += [_evaluation_row(subject, reference, each) for each in measured]
+            rows += [_evaluation_row(subject, task, names[task], each) for each in measured]
     result = EvaluationResult(rows=rows, seconds=time.monotonic() - began)
     return context.jobs.succeed(claim, result=result.model_dump(mode="json"))
 
@@ -516,13 +514,14 @@ def _subject(
     return cast("PreTrainedModel", adapted), tokenizer
 
 
-def _evaluation_row(subject: Subject, reference: str, measured: Measured) -> EvaluationRow:
+def _evaluation_row(subject: Subject, task: str, name: str, measured: Measured) -> EvaluationRow:
     def interval(ends: tuple[float, float] | None) -> Interval | None:
         return Interval(low=ends[0], high=ends[1]) if ends else None
 
     return EvaluationRow(
         model=subject,
-        task=reference,
+        task=task,
+        task_name=name,
         subtask=measured.subtask,
         examples=measured.examples,
         loss=measured.loss,

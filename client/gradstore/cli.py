@@ -317,7 +317,7 @@ SELECTED: Columns = {
 SCORED: Columns = {name: SELECTED[name] for name in ("dataset", "row", "score", "id", "origin", "task", "subtask")}
 MEASURED: Columns = {
     "model": lambda row: row.model,
-    "task": lambda row: row.task,
+    "task": lambda row: row.task_name,
     "subtask": lambda row: row.subtask or "(all)",
     "examples": lambda row: row.examples,
     "loss": lambda row: row.loss,

@@ -680,6 +680,8 @@ class EvaluationRow(Body):
 
     model: Literal["base", "tuned"]
     task: str
+    task_name: str
+    """What the task was called when it was measured."""
     subtask: str | None
     examples: int
     loss: float | None
