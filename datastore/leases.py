@@ -81,6 +81,12 @@ class Publication:
     digest: str
 
 
+def collection(kind: JobKind | None) -> str:
+    """Where the jobs of a kind are listed; scoring jobs are listed among all jobs only."""
+    own: dict[JobKind | None, str] = {"gradients": "gradients", "finetune": "finetunes", "evaluation": "evaluations"}
+    return f"/{own.get(kind, 'jobs')}"
+
+
 Results = dict[JobKind, Callable[[Session, JobRow], dict[str, Any]]]
 
 
@@ -511,9 +517,7 @@ def _find_job(session: Session, reference: str, kind: JobKind | None) -> JobRow:
         query = query.where(JobRow.kind == kind)
     found = [] if "\0" in reference else list(session.scalars(query.limit(2)))  # PostgreSQL takes no text with one
     if not found:
-        raise NotFound(
-            kind or "job", reference, collection=f"/{kind}s" if kind in {"finetune", "evaluation"} else "/jobs"
-        )
+        raise NotFound(kind or "job", reference, collection=collection(kind))
     if len(found) > 1:
         raise Conflict(f"{len(found)} jobs of different kinds are called {reference!r}: name the job by its id")
     return found[0]

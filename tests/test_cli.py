@@ -91,7 +91,7 @@ def test_the_command_line_has_what_was_promised() -> None:
         "selections": plain | {"rows", "content"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
-        "jobs": {"list", "show", "wait", "cancel", "retry", "watch"},
+        "jobs": {"list", "show", "wait", "cancel", "retry", "watch", "delete"},
     }
     for noun, verbs in promised.items():
         assert {name.split()[2] for name in ALL if name.startswith(f"gradstore {noun} ")} == verbs

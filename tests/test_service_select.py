@@ -162,3 +162,19 @@ def test_a_selection_is_fine_tuned_on_and_then_in_use(ready: Service) -> None:
     ready.http.post(f"/jobs/{job['id']}/cancel")
     assert ready.http.delete(f"/finetunes/{job['id']}").status_code == 204
     assert ready.http.delete(f"/selections/{selection}").status_code == 204
+
+
+def test_a_scoring_job_can_be_deleted_and_its_scores_stay(ready: Service) -> None:
+    chosen = select(ready)
+    (job,) = ready.http.get("/jobs?kind=scoring").json()["data"]
+    assert ready.http.delete(f"/jobs/{job['id']}").status_code == 204
+    problem_of(ready.http.get(f"/jobs/{job['id']}"), 404)
+    assert select(ready, pct=0.2)["data"][:2] == chosen["data"]
+    assert ready.http.get("/jobs?kind=scoring").json()["data"] == [], "the scores were found"
+
+
+def test_a_job_that_made_something_is_deleted_where_that_is(ready: Service) -> None:
+    for job in ready.http.get("/jobs?kind=gradients").json()["data"]:
+        detail = problem_of(ready.http.delete(f"/jobs/{job['id']}"), 409).detail
+        assert detail.endswith(f"DELETE /gradients/{job['id']}")
+    assert len(ready.http.get("/gradients").json()["data"]) == 2

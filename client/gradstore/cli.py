@@ -341,7 +341,7 @@ def _groups() -> dict[str, typer.Typer]:
         if noun != "jobs":
             _add_list(made[noun], noun)
             _add_rename(made[noun], noun)
-            _add_delete(made[noun], noun)
+        _add_delete(made[noun], noun)
         if noun not in {"selections", "evaluations"}:
             _add_show(made[noun], noun)
     return made
@@ -373,7 +373,11 @@ def _add_rename(group: typer.Typer, noun: str) -> None:
 
 
 def _add_delete(group: typer.Typer, noun: str) -> None:
-    @group.command("delete", help="Delete some; refused while something else needs them.")
+    text = "Delete some; refused while something else needs them."
+    if noun == "jobs":
+        text = "Delete finished scoring jobs; their scores stay. Other jobs are deleted as what they are."
+
+    @group.command("delete", help=text)
     def delete(
         ctx: typer.Context,
         references: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids or names.")],

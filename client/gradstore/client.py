@@ -491,6 +491,7 @@ class Jobs(Resource[EngineT]):
     events = each(flows.events)
     cancel = call(endpoints.canceller(AnyJob))
     retry = call(endpoints.retrier(AnyJob))
+    delete = call(endpoints.deleter("jobs"))
 
 
 class Store(Resource[EngineT]):

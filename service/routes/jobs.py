@@ -9,6 +9,8 @@ from fastapi import Query, Response
 from fastapi.responses import StreamingResponse
 from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page
 
+from datastore.errors import Conflict
+from datastore.leases import collection
 from service import events
 from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.openapi import starting
@@ -72,6 +74,18 @@ def cancel_job(backend: BackendDep, reference: Reference) -> AnyJob:
 def retry_job(backend: BackendDep, reference: Reference, response: Response) -> AnyJob:
     """Go on with a failed or cancelled job from its last finished shard; 409 for any other."""
     return started(backend, backend.jobs.retry(reference), response, model=AnyJob)
+
+
+@router.delete("/{reference}", status_code=204)
+def delete_job(backend: BackendDep, reference: Reference) -> None:
+    """Delete a finished scoring job; what it computed stays. Other jobs are deleted with what they made, where it is.
+
+    409 for those, which says where, and for a job at work.
+    """
+    job = backend.jobs.get(reference)
+    if job.kind != "scoring":
+        raise Conflict(f"{job.id} is deleted with what it made: DELETE {collection(job.kind)}/{job.id}")
+    backend.jobs.remove(job.id, kind=job.kind)
 
 
 @router.get(
