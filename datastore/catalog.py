@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,11 +27,13 @@ from datastore.schema import (
     CheckpointRow,
     DatasetRow,
     IdempotencyRow,
+    JobRow,
     Noun,
     RunCheckpointRow,
     RunRow,
     SelectionRow,
     SourceRow,
+    Table,
     TaskRow,
     UseRow,
 )
@@ -221,14 +223,16 @@ class Catalog:
     # Selections -----------------------------------------------------------------------------------------------------
 
     def add_selection(self, *, id: str, recipe: dict[str, Any], summary: dict[str, Any]) -> SelectionRow:
-        """Record a selection under the hash of its recipe; asking again returns the first."""
+        """Record a selection under the hash of its recipe; asking again returns the first.
+
+        Raises `NotFound` where one of its datasets or tasks is not there any more.
+        """
         with self.transaction() as session:
             row = session.get(SelectionRow, id)
             if row is None:
                 row = SelectionRow(id=id, name=None, recipe=recipe, summary=summary, created_at=utc_now())
                 session.add(row)
-                for used in [*recipe["datasets"], *recipe["tasks"]]:
-                    session.add(UseRow(user=id, used=used))
+                use(session, user=id, used=[*recipe["datasets"], *recipe["tasks"]])
             return row
 
     def selection(self, reference: str) -> SelectionRow:
@@ -350,6 +354,17 @@ def _several_bases(checkpoints: Mapping[tuple[str, str | None], str]) -> str:
     return f"the checkpoints of a run share one base model; {', '.join(found)}: make a run of each"
 
 
+def use(session: Session, *, user: str, used: Iterable[str]) -> None:
+    """Record what a job or a selection depends on, in the transaction that records it. Raises `NotFound` for an id that
+    has been deleted since it was looked up.
+    """
+    for id in sorted(set(used)):
+        noun = _USABLE[id.partition("_")[0]]
+        if session.get(noun, id) is None:
+            raise NotFound(_noun_name(noun), id, collection=f"/{noun.__tablename__}")
+        session.add(UseRow(user=user, used=id))
+
+
 def name_if_free(session: Session, row: Noun, name: str) -> None:
     """Name a resource that has no name yet, unless another of its kind is called so."""
     noun = type(row)
@@ -428,7 +443,13 @@ def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
     return row
 
 
-def _noun_name(noun: type[Noun]) -> str:
+_USABLE: dict[str, type[Table]] = {
+    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "ft": JobRow
+}  # fmt: skip
+"""What can be needed by something else, by the beginning of its id."""
+
+
+def _noun_name(noun: type[Table]) -> str:
     return str(noun.__tablename__).removesuffix("s")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from gradstore.types import (
@@ -132,17 +133,14 @@ class Features:
         free = self._free_bytes()
         if plan.missing_bytes > free:
             raise NotEnoughSpace(needed=plan.missing_bytes, free=free)
-        missing = self._shards(plan)
-        reused = sum(shard.units for shard in missing if shard.finished)
         return self.jobs.create(
             id=plan.id,
             kind="gradients",
             request=request.model_dump(mode="json"),
-            plan={**plan.settings, "reused": reused},
-            shards=missing,
+            plan=plan.settings,
             name=request.name,
             uses=[plan.owner, *(feature.checkpoint for feature in plan.feature_sets)],
-            before=lambda session: _record(session, plan),
+            before=partial(self._begin, plan),
         )
 
     def estimate(self, request: GradientsRequest, *, tokens_per_row: float, model_bytes: int | None) -> Estimate:
@@ -185,17 +183,13 @@ class Features:
             "precision": request.precision or first.precision,
             "quantisation": request.quantisation,
         }
+        wanted = [(checkpoint.id, dim) for checkpoint in checkpoints for dim in request.dims]
         with self.catalog.reading() as session:
-            found = [
-                self._planned(session, owner, rows, settings, checkpoint.id, dim)
-                for checkpoint in checkpoints
-                for dim in request.dims
-            ]
+            found = [self._planned(session, owner, rows, settings, *each) for each in wanted]
         # The batch plan and checkpointing change no feature beyond rounding: they are recorded, and name nothing.
         name = content_id("grad", {"owner": owner, "sets": [feature.id for feature in found]})
         settings["token_budget"] = request.token_budget
         settings["gradient_checkpointing"] = request.gradient_checkpointing
-        settings["segments"] = sorted({segment for feature in found for segment, _, _ in feature.segments})
         return Plan(id=name, owner=owner, is_task=bool(request.task), rows=rows, settings=settings, feature_sets=found)
 
     def get(self, id: str) -> FeatureSet:
@@ -270,6 +264,22 @@ class Features:
             raise InvalidInput(f"the task {task.name} has no validation rows: upload it again with some")
         return task.id, task.validation
 
+    def _begin(self, plan: Plan, session: Session, job: JobRow) -> list[NewShard]:
+        """Record a new job's feature sets and return its shards; where other requests have started or deleted some of
+        the features since the plan was made, those that are missing now.
+        """
+        sets = [
+            self._planned(session, plan.owner, plan.rows, plan.settings, feature.checkpoint, feature.dim)
+            for feature in plan.feature_sets
+        ]
+        plan = replace(plan, feature_sets=sets)
+        missing = _shards(session, plan)
+        segments = sorted({segment for feature in sets for segment, _, _ in feature.segments})
+        reused = sum(shard.units for shard in missing if shard.finished)
+        job.plan = {**job.plan, "segments": segments, "reused": reused}
+        _record(session, plan)
+        return missing
+
     def _planned(
         self, session: Session, owner: str, rows: int, settings: dict[str, Any], checkpoint: str, dim: int
     ) -> PlannedFeatureSet:
@@ -292,23 +302,6 @@ class Features:
             id=id, recipe=recipe, checkpoint=checkpoint, parameters=parameters, rows=rows,
             covered=covered, segments=[*prefix, new], shard_rows=self.settings.shard_rows, exists=False,
         )  # fmt: skip
-
-    def _shards(self, plan: Plan) -> list[NewShard]:
-        """The plan's shards; those whose chunks exist already, left by an earlier job, are finished."""
-        found = []
-        with self.catalog.reading() as session:
-            for checkpoint, start, stop, features in plan.missing_ranges():
-                for shard in shards.plan(stop - start, size=features[0].shard_rows):
-                    outputs = [_output(feature) for feature in features]
-                    done = all(_chunk_exists(session, output["segment"], shard.start) for output in outputs)
-                    payload = {
-                        "checkpoint": checkpoint,
-                        "start": start + shard.start,
-                        "stop": start + shard.stop,
-                        "outputs": outputs,
-                    }
-                    found.append(NewShard(payload=payload, units=shard.stop - shard.start, finished=done))
-        return found
 
     def _measured_rate(self, model: str) -> float | None:
         """Rows per second of the last finished gradients job of this model."""
@@ -389,6 +382,23 @@ def _record(session: Session, plan: Plan) -> None:
                 session.add(FeatureSegmentRow(feature_set_id=feature.id, start=start, stop=stop, segment_id=segment))
         session.add(JobFeatureRow(job_id=plan.id, position=position, feature_set_id=feature.id))
     session.flush()
+
+
+def _shards(session: Session, plan: Plan) -> list[NewShard]:
+    """The plan's shards; those whose chunks exist already, left by an earlier job, are finished."""
+    found = []
+    for checkpoint, start, stop, features in plan.missing_ranges():
+        outputs = [_output(feature) for feature in features]
+        for shard in shards.plan(stop - start, size=features[0].shard_rows):
+            done = all(_chunk_exists(session, output["segment"], shard.start) for output in outputs)
+            payload = {
+                "checkpoint": checkpoint,
+                "start": start + shard.start,
+                "stop": start + shard.stop,
+                "outputs": outputs,
+            }
+            found.append(NewShard(payload=payload, units=shard.stop - shard.start, finished=done))
+    return found
 
 
 def _output(feature: PlannedFeatureSet) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from gradstore.types import FINISHED, AnyJob, JobKind, Page, Problem, Progress, 
 from sqlalchemy import delete, exists, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from datastore.catalog import Catalog, take, utc_now
+from datastore.catalog import Catalog, take, use, utc_now
 from datastore.errors import Conflict, InUse, NameTaken, NotFound
 from datastore.schema import ChunkRow, JobRow, SegmentRow, ShardRow, UseRow, WorkerRow
 
@@ -109,33 +109,35 @@ class Jobs:
         kind: JobKind,
         request: dict[str, Any],
         plan: dict[str, Any],
-        shards: Sequence[NewShard],
+        shards: Sequence[NewShard] = (),
         name: str | None = None,
         uses: Iterable[str] = (),
-        before: Callable[[Session], None] | None = None,
+        before: Callable[[Session, JobRow], Sequence[NewShard]] | None = None,
     ) -> tuple[AnyJob, bool]:
         """Start a job, or return the one that has this id; one that failed or was cancelled goes on.
 
-        `before` writes further records in the same transaction. Returns the job and whether it has work to do now.
+        `before` is called in the same transaction, with the new job: it writes further records, completes the job's
+        plan, and returns further shards. Returns the job and whether it has work to do now. Raises `NotFound` where one
+        of `uses` (ids) is not there any more.
         """
         with self.catalog.transaction() as session:
             job = session.get(JobRow, id)
             if job is not None:
                 return self._again(session, job, name)
-            total = sum(shard.units for shard in shards)
-            done = sum(shard.units for shard in shards if shard.finished)
             job = JobRow(
-                id=id, kind=kind, name=None, status="queued", request=request, plan=plan, done=done, total=total,
-                unit=UNITS[kind], created_at=utc_now(), resumed_done=done,
+                id=id, kind=kind, name=None, status="queued", request=request, plan=plan, done=0, total=0,
+                unit=UNITS[kind], created_at=utc_now(), resumed_done=0,
             )  # fmt: skip
             session.add(job)
             session.flush()
             if name is not None:
                 _take_job_name(session, job, name)
+            use(session, user=id, used=uses)
             if before is not None:
-                before(session)
+                shards = [*shards, *before(session, job)]
             session.add_all(_shard_row(job, number, shard) for number, shard in enumerate(shards))
-            session.add_all(UseRow(user=id, used=used) for used in sorted(set(uses)))
+            job.total = sum(shard.units for shard in shards)
+            job.done = job.resumed_done = sum(shard.units for shard in shards if shard.finished)
             session.flush()
             self._settle(session, job)
             return _describe(job), job.status == "queued"

@@ -45,9 +45,9 @@ class Store:
     answers: Answers
 
     @classmethod
-    def at(cls, folder: Path) -> Store:
+    def at(cls, folder: Path, *, catalog: str = "") -> Store:
         """Open a store, made where there is none."""
-        settings = Settings(data=folder)
+        settings = Settings(data=folder, catalog=catalog)
         catalog = Catalog(settings.catalog_url)
         catalog.migrate()
         jobs, store, tasks = Jobs(catalog), FeatureStore(settings.features), Tasks(settings.tasks)

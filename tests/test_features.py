@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -12,19 +14,23 @@ from gradstore.types import GradientsRequest
 from numpy.typing import NDArray
 
 from datastore.errors import Ambiguous, GradientsMissing, InUse, InvalidInput, NotEnoughSpace, NotFound
+from datastore.features import Features, Plan
 from datastore.recipes import Query
+from datastore.schema import DatasetRow
 from tests.stores import Store
 
 DIM = 16
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store.at(tmp_path / "store")
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    catalog = "" if request.param == "sqlite" else request.getfixturevalue("postgres_server").database()
+    store = Store.at(tmp_path / "store", catalog=catalog)
     for number in range(2):
         store.checkpoint(number)
     store.catalog.add_run(id="run_1", checkpoints=["ck_0", "ck_1"], name="warm-up")
-    return store
+    yield store
+    store.catalog.close()
 
 
 def numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
@@ -148,6 +154,78 @@ def test_deleting_a_job_keeps_the_segments_that_a_grown_dataset_refers_to(store:
         store.store.open(segments[0])
 
 
+@dataclass(frozen=True)
+class Overtaken(Features):
+    """Features that somebody else changes between a request's plan and its job."""
+
+    meanwhile: Callable[[], object]
+
+    def plan(self, request: GradientsRequest) -> Plan:
+        found = super().plan(request)
+        self.meanwhile()
+        return found
+
+
+def overtaken(store: Store, meanwhile: Callable[[], object]) -> Features:
+    return Overtaken(store.catalog, store.jobs, store.store, store.settings, meanwhile)
+
+
+def assert_features_of(store: Store, job: str, rows: int) -> None:
+    """The job has succeeded, and every row of each of its feature sets is what was computed for it."""
+    result = store.jobs.get(job).result
+    assert result is not None
+    for feature in result.model_dump()["feature_sets"]:
+        view = store.store.view(store.features.segments(feature["id"]))
+        expected = numbers(feature["checkpoint"], 0, rows, feature["dim"])
+        np.testing.assert_allclose(view.features(0, rows), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_features_of_the_prefix_that_are_deleted_while_a_job_is_started_are_computed(store: Store) -> None:
+    store.pool(2000, name="pool")
+    first, _ = store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    grown = store.pool(2200)
+    job, _ = overtaken(store, lambda: store.features.remove(first.id)).start(request(dataset=grown.id))
+    assert job.progress.total == 2 * 2200
+    store.work(numbers)
+    assert_features_of(store, job.id, 2200)
+
+
+def test_features_that_are_deleted_while_another_job_for_them_is_started_are_computed(store: Store) -> None:
+    store.pool(1100, name="pool")
+    first, _ = store.features.start(request(dataset="pool", dims=[DIM, 8]))
+    store.work(numbers)
+    job, started = overtaken(store, lambda: store.features.remove(first.id)).start(request(dataset="pool"))
+    assert (started, job.progress.total) == (True, 2 * 1100)
+    store.work(numbers)
+    assert_features_of(store, job.id, 1100)
+
+
+def test_features_that_another_job_computes_while_one_is_started_are_not_computed_again(store: Store) -> None:
+    store.pool(1100, name="pool")
+    one = request(dataset="pool", run=None, checkpoints=["ck_0"])
+
+    def meanwhile() -> None:
+        store.features.start(one)
+        store.work(numbers, shards=1)
+
+    job, _ = overtaken(store, meanwhile).start(request(dataset="pool"))
+    assert (job.progress.done, job.progress.total) == (1024, 2 * 1100)
+    store.work(numbers)
+    result = store.jobs.get(job.id).result
+    assert result is not None
+    assert result.model_dump()["computed_rows"] == 2 * 1100 - 1024
+    assert_features_of(store, job.id, 1100)
+
+
+def test_a_dataset_that_is_deleted_while_its_job_is_started_is_not_found(store: Store) -> None:
+    pool = store.pool(10, name="pool")
+    late = overtaken(store, lambda: store.catalog.remove(DatasetRow, pool.id))
+    with pytest.raises(NotFound, match=pool.id):
+        late.start(request(dataset="pool"))
+    assert store.jobs.page(limit=1).data == []
+
+
 def test_features_whose_files_cannot_be_deleted_are_still_recorded(store: Store) -> None:
     pool = store.pool(10, name="pool")
     job, _ = store.features.start(request(dataset="pool"))
@@ -164,8 +242,6 @@ def test_features_whose_files_cannot_be_deleted_are_still_recorded(store: Store)
 
 
 def test_what_gradients_are_made_from_is_in_use(store: Store) -> None:
-    from datastore.schema import DatasetRow
-
     store.pool(10, name="pool")
     job, _ = store.features.start(request(dataset="pool"))
     store.work(numbers)
