@@ -110,6 +110,8 @@ class Catalog:
         with self.transaction() as session:
             row = session.get(DatasetRow, id)
             if row is None:
+                if prefix is not None and session.get(DatasetRow, prefix) is None:  # deleted since the rows were read
+                    prefix = None
                 row = DatasetRow(
                     id=id, name=None, rows=rows, bytes=bytes, origins=origins, prefix=prefix, created_at=utc_now()
                 )
@@ -274,6 +276,8 @@ class Catalog:
             if users:
                 raise InUse(_noun_name(noun), row.id, users)
             session.execute(delete(UseRow).where(UseRow.user == row.id))
+            if isinstance(row, DatasetRow):
+                _bridge(session, row)
             session.delete(row)
             session.flush()
             delete_files(row.id)
@@ -441,6 +445,13 @@ def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
     if row is None:
         raise NotFound(_noun_name(noun), reference, collection=f"/{noun.__tablename__}")
     return row
+
+
+def _bridge(session: Session, row: DatasetRow) -> None:
+    """Tie the datasets that begin with a dataset about to be deleted to the one that it begins with: no gradients of an
+    earlier version are out of reach for a later one.
+    """
+    session.execute(update(DatasetRow).where(DatasetRow.prefix == row.id).values(prefix=row.prefix))
 
 
 _USABLE: dict[str, type[Table]] = {

@@ -121,6 +121,40 @@ def test_a_grown_dataset_computes_its_new_rows_only(store: Store) -> None:
         np.testing.assert_allclose(view.features(0, 2200), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("deleted", [(2100,), (2100, 2200), (2200, 2100)])
+def test_a_dataset_still_computes_its_new_rows_only_when_a_version_in_between_is_deleted(
+    store: Store, deleted: tuple[int, ...]
+) -> None:
+    versions = {rows: store.pool(rows) for rows in (2000, 2100, 2200, 2300)}
+    store.features.start(request(dataset=versions[2000].id))
+    store.work(numbers)
+    for rows in deleted:
+        store.catalog.remove(DatasetRow, versions[rows].id)
+    last = store.catalog.dataset(versions[2300].id)
+    assert last.prefix == versions[2000 if len(deleted) == 2 else 2200].id
+    job, _ = store.features.start(request(dataset=last.id))
+    assert job.progress.total == 2 * 300
+    store.work(numbers)
+    assert_features_of(store, job.id, 2300)
+
+
+def test_a_deleted_first_version_leaves_nothing_to_begin_with(store: Store) -> None:
+    first, second = store.pool(10), store.pool(20)
+    assert second.prefix == first.id
+    store.catalog.remove(DatasetRow, first.id)
+    assert store.catalog.dataset(second.id).prefix is None
+
+
+def test_a_prefix_that_is_deleted_during_the_upload_is_not_recorded(store: Store) -> None:
+    first = store.pool(10)
+    source = first.sources[0]
+    store.catalog.remove(DatasetRow, first.id)
+    late = store.catalog.add_dataset(
+        id="ds_late", rows=20, bytes=10, origins={}, prefix=first.id, source=source, name=None, replace=False
+    )
+    assert late.prefix is None
+
+
 def test_a_job_that_follows_a_deleted_one_takes_over_its_finished_shards(store: Store) -> None:
     store.pool(2500, name="pool")
     first, _ = store.features.start(request(dataset="pool", dims=[DIM]))
