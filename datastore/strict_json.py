@@ -1,14 +1,19 @@
 """JSON as RFC 8259 has it: no NaN, no key twice in an object, no lone surrogate, no number beyond a double.
 
 Python's own reader takes all four, and each would make two rows of different meaning look alike, or fail later in
-another program. The hook that sees repeated keys costs about a third of the parsing speed.
+another program. The hook that sees repeated keys costs about a third of the parsing speed. Nesting ends at `DEEPEST`:
+how deep Python can follow depends on who asks, so a row taken at the door could stop a worker.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
+
+DEEPEST = 100  # levels of arrays and objects
+TOO_DEEP = f"nested deeper than {DEEPEST} levels"
 
 
 class NotJson(ValueError):
@@ -24,15 +29,18 @@ def parse(text: bytes) -> Any:
             f"byte 0x{text[error.start]:02X} at position {error.start + 1} is not UTF-8: save the file as UTF-8"
         ) from error
     try:
-        return _DECODER.decode(decoded)
+        value = _DECODER.decode(decoded)
     except NotJson:
         raise
     except json.JSONDecodeError as error:
         raise NotJson(_reason(error)) from error
     except RecursionError as error:
-        raise NotJson("nested too deeply") from error
+        raise NotJson(TOO_DEEP) from error
     except ValueError as error:  # an integer of more than 4,300 digits
         raise NotJson("a number has too many digits: write it as a string") from error
+    if decoded.count("[") + decoded.count("{") > DEEPEST and _too_deep(value):
+        raise NotJson(TOO_DEEP)
+    return value
 
 
 def canonical(value: Any) -> bytes:
@@ -56,16 +64,34 @@ def _encode(encoder: json.JSONEncoder, value: Any) -> bytes:
         unit = ord(error.object[error.start])
         raise NotJson(f"the lone surrogate \\u{unit:04x} stands for no character: it is half of a pair") from error
     except RecursionError as error:
-        raise NotJson("nested too deeply") from error
+        raise NotJson(TOO_DEEP) from error
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether arrays and objects stand inside each other on more than `DEEPEST` levels."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        level = [item for outer in level for item in _items(outer) if isinstance(item, dict | list)]
+    return bool(level)
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for position, name in enumerate(names) if name in names[:position])
-        raise NotJson(f"the key {twice!r} stands twice in one object, and readers differ in which one they take")
+        raise NotJson(
+            f"the key {_repeated(pairs)!r} stands twice in one object, and readers differ in which one they take"
+        )
     return value
+
+
+def _repeated(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that comes again."""
+    last = {name: position for position, (name, _) in enumerate(pairs)}
+    return next(name for position, (name, _) in enumerate(pairs) if last[name] != position)
 
 
 def _constant(name: str) -> NoReturn:

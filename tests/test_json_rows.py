@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -101,7 +102,9 @@ def test_keys_in_another_order_are_the_same_value() -> None:
         (b"// exported", "a comment"),
         (b"# exported", "a comment"),
         (b'{"a": yes}', "not JSON at character 7"),
-        (b"[" * 200_000, "nested too deeply"),
+        (b"[" * 200_000, "nested deeper than 100 levels"),
+        (b"[" * 101 + b"]" * 101, "nested deeper than 100 levels"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nested deeper than 100 levels"),
         (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
         (b"\x00\x00\x00", "not JSON at character 1"),
     ],
@@ -110,6 +113,21 @@ def test_what_is_not_strict_json_is_refused_with_place_and_reason(text: bytes, r
     with pytest.raises(NotJson) as caught:
         canonical(parse(text))
     assert reason in str(caught.value)
+
+
+def test_nesting_to_the_limit_is_taken_and_brackets_in_text_do_not_count() -> None:
+    parse(b"[" * 100 + b"]" * 100)
+    parse(b'["' + b"[{" * 1000 + b'"]')
+    parse(b"[" + b",".join([b"{}"] * 1000) + b"]")
+
+
+def test_a_repeated_key_is_found_among_many_without_delay() -> None:
+    """Looking through all earlier keys for each one took minutes, in which nothing else was served."""
+    pairs = b",".join(b'"%d":0' % number for number in range(200_000))
+    began = time.monotonic()
+    with pytest.raises(NotJson, match="the key '199999' stands twice"):
+        parse(b"{" + pairs + b',"199999":1}')
+    assert time.monotonic() - began < 10
 
 
 def test_only_a_line_feed_ends_a_line() -> None:
