@@ -27,12 +27,16 @@ ROLES: Mapping[str, Role] = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
 }
-"""Names of roles in either shape of a conversation."""
+"""Names of roles in either shape of a conversation, as OpenAI, ShareGPT's collections, Glaive and Gemini have them."""
 
 MARKERS = re.compile(r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>|<(?:bos|eos)>")
 """Marks that templates write between turns, or that tokenizers read as special tokens."""
@@ -192,8 +196,8 @@ def _part(part: object, where: str) -> tuple[str, str]:
         return "text", part
     if not isinstance(part, dict):
         raise BadRow(f"a part of {where} is {_kind(part)}; an object is needed")
-    kind = part.get("type", "text")
-    if kind not in TEXT_PARTS:
+    kind = "text" if part.get("type") is None else part["type"]
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
         raise BadRow(f"a part of {where} has the type {kind!r}: only text can be learnt from")
     text = next((part[field] for field in ("text", "value", kind) if isinstance(part.get(field), str)), None)
     if text is None:

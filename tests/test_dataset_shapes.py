@@ -34,6 +34,10 @@ def conversation(*turns: tuple[str, str]) -> dict[str, Any]:
             (ASKED, ANSWERED),
         ),
         ({"conversations": TURNS}, (ASKED, ANSWERED)),
+        *(
+            ({"conversations": [{"from": "user", "value": "2 + 2?"}, {"from": name, "value": "4"}]}, (ASKED, ANSWERED))
+            for name in ("chatgpt", "bing", "bard", "model")
+        ),
         (
             {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}], "system": "Add."},
             (Message("system", "Add."), ASKED, ANSWERED),
@@ -118,6 +122,14 @@ def test_text_is_never_changed() -> None:
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TURNS[1]]}, "a part of message 1 has no text"),
         ({"messages": [{"role": "user", "content": [3]}, TURNS[1]]}, "a part of message 1 is a number"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "2"}]}, TURNS[1]]},
+            "a part of message 1 has the type ['text']",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": {}, "text": "2"}]}, TURNS[1]]},
+            "a part of message 1 has the type {}",
+        ),
         (
             {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
             "message 2 holds tool_calls and no text",
