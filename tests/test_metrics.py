@@ -56,6 +56,10 @@ def test_bbh_answers(text: str, answer: str, judged: tuple[bool, bool]) -> None:
     assert exact_match(text, [answer], BBH) == judged
 
 
+def test_a_pattern_that_never_ends_has_found_no_answer() -> None:
+    assert exact_match("a" * 60 + "b", ["a"], "(a|a)*$") == UNPARSED
+
+
 def test_any_of_several_answers_is_right_and_a_text_without_pattern_is_taken_whole() -> None:
     assert exact_match(" Paris.\n", ["London", "paris"]) == RIGHT
     assert exact_match("It is Paris", ["Paris"]) == WRONG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -400,6 +401,8 @@ def test_jsonl_keeps_a_prefix_of_an_assistants_turn(tmp_path: Path) -> None:
         ({"metric": "token_f1", "pattern": "a"}, "only the metric exact_match has a pattern"),
         ({"pattern": "("}, "pattern is no regular expression"),
         ({"pattern": "a" * 501}, "at most 500 characters"),
+        ({"pattern": "a{99999999999}"}, "pattern is no regular expression"),
+        ({"pattern": 4}, "pattern must be a text"),
         ({"pattern": "zebra"}, "finds nothing in the row's own answer"),
         ({"messages": [*CHAT["messages"], {"role": "user", "content": "And?"}]}, "the last message must be"),
         ({"messages": [{"role": "user", "content": "Q", "prefix": "x"}, CHAT["messages"][1]]}, "only an assistant's"),
@@ -412,6 +415,35 @@ def test_jsonl_names_the_line_and_the_field_that_cannot_be_used(
     error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(CHAT, CHAT | fields)}))
     assert [item.line for item in error.errors] == [2]
     assert reason in error.errors[0].detail
+
+
+def test_a_pattern_that_never_ends_is_refused_and_holds_nobody_up(tmp_path: Path) -> None:
+    """Python's own `re` would hold every thread of the service for years."""
+    row = {"prompt": "Q", "completion": "a" * 60 + "b", "pattern": "(a|a)*$"}
+    ticks = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.02):
+            ticks.append(1)
+
+    clock = threading.Thread(target=tick)
+    clock.start()
+    error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(row, row, row)}))
+    stop.set()
+    clock.join()
+    assert [item.line for item in error.errors] == [1]
+    assert "pattern takes more than 1 s" in str(error)
+    assert len(ticks) > 5
+
+
+def test_a_null_field_of_a_jsonl_row_is_a_missing_one(tmp_path: Path) -> None:
+    """As in rows that a data frame has written."""
+    nothing = dict.fromkeys(["subtask", "metric", "choices", "answers", "pattern"])
+    messages = [CHAT["messages"][0] | {"prefix": None}, CHAT["messages"][1] | {"prefix": None}]
+    with_nulls, _ = read("jsonl", write(tmp_path / "a", {"a.jsonl": lines({"messages": messages, **nothing})}))
+    without, _ = read("jsonl", write(tmp_path / "b", {"a.jsonl": lines({"messages": CHAT["messages"]})}))
+    assert with_nulls == without
 
 
 @pytest.mark.parametrize("name", ["mmlu_dev_285", "bbh_3shot_81", "gsm8k_val_30", "tydiqa_oneshot_9"])

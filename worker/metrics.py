@@ -14,6 +14,8 @@ from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
+from datastore.tasks import patterns
+
 _NUMBER = re.compile(r"[-+]?\$?[\d,]*\.?\d+")
 _ARTICLES = {"a", "an", "the"}
 
@@ -31,16 +33,18 @@ def exact_match(text: str, answers: Sequence[str], pattern: str | None = None) -
     """Whether the answer in `text` is one of `answers`, and whether there was one.
 
     The answer is the first match of `pattern` (its first group, where it has one), since models go on to invent another
-    question and its answer; without a pattern it is the whole text. Numbers are compared as numbers ("1,450.0" is
-    1450); other answers without case, outer white space and final full stop.
+    question and its answer; one that takes too long finds none, and without a pattern it is the whole text. Numbers are
+    compared as numbers ("1,450.0" is 1450); other answers without case, outer white space and final full stop.
 
     >>> exact_match("2 + 2 = 4\\n#### 4", ["4"], r"#### (\\S+)"), exact_match("four", ["4"], r"#### (\\S+)")
     ((True, True), (False, False))
     """
     found: str | None = text
     if pattern is not None:
-        match = re.search(pattern, text)
-        found = match[1 if match.re.groups else 0] if match else None
+        try:
+            found = patterns.answer(pattern, text)
+        except patterns.TooSlow:
+            found = None
     if found is None or not found.strip():
         return False, False
     return any(_same(found, answer) for answer in answers), True

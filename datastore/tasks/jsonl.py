@@ -14,7 +14,6 @@ A message of an assistant may have a `prefix`: the beginning of its turn that is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,9 @@ from gradstore.types import Metric
 
 from datastore import shapes
 from datastore.rows import Example
+from datastore.tasks import patterns
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows
 
-LONGEST_PATTERN = 500  # characters
 ROWS = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet")
 
 
@@ -57,14 +56,16 @@ def _rows(task: TaskFolder, paths: Iterable[Path]) -> Iterator[TaskExample]:
         for line, row in task.rows(path):
             try:
                 yield _row(row, file=path.name.split(".")[0])
-            except (shapes.BadRow, _Wrong) as error:
+            except (shapes.BadRow, patterns.BadPattern, _Wrong) as error:
                 task.problem(path, str(error), line=line)
+                if isinstance(error, patterns.TooSlow):
+                    return  # the rows behind it have perhaps the same pattern
 
 
 def _row(row: dict[str, Any], *, file: str) -> TaskExample:
     example, _ = shapes.example(row, file=file)
     example = _with_prefixes(example, row.get("messages"))
-    subtask = row.get("subtask", "all")
+    subtask = "all" if row.get("subtask") is None else row["subtask"]
     if not isinstance(subtask, str) or not subtask.strip():
         raise _Wrong("subtask must be a text that is not empty")
     choices, pattern = _choices(row), _pattern(row)
@@ -79,7 +80,7 @@ def _with_prefixes(example: Example, turns: object) -> Example:
         if example.messages:
             raise _Wrong("the last message must be the assistant's: it is the answer")
         return example
-    prefixes = [turn.get("prefix", "") for turn in turns] if isinstance(turns, list) else [""] * len(example.messages)
+    prefixes = [turn.get("prefix") or "" for turn in turns] if isinstance(turns, list) else [""] * len(example.messages)
     if not all(isinstance(prefix, str) for prefix in prefixes):
         raise _Wrong("prefix must be a text")
     if any(prefix and m.role != "assistant" for prefix, m in zip(prefixes, example.messages, strict=True)):
@@ -103,12 +104,9 @@ def _pattern(row: dict[str, Any]) -> str | None:
     pattern = row.get("pattern")
     if pattern is None:
         return None
-    if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
-        raise _Wrong(f"pattern must be a text of at most {LONGEST_PATTERN} characters")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _Wrong(f"pattern is no regular expression: {error}") from error
+    if not isinstance(pattern, str):
+        raise _Wrong("pattern must be a text")
+    patterns.check(pattern)
     return pattern
 
 
@@ -147,10 +145,10 @@ def _answers(
 def _own_answer(metric: Metric, answer: str, pattern: str | None) -> str:
     if metric != "exact_match" or pattern is None:
         return answer
-    match = re.search(pattern, answer)
-    if match is None:
+    found = patterns.answer(pattern, answer)
+    if found is None:
         raise _Wrong("pattern finds nothing in the row's own answer, and there are no answers")
-    return match[1 if match.re.groups else 0] or ""
+    return found
 
 
 READER = Jsonl()
