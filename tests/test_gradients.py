@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from worker.batches import IGNORED, Encoded
-from worker.directions import AdamForm, GradientKind, Moments
+from worker.directions import AdamForm, GradientKind, Kind, Moments
 from worker.gradients import (
     GRADIENT_NOT_FINITE,
     GRADIENT_ZERO,
@@ -206,10 +206,17 @@ def direction(gradients: torch.Tensor, kind: str, adam: str, moments: Moments) -
     return (m / (1 - 0.9**step)) / (torch.sqrt(v / (1 - 0.999**step)) + 1e-8)
 
 
+def single(
+    model: PeftModel | PreTrainedModel, *, kind: GradientKind, adam: AdamForm = "less", **settings: Any
+) -> GradientEngine:
+    """An engine of one kind."""
+    return GradientEngine(model, kinds=[Kind(kind, adam)], **settings)
+
+
 def whole(model: PeftModel | PreTrainedModel, *, kind: GradientKind = "sgd", **settings: Any) -> GradientEngine:
-    """An engine that does not project."""
+    """An engine of one kind that does not project."""
     count = sum(parameter.numel() for parameter in trainable(model).values())
-    return GradientEngine(model, kind=kind, projection="none", dims=[count], **settings)
+    return single(model, kind=kind, projection="none", dims=[count], **settings)
 
 
 def only(features: Features) -> NDArray[np.float32]:
@@ -218,7 +225,9 @@ def only(features: Features) -> NDArray[np.float32]:
 
 
 def run(engine: GradientEngine, examples: Sequence[Encoded], *, token_budget: int = 80) -> Features:
-    return engine.features(examples, pad_id=PAD, token_budget=token_budget)
+    """The features of an engine of one kind."""
+    (features,) = engine.features(examples, pad_id=PAD, token_budget=token_budget).values()
+    return features
 
 
 def relative_error(got: NDArray[np.float32] | torch.Tensor, wanted: NDArray[np.float32] | torch.Tensor) -> float:
@@ -360,6 +369,38 @@ def test_the_sum_of_the_losses_has_the_gradient_of_the_mean_times_the_tokens() -
     assert relative_error(only(features), mapped) < 1e-5
 
 
+def test_all_kinds_of_one_pass_are_those_of_a_pass_each() -> None:
+    model, moments, _ = trained("llama")
+    kinds = [Kind("adam", "less"), Kind("sgd"), Kind("sign"), Kind("adam", "exact")]
+    together = GradientEngine(model, kinds=kinds, moments=moments, dims=[64, 512])
+    found = together.features(rows(), pad_id=PAD, token_budget=80)
+    assert list(found) == kinds
+    for kind in kinds:
+        alone = run(GradientEngine(model, kinds=[kind], moments=moments, dims=[64, 512]), rows())
+        for dim in (64, 512):
+            np.testing.assert_array_equal(found[kind].by_dim[dim], alone.by_dim[dim])
+        np.testing.assert_array_equal(found[kind].norms, alone.norms)
+
+
+def test_the_length_of_the_gradient_itself_is_told_beside_every_kind() -> None:
+    model, moments, truth = trained("llama")
+    for kind in (Kind("adam"), Kind("sign")):
+        features = run(GradientEngine(model, kinds=[kind], moments=moments, dims=[64]), rows())
+        np.testing.assert_allclose(features.raw_norms, truth.gradients.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
+def test_mean_hidden_states_come_from_the_same_pass(adapter: dict[str, Any]) -> None:
+    model = adapt(base_model("llama"), **adapter)
+    features = run(single(model, kind="sgd", dims=[64], hidden=True), [*rows(), Encoded((5, 6), (IGNORED, IGNORED))])
+    assert features.hidden is not None
+    base = model.get_base_model().model
+    for row, got in zip(rows(), features.hidden[:-1], strict=True):
+        alone = base(torch.tensor([row.input_ids])).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(got, alone.detach(), rtol=1e-4, atol=1e-5)
+    assert not features.hidden[-1].any()
+
+
 @pytest.mark.parametrize("chosen", ["mlp.down_proj", "self_attn", "norm", "embed_tokens"])
 def test_chosen_weights_of_a_model_without_an_adapter_have_features(chosen: str) -> None:
     model = base_model("llama").requires_grad_(False)
@@ -393,7 +434,7 @@ def test_adam_moves_parameters_that_the_loss_does_not_depend_on() -> None:
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_batch_size_and_order_do_not_change_a_feature(architecture: str, kind: GradientKind) -> None:
     model, moments, _ = trained(architecture)
-    engine = GradientEngine(model, kind=kind, moments=moments, dims=[512])
+    engine = single(model, kind=kind, moments=moments, dims=[512])
     examples = rows()
     usual = run(engine, examples)
     for order in (range(len(examples)), (6, 2, 4, 0, 5, 3, 1)):
@@ -406,8 +447,7 @@ def test_batch_size_and_order_do_not_change_a_feature(architecture: str, kind: G
 def test_the_same_plan_twice_gives_the_same_bytes() -> None:
     model, moments, _ = trained("llama")
     first, second = (
-        run(GradientEngine(copy.deepcopy(model), kind="adam", moments=moments, dims=[512, 64]), rows())
-        for _ in range(2)
+        run(single(copy.deepcopy(model), kind="adam", moments=moments, dims=[512, 64]), rows()) for _ in range(2)
     )
     for dim in (512, 64):
         assert first.by_dim[dim].tobytes() == second.by_dim[dim].tobytes()
@@ -419,15 +459,15 @@ def test_several_dims_in_one_pass_are_each_alone() -> None:
     model, moments, _ = trained("llama")
     for projection in ("blocks", "rademacher"):
         settings: dict[str, Any] = {"kind": "adam", "moments": moments, "projection": projection, "seed": 4}
-        together = run(GradientEngine(model, dims=[96, 700], **settings), rows())
+        together = run(single(model, dims=[96, 700], **settings), rows())
         for dim in (96, 700):
-            alone = run(GradientEngine(model, dims=[dim], **settings), rows())
+            alone = run(single(model, dims=[dim], **settings), rows())
             assert relative_error(together.by_dim[dim], only(alone)) < 1e-5
 
 
 def test_layers_taken_in_small_slices_of_the_batch_give_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
     model, moments, _ = trained("llama")
-    engine = GradientEngine(model, kind="adam", moments=moments, dims=[128])
+    engine = single(model, kind="adam", moments=moments, dims=[128])
     usual = run(engine, rows())
     monkeypatch.setattr("worker.taps.GRADIENT_ELEMENTS", 1)
     monkeypatch.setattr("worker.losses.LOGIT_ELEMENTS", 1)
@@ -437,10 +477,10 @@ def test_layers_taken_in_small_slices_of_the_batch_give_the_same_features(monkey
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_gradient_checkpointing_recomputes_and_changes_nothing(architecture: str) -> None:
     model, moments, _ = trained(architecture)
-    usual = run(GradientEngine(model, kind="adam", moments=moments, dims=[256]), rows(), token_budget=10_000)
+    usual = run(single(model, kind="adam", moments=moments, dims=[256]), rows(), token_budget=10_000)
     model = copy.deepcopy(model)
     use_gradient_checkpointing(model)
-    engine = GradientEngine(model, kind="adam", moments=moments, dims=[256])
+    engine = single(model, kind="adam", moments=moments, dims=[256])
     calls = []
     (layer, *_) = [
         module for name, module in model.named_modules() if name.endswith(("mlp.c_fc", "mlp.up_proj", "fc1"))
@@ -499,7 +539,7 @@ def test_projected_inner_products_match_the_unprojected_ones_within_the_bound(pr
     cosines = (unit @ unit.T)[pairs[0], pairs[1]]
     errors = []
     for seed in seeds:
-        engine = GradientEngine(model, kind="adam", moments=moments, projection=projection, dims=[k], seed=seed)
+        engine = single(model, kind="adam", moments=moments, projection=projection, dims=[k], seed=seed)
         features = run(engine, rows())
         image = torch.as_tensor(only(features) / features.norms[:, None]).double()
         errors.append((image @ image.T)[pairs[0], pairs[1]] - cosines)
@@ -544,7 +584,7 @@ def test_a_row_that_is_not_finite_is_named_and_touches_no_other(kind: GradientKi
     """
     model = adapt(base_model("llama", rms_norm_eps=1e-38))
     moments = train(model.eval())
-    engine = GradientEngine(model, kind=kind, moments=moments, dims=[256])
+    engine = single(model, kind=kind, moments=moments, dims=[256])
     examples = [beginning_with(BROKEN_TOKEN, row) if n in {1, 4} else row for n, row in enumerate(rows())]
     healthy = run(engine, examples, token_budget=10_000)
     with torch.no_grad():
@@ -585,7 +625,7 @@ def test_a_row_with_nothing_supervised_is_named_and_touches_no_other() -> None:
 
 def test_no_rows_give_no_features() -> None:
     model, _, _ = trained("llama")
-    features = run(GradientEngine(model, kind="sgd", dims=[16]), [])
+    features = run(single(model, kind="sgd", dims=[16]), [])
     assert features.by_dim[16].shape == (0, 16)
     assert features.reasons == []
 
@@ -597,7 +637,7 @@ def test_on_batch_hears_how_many_rows_are_done() -> None:
     model, _, _ = trained("llama")
     heard: list[int] = []
     examples = [*rows(), Encoded((5,), (5,))]
-    GradientEngine(model, kind="sgd", dims=[16]).features(examples, pad_id=PAD, token_budget=40, on_batch=heard.append)
+    single(model, kind="sgd", dims=[16]).features(examples, pad_id=PAD, token_budget=40, on_batch=heard.append)
     assert heard == sorted(set(heard))
     assert heard[-1] == len(examples)
     assert len(heard) > 2
@@ -624,14 +664,14 @@ def test_moments_that_do_not_fit_are_refused(fault: str) -> None:
     model, _, _ = trained("llama")
     moments, message = broken_moments()[fault]
     with pytest.raises(ValueError, match=message):
-        GradientEngine(model, kind="adam", moments=moments, dims=[16])
+        single(model, kind="adam", moments=moments, dims=[16])
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     model = adapt(base_model("llama"))
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        GradientEngine(model, kind="sgd", dims=[16])
+        single(model, kind="sgd", dims=[16])
 
 
 @pytest.mark.gpu
@@ -639,7 +679,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_gpu_gives_the_same_features(kind: GradientKind) -> None:
     model, moments, _ = trained("llama")
-    wanted = run(GradientEngine(model, kind=kind, moments=moments, dims=[512]), rows())
+    wanted = run(single(model, kind=kind, moments=moments, dims=[512]), rows())
     on_gpu = copy.deepcopy(model).to("cuda")
-    got = run(GradientEngine(on_gpu, kind=kind, moments=moments, dims=[512]), rows())
+    got = run(single(on_gpu, kind=kind, moments=moments, dims=[512]), rows())
     assert relative_error(only(got), only(wanted)) < 1e-5

@@ -28,6 +28,7 @@ from tests.workplace import Workplace, numbered, worker_process
 from worker import moments
 from worker.batches import encode
 from worker.command import choose_device
+from worker.directions import Kind
 from worker.gradients import GradientEngine
 from worker.jobs import run, tend, tidy
 from worker.loop import work_until_left
@@ -111,13 +112,14 @@ def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workpl
     adapted = load_adapter(load_model(str(place.model)), place.context.checkpoints.weights(checkpoint.id))
     stored = place.context.checkpoints.moments(checkpoint.id)
     assert stored is not None
-    engine = GradientEngine(adapted, kind="adam", moments=moments.read(stored), dims=[32, 64], seed=0)
+    engine = GradientEngine(adapted, kinds=[Kind("adam")], moments=moments.read(stored), dims=[32, 64], seed=0)
     tokenizer = load_tokenizer(str(place.model))
     rows = [
         encode(row, tokenizer=tokenizer, template="tulu", max_length=64)
         for row in place.context.datasets.examples(asked.dataset or "")
     ]
-    expected = engine.features(rows, pad_id=tokenizer.pad_token_id, token_budget=asked.token_budget)  # type: ignore[arg-type]
+    found_by_kind = engine.features(rows, pad_id=tokenizer.pad_token_id, token_budget=asked.token_budget)  # type: ignore[arg-type]
+    expected = found_by_kind[Kind("adam")]
     for found in result["feature_sets"]:
         np.testing.assert_array_equal(place.stored(found["id"]), expected.by_dim[found["dim"]])
     view = place.context.store.view(place.features.segments(result["feature_sets"][0]["id"]))

@@ -19,6 +19,16 @@ BETA1 = 0.9
 BETA2 = 0.999
 EPSILON = 1e-8
 
+
+@dataclass(frozen=True)
+class Kind:
+    """What is made of a gradient: `sgd` and `sign`, or `adam` in one of its forms."""
+
+    name: GradientKind
+    adam: AdamForm = "less"
+    """Of no account where the name is not `adam`."""
+
+
 Direction = Callable[[str, Tensor], Tensor]
 """Maps the flat gradients (examples, size) of the named parameter, float32, to directions; it may overwrite them."""
 
@@ -36,21 +46,16 @@ class Moments:
 
 
 def make_direction(
-    kind: GradientKind,
-    *,
-    adam: AdamForm,
-    moments: Moments | None,
-    parameters: Mapping[str, Tensor],
-    device: torch.device,
+    kind: Kind, *, moments: Moments | None, parameters: Mapping[str, Tensor], device: torch.device
 ) -> Direction:
     """Make the map of `kind`; raises ValueError where `adam` has no moments, or they do not fit the parameters."""
-    if kind == "sgd":
+    if kind.name == "sgd":
         return _sgd
-    if kind == "sign":
+    if kind.name == "sign":
         return _sign
     if moments is None:
         raise ValueError("kind='adam' needs Adam's moments, and this checkpoint has none; ask for sgd or sign")
-    return _Adam(adam, _fitting(moments, parameters), device)
+    return _Adam(kind.adam, _fitting(moments, parameters), device)
 
 
 def _sgd(_name: str, gradients: Tensor) -> Tensor:

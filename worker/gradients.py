@@ -17,7 +17,7 @@ model without one: the features are then those of its full gradient.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from worker import taps
 from worker.batches import IGNORED, Encoded, plan, slices
-from worker.directions import AdamForm, Direction, GradientKind, Moments, make_direction
-from worker.losses import Inputs, Model, losses
+from worker.directions import Direction, Kind, Moments, make_direction
+from worker.losses import Inputs, Model, Outputs, run
 from worker.models import use_exact_mode
 from worker.projection import Projection, ProjectionName, make_projection
 
@@ -50,46 +50,51 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Features:
-    """The features of n examples, in the order they were given."""
+    """The features of n examples of one kind, in the order they were given."""
 
     by_dim: dict[int, NDArray[np.float32]]
     """(n, dim) for each dim; zeros where there is a reason."""
     norms: NDArray[np.float32]
     """(n,) length of the gradient after Adam's map or the sign, before the projection; 0 where there is a reason."""
+    reasons: list[str | None]
+    """Why an example has no feature; None where it has one."""
     losses: NDArray[np.float32]
     """(n,) mean cross-entropy over the supervised tokens; 0 where it is not finite."""
     tokens: NDArray[np.int32]
     """(n,) supervised tokens."""
-    reasons: list[str | None]
-    """Why an example has no feature; None where it has one."""
+    raw_norms: NDArray[np.float32]
+    """(n,) length of the gradient itself; 0 where it is not finite."""
+    hidden: NDArray[np.float32] | None
+    """(n, hidden size) mean of the last hidden states over the example's tokens, where they were asked for."""
 
 
 class GradientEngine:
     """Computes features with the gradients of `model`'s trainable parameters.
 
-    `kind`: `sgd` is the gradient g; `sign` its sign; `adam` the direction in which Adam would step,
+    `kinds`, all from one pass: `sgd` is the gradient g; `sign` its sign; `adam` the direction in which Adam would step,
     with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g²: m' / √(v' + ε) in the form `less` (LESS's published code), and
     (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at t = step + 1 in the form `exact` (its paper, and Adam itself).
     `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum.
+    `hidden`: also keep the mean hidden state of each example, from the same forward pass.
 
     The model is put in the mode of evaluation (gradient checkpointing stays on where it is on), a `.grad` left from
-    training is dropped, and nothing else of it changes. Memory beside the training step's: examples × sum of `dims`
-    float32 per batch, the projection's (`projection.py`), and for `adam` two float32 numbers per parameter.
+    training is dropped, and nothing else of it changes. Memory beside the training step's: per kind examples × sum of
+    `dims` float32 per batch and, for `adam`, two float32 numbers per parameter; the projection's (`projection.py`).
 
-    Raises ValueError where `moments` do not fit the parameters, or `dims` the projection.
+    Raises ValueError where `moments` do not fit the parameters, `dims` the projection, or `hidden` the model.
     """
 
     def __init__(
         self,
         model: Model,
         *,
-        kind: GradientKind,
-        adam: AdamForm = "less",
+        kinds: Sequence[Kind],
         moments: Moments | None = None,
         projection: ProjectionName = "blocks",
         dims: Sequence[int],
         seed: int = 0,
         reduction: Reduction = "mean",
+        hidden: bool = False,
     ) -> None:
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -97,6 +102,8 @@ class GradientEngine:
             raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError("features are those of causal language models; this one is an encoder-decoder")
+        if hidden and model.get_output_embeddings() is None:
+            raise ValueError("the model has no output layer, whose input would be its hidden state")
         self.device = next(iter(self.parameters.values())).device
         self.projection: Projection = make_projection(
             projection,
@@ -105,10 +112,12 @@ class GradientEngine:
             seed=seed,
             device=self.device,
         )
-        self._direction = make_direction(
-            kind, adam=adam, moments=moments, parameters=self.parameters, device=self.device
-        )
+        self._directions = {
+            kind: make_direction(kind, moments=moments, parameters=self.parameters, device=self.device)
+            for kind in kinds
+        }
         self._reduction = reduction
+        self._hidden = hidden
         self._sites, self.one_at_a_time = taps.find_sites(model, self.parameters)
         self._in_order = False
         self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
@@ -122,21 +131,37 @@ class GradientEngine:
         pad_id: int,
         token_budget: int,
         on_batch: Callable[[int], None] | None = None,
-    ) -> Features:
+    ) -> dict[Kind, Features]:
         """Compute the features of `rows`, in batches of at most `token_budget` padded tokens, planned by length.
 
         `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
         """
-        features = _empty_features(rows, self.projection.dims)
-        todo = [row for row, reason in enumerate(features.reasons) if reason is None]
+        found = _Found(rows, kinds=list(self._directions), dims=self.projection.dims)
+        todo = [row for row, tokens in enumerate(found.tokens) if tokens]
         done = len(rows) - len(todo)
-        for batch in plan([len(rows[row].input_ids) for row in todo], token_budget=token_budget):
-            indices = [todo[position] for position in batch]
-            self._compute([rows[index] for index in indices], pad_id=pad_id).store(features, indices)
+        for batch, indices in self._batches(rows, todo, pad_id=pad_id, token_budget=token_budget):
+            batch.store(found, indices)
             done += len(indices)
             if on_batch is not None:
                 on_batch(done)
-        return features
+        return found.by_kind()
+
+    def _batches(
+        self, rows: Sequence[Encoded], todo: Sequence[int], *, pad_id: int, token_budget: int
+    ) -> Iterator[tuple[_Batch, list[int]]]:
+        """Compute batch after batch, and give each out when the next one is on its way.
+
+        A GPU works on the next batch while the numbers of the last one are waited for.
+        """
+        last: tuple[_Batch, list[int]] | None = None
+        for batch in plan([len(rows[row].input_ids) for row in todo], token_budget=token_budget):
+            indices = [todo[position] for position in batch]
+            computed = self._compute([rows[index] for index in indices], pad_id=pad_id)
+            if last is not None:
+                yield last
+            last = computed, indices
+        if last is not None:
+            yield last
 
     def _compute(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         """Compute one batch; where its parameters turn out not to be covered by taps, one at a time from now on."""
@@ -150,9 +175,9 @@ class GradientEngine:
         inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
         batch = self._batch(len(rows))
         with taps.tapped(self._sites, inputs.shape, batch.take) as recorder:
-            means = losses(self.model, inputs)
-            self._objective(means, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        batch.losses = means.detach()
+            outputs = run(self.model, inputs, hidden=self._hidden)
+            self._objective(outputs, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        batch.take_outputs(outputs, slice(0, len(rows)))
         self.one_at_a_time = recorder.strays + self._drop_gradients()
         if not self.one_at_a_time and recorder.flattened:
             self.one_at_a_time = self._out_of_order(rows, recorder.flattened, pad_id=pad_id)
@@ -162,10 +187,10 @@ class GradientEngine:
         batch.take_zeros(self.parameters.keys() - batch.seen)
         return batch
 
-    def _objective(self, means: Tensor, inputs: Inputs) -> Tensor:
+    def _objective(self, outputs: Outputs, inputs: Inputs) -> Tensor:
         """Return the number whose gradient is taken: the examples' losses together, scaled."""
-        by_example = means * inputs.counts if self._reduction == "sum" else means
-        return by_example.sum() * self._scale
+        losses = outputs.losses * inputs.counts if self._reduction == "sum" else outputs.losses
+        return losses.sum() * self._scale
 
     def _out_of_order(self, rows: Sequence[Encoded], flattened: Mapping[str, Tensor], *, pad_id: int) -> list[str]:
         """Name the parameters whose flattened tokens were no rows in order: tested once, by the first example alone.
@@ -175,7 +200,7 @@ class GradientEngine:
         if self._in_order or len(rows) == 1:
             return []
         inputs = Inputs.of(rows[:1], pad_id=pad_id, device=self.device)
-        objective = self._objective(losses(self.model, inputs), inputs)
+        objective = self._objective(run(self.model, inputs), inputs)
         alone = torch.autograd.grad(objective, [self.parameters[name] for name in flattened], materialize_grads=True)
         least = LEAST_COSINE.get(self.model.dtype, LEAST_COSINE_HALF)
         wrong = [
@@ -196,40 +221,76 @@ class GradientEngine:
     def _compute_one_by_one(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         batch = self._batch(len(rows))
         for position, row in enumerate(rows):
+            here = slice(position, position + 1)
             inputs = Inputs.of([row], pad_id=pad_id, device=self.device)
-            mean = losses(self.model, inputs)
+            outputs = run(self.model, inputs, hidden=self._hidden)
             gradients = torch.autograd.grad(
-                self._objective(mean, inputs),
+                self._objective(outputs, inputs),
                 list(self.parameters.values()),
                 allow_unused=True,
                 materialize_grads=True,
             )
-            batch.losses[position] = mean.detach()[0]
+            batch.take_outputs(outputs, here)
             for name, gradient in zip(self.parameters, gradients, strict=True):
                 # autograd may give two parameters one tensor, and what is taken may be overwritten
-                batch.take(name, gradient.flatten().clone().unsqueeze(0), slice(position, position + 1))
+                batch.take(name, gradient.flatten().clone().unsqueeze(0), here)
         return batch
 
     def _batch(self, examples: int) -> _Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        return _Batch(examples, sizes, self._direction, self.projection, 1 / self._scale)
+        return _Batch(examples, sizes, self._directions, self.projection, 1 / self._scale)
+
+
+class _Found:
+    """The features of all rows of a call, filled batch by batch."""
+
+    def __init__(self, rows: Sequence[Encoded], *, kinds: Sequence[Kind], dims: Sequence[int]) -> None:
+        count = len(rows)
+        self.tokens = np.array([_supervised_tokens(row) for row in rows], dtype=np.int32)
+        self.losses = np.zeros(count, dtype=np.float32)
+        self.raw_norms = np.zeros(count, dtype=np.float32)
+        self.hidden: NDArray[np.float32] | None = None
+        self.features = {kind: {dim: np.zeros((count, dim), dtype=np.float32) for dim in dims} for kind in kinds}
+        self.norms = {kind: np.zeros(count, dtype=np.float32) for kind in kinds}
+        self.reasons = {kind: [None if tokens else NOTHING_SUPERVISED for tokens in self.tokens] for kind in kinds}
+
+    def by_kind(self) -> dict[Kind, Features]:
+        """Return what was found, kind by kind."""
+        shared = (self.losses, self.tokens, self.raw_norms, self.hidden)
+        return {
+            kind: Features(by_dim, self.norms[kind], self.reasons[kind], *shared)
+            for kind, by_dim in self.features.items()
+        }
+
+
+class _Sums:
+    """The features of one kind of a batch while they are being summed."""
+
+    def __init__(self, examples: int, direction: Direction, projection: Projection) -> None:
+        self.direction = direction
+        self.projected = projection.zeros(examples)
+        self.squares = torch.zeros(examples, dtype=torch.float64, device=projection.device)
 
 
 class _Batch:
-    """The features of one batch while they are being summed, parameter by parameter."""
+    """What is known of one batch while its gradients come in, parameter by parameter."""
 
     def __init__(
-        self, examples: int, sizes: Mapping[str, int], direction: Direction, projection: Projection, unscale: float
+        self,
+        examples: int,
+        sizes: Mapping[str, int],
+        directions: Mapping[Kind, Direction],
+        projection: Projection,
+        unscale: float,
     ) -> None:
         device = projection.device
-        self.losses = torch.zeros(examples, device=device)
         self.seen: set[str] = set()
-        self._examples = examples
         self._sizes = sizes
-        self._direction = direction
         self._projection = projection
         self._unscale = unscale
-        self._sums = projection.zeros(examples)
+        self._sums = {kind: _Sums(examples, direction, projection) for kind, direction in directions.items()}
+        self._losses = torch.zeros(examples, device=device)
+        self._hidden: Tensor | None = None
         self._squares = torch.zeros(examples, dtype=torch.float64, device=device)
         self._peaks = torch.zeros(examples, device=device)
 
@@ -241,29 +302,55 @@ class _Batch:
         self.seen.add(name)
         # amax keeps a NaN; the peak of the raw gradient tells zero from small, which squares would not
         self._peaks[examples] = torch.maximum(self._peaks[examples], gradients.abs().amax(1))
-        directions = self._direction(name, gradients)
-        self._squares[examples] += torch.linalg.vector_norm(directions, dim=1).double().square()
-        self._projection.add(name, directions, {dim: sums[examples] for dim, sums in self._sums.items()})
+        self._squares[examples] += _squares(gradients)
+        for left, sums in zip(reversed(range(len(self._sums))), self._sums.values(), strict=True):
+            directions = sums.direction(name, gradients.clone() if left else gradients)
+            sums.squares[examples] += _squares(directions)
+            self._projection.add(name, directions, {dim: part[examples] for dim, part in sums.projected.items()})
 
     def take_zeros(self, names: set[str]) -> None:
         """Take in parameters that the loss did not depend on: Adam moves these too."""
         for name in sorted(names):
-            for examples in slices(self._examples, self._sizes[name], elements=taps.GRADIENT_ELEMENTS):
+            for examples in slices(len(self._losses), self._sizes[name], elements=taps.GRADIENT_ELEMENTS):
                 zeros = torch.zeros(examples.stop - examples.start, self._sizes[name], device=self._peaks.device)
                 self.take(name, zeros, examples)
 
-    def store(self, features: Features, rows: Sequence[int]) -> None:
-        """Write the batch to its rows of `features`, with a reason and zeros for what is no feature."""
-        norms = self._squares.sqrt().float()
-        losses = self.losses
-        reasons = _reasons(losses.cpu(), self._peaks.cpu(), norms.cpu())
-        kept = torch.tensor([reason is None for reason in reasons], device=norms.device)
-        for dim, sums in self._sums.items():
-            features.by_dim[dim][rows] = torch.where(kept[:, None], sums, 0).cpu().numpy()
-        features.norms[rows] = torch.where(kept, norms, 0).cpu().numpy()
-        features.losses[rows] = torch.where(losses.isfinite(), losses, 0).cpu().numpy()
-        for row, reason in zip(rows, reasons, strict=True):
-            features.reasons[row] = reason
+    def take_outputs(self, outputs: Outputs, examples: slice) -> None:
+        """Take in the losses and hidden states of some of the batch's examples."""
+        self._losses[examples] = outputs.losses.detach()
+        if outputs.hidden is not None:
+            if self._hidden is None:
+                self._hidden = torch.zeros(len(self._losses), outputs.hidden.shape[1], device=self._losses.device)
+            self._hidden[examples] = outputs.hidden
+
+    def store(self, found: _Found, rows: Sequence[int]) -> None:
+        """Write the batch to its rows, with a reason and zeros for what is no feature."""
+        found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
+        raw = self._squares.sqrt().float()
+        found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
+        self._store_hidden(found, rows)
+        for kind, sums in self._sums.items():
+            norms = sums.squares.sqrt().float()
+            reasons = _reasons(self._losses.cpu(), self._peaks.cpu(), norms.cpu())
+            kept = torch.tensor([reason is None for reason in reasons], device=norms.device)
+            for dim, projected in sums.projected.items():
+                found.features[kind][dim][rows] = torch.where(kept[:, None], projected, 0).cpu().numpy()
+            found.norms[kind][rows] = torch.where(kept, norms, 0).cpu().numpy()
+            for row, reason in zip(rows, reasons, strict=True):
+                found.reasons[kind][row] = reason
+
+    def _store_hidden(self, found: _Found, rows: Sequence[int]) -> None:
+        if self._hidden is None:
+            return
+        if found.hidden is None:
+            found.hidden = np.zeros((len(found.tokens), self._hidden.shape[1]), dtype=np.float32)
+        found.hidden[rows] = self._hidden.cpu().numpy()
+
+
+def _squares(vectors: Tensor) -> Tensor:
+    """Return the squared length of each row: (rows,) float64."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return lengths.double().square()
 
 
 def _reasons(losses: Tensor, peaks: Tensor, norms: Tensor) -> list[str | None]:
@@ -276,18 +363,6 @@ def _reasons(losses: Tensor, peaks: Tensor, norms: Tensor) -> list[str | None]:
     return [
         next((reason for reason, faulty in faults if bool(faulty[example])), None) for example in range(len(losses))
     ]
-
-
-def _empty_features(rows: Sequence[Encoded], dims: Sequence[int]) -> Features:
-    """Make the room for the features; an example without a supervised token gets its reason at once."""
-    tokens = np.array([_supervised_tokens(row) for row in rows], dtype=np.int32)
-    return Features(
-        by_dim={dim: np.zeros((len(rows), dim), dtype=np.float32) for dim in dims},
-        norms=np.zeros(len(rows), dtype=np.float32),
-        losses=np.zeros(len(rows), dtype=np.float32),
-        tokens=tokens,
-        reasons=[None if count else NOTHING_SUPERVISED for count in tokens],
-    )
 
 
 def _supervised_tokens(row: Encoded) -> int:

@@ -45,6 +45,7 @@ from datastore.tasks import TaskExample
 from worker import moments
 from worker.batches import Encoded, Unsupervised, encode
 from worker.context import Context
+from worker.directions import Kind
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows
 from worker.evaluate import work as passes_over
 from worker.finetune import draw, finetune
@@ -188,7 +189,8 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     heartbeat.check()
     # What is written from here on is left where it is when anything fails, since a commit may have been made whose
     # answer was lost; `tidy` knows later.
-    chunks = [_write(claim, context, output, rows, features) for output in payload["outputs"]]
+    own = None if features is None else features[_kind(plan)]
+    chunks = [_write(claim, context, output, rows, own) for output in payload["outputs"]]
     won = context.jobs.succeed(claim, chunks=chunks)
     mine = context.jobs.unpublished(attempt=claim.token)
     _publish(context, mine)
@@ -243,8 +245,7 @@ def _engine(context: Context, base: Base, checkpoint: str, plan: dict[str, Any],
         try:
             return GradientEngine(
                 model,
-                kind=plan["kind"],
-                adam=plan["adam"] or "less",
+                kinds=[_kind(plan)],
                 moments=moments.read(stored) if stored else None,
                 projection=plan["projection"],
                 dims=dims,
@@ -256,10 +257,14 @@ def _engine(context: Context, base: Base, checkpoint: str, plan: dict[str, Any],
     return context.loaded.engine((base, checkpoint, tuple(settings.items()), tuple(dims)), make)
 
 
+def _kind(plan: dict[str, Any]) -> Kind:
+    return Kind(plan["kind"], plan["adam"] or "less")
+
+
 def _features(
     engine: GradientEngine, rows: _Rows, *, pad_id: int, budget: int, heartbeat: Heartbeat
-) -> Features | None:
-    """The features of the encoded rows, or None where no row could be encoded."""
+) -> dict[Kind, Features] | None:
+    """The features of the encoded rows, by kind, or None where no row could be encoded."""
     if not rows.encoded:
         return None
     without = len(rows.reasons) - len(rows.encoded)

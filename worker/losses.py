@@ -36,6 +36,8 @@ class Inputs:
     """(N,) the supervised tokens."""
     counts: Tensor
     """(examples,) supervised tokens, float32."""
+    lengths: Tensor
+    """(examples,) tokens without the padding."""
 
     @property
     def shape(self) -> torch.Size:
@@ -55,57 +57,78 @@ class Inputs:
         positions = examples * input_ids.shape[1] + predictors
         targets = batch.labels[examples, predictors + 1]
         counts = torch.bincount(examples, minlength=len(rows)).float()
-        return cls(*(tensor.to(device) for tensor in (input_ids, positions, targets, counts)))
+        tensors = (input_ids, positions, targets, counts, mask.sum(1))
+        return cls(*(tensor.to(device) for tensor in tensors))
 
 
-def losses(model: Model, inputs: Inputs) -> Tensor:
-    """Return the mean cross-entropy over the supervised tokens of each example: (examples,) float32."""
-    with _logits_only_at(inputs, model) as reduced:
+@dataclass(frozen=True)
+class Outputs:
+    """What the model made of a batch."""
+
+    losses: Tensor
+    """(examples,) mean cross-entropy over the supervised tokens, float32."""
+    hidden: Tensor | None
+    """(examples, hidden size) mean over each example's tokens of what its output layer gets, float32, if asked for."""
+
+
+def run(model: Model, inputs: Inputs, *, hidden: bool = False) -> Outputs:
+    """Run the model forward, with a graph of the losses."""
+    with _logits_only_at(inputs, model, hidden=hidden) as seen:
         logits = model(input_ids=inputs.input_ids, use_cache=False).logits
     logits = logits.flatten(0, 1)
-    if not reduced:
+    if not seen.reduced:
         logits = logits.index_select(0, inputs.positions)
     by_token: Tensor = _CrossEntropy.apply(logits, inputs.targets)  # type: ignore[no-untyped-call]  # torch's
     # laid out in rows and summed: adding by index has no fixed order on a GPU
     spread = torch.zeros(inputs.input_ids.numel(), device=by_token.device).index_copy(0, inputs.positions, by_token)
-    return spread.view(inputs.shape).sum(1) / inputs.counts
+    return Outputs(spread.view(inputs.shape).sum(1) / inputs.counts, seen.hidden)
 
 
 @dataclass
-class _Reduced:
-    """Whether the output layer saw the supervised positions only."""
+class _Seen:
+    """What came by the output layer."""
 
-    done: bool = False
-
-    def __bool__(self) -> bool:
-        return self.done
+    reduced: bool = False
+    """It got the supervised positions only."""
+    hidden: Tensor | None = None
 
 
 @contextmanager
-def _logits_only_at(inputs: Inputs, model: Model) -> Iterator[_Reduced]:
+def _logits_only_at(inputs: Inputs, model: Model, *, hidden: bool) -> Iterator[_Seen]:
     """Give the output layer the hidden states of the supervised positions only, as a batch of one.
 
     Every architecture's own treatment of logits (scale, soft cap) still applies. A trainable output layer is left
-    alone, since its gradients need the examples apart.
+    alone, since its gradients need the examples apart. With `hidden` the means of what came are kept.
     """
-    reduced = _Reduced()
+    seen = _Seen()
     head = model.get_output_embeddings()
-    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
-        yield reduced
+    if head is None:
+        yield seen
         return
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
 
     def reduce(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = arguments[0]
-        if hidden.shape[:-1] != inputs.shape:
+        states = arguments[0]
+        if states.shape[:-1] != inputs.shape:
             return None
-        reduced.done = True
-        return (hidden.flatten(0, 1).index_select(0, inputs.positions).unsqueeze(0), *arguments[1:])
+        if hidden:
+            seen.hidden = _means(states.detach(), inputs.lengths)
+        if not frozen:
+            return None
+        seen.reduced = True
+        return (states.flatten(0, 1).index_select(0, inputs.positions).unsqueeze(0), *arguments[1:])
 
     handle = head.register_forward_pre_hook(reduce)
     try:
-        yield reduced
+        yield seen
     finally:
         handle.remove()
+
+
+def _means(states: Tensor, lengths: Tensor) -> Tensor:
+    """Return the mean of each example's own states, from (examples, tokens, size) with padding: float32."""
+    own = torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1)
+    return torch.where(own.unsqueeze(2), states.float(), 0).sum(1) / lengths.unsqueeze(1)
 
 
 class _CrossEntropy(torch.autograd.Function):
