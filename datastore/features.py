@@ -29,10 +29,12 @@ from sqlalchemy.orm import Session
 
 from datastore import shards
 from datastore.catalog import Catalog, utc_now
+from datastore.durations import duration
 from datastore.errors import InvalidInput, NotEnoughSpace
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.leases import Jobs, NewShard
+from datastore.models import Size
 from datastore.schema import (
     ChunkRow,
     DatasetRow,
@@ -143,18 +145,29 @@ class Features:
             before=partial(self._begin, plan),
         )
 
-    def estimate(self, request: GradientsRequest, *, tokens_per_row: float, model_bytes: int | None) -> Estimate:
-        """What the request would cost; `tokens_per_row` and `model_bytes` are the caller's to find out."""
+    def estimate(self, request: GradientsRequest, *, tokens_per_row: float, size: Size | None) -> Estimate:
+        """What the request would cost; `tokens_per_row` and the base model's `size` are the caller's to find out."""
         plan = self.plan(request)
-        rate = self._measured_rate(plan.settings["model"])
+        settings = plan.settings
         total = plan.rows * len({feature.checkpoint for feature in plan.feature_sets})
         batch = max(1, round(request.token_budget / max(tokens_per_row, 1)))
+        model_bytes = None if size is None else size.stored_bytes(settings["quantisation"] or settings["precision"])
+        time = duration(
+            self.jobs,
+            kind="gradients",
+            units=plan.missing_rows,
+            done=lambda job: _computed_rows(job, settings),
+            operations=None if size is None else plan.missing_rows * self._operations(plan, size, tokens_per_row),
+            precision=settings["precision"],
+            alone=False,
+        )
         return Estimate(
             rows=plan.missing_rows,
             tokens=round(plan.missing_rows * tokens_per_row),
             bytes=plan.missing_bytes,
             free_bytes=self._free_bytes(),
-            seconds=plan.missing_rows / rate if rate else None,
+            seconds=time.seconds,
+            basis=time.basis,
             memory_bytes=None if model_bytes is None else model_bytes * 2 + batch * sum(request.dims) * 4,
             reused_rows=total - plan.missing_rows,
         )
@@ -303,15 +316,13 @@ class Features:
             covered=covered, segments=[*prefix, new], shard_rows=self.settings.shard_rows, exists=False,
         )  # fmt: skip
 
-    def _measured_rate(self, model: str) -> float | None:
-        """Rows per second of the last finished gradients job of this model."""
-        query = select(JobRow).where(JobRow.kind == "gradients", JobRow.status == "succeeded")
-        with self.catalog.reading() as session:
-            for job in session.scalars(query.order_by(JobRow.finished_at.desc()).limit(50)):
-                result = job.result or {}
-                if job.plan["model"] == model and result.get("computed_rows") and result["seconds"] > 0:
-                    return float(result["computed_rows"] / result["seconds"])
-        return None
+    def _operations(self, plan: Plan, size: Size, tokens_per_row: float) -> float:
+        """Floating-point operations of one row: its passes through the model, and a projection that multiplies."""
+        adapter = self.catalog.checkpoint(plan.feature_sets[0].checkpoint).parameters
+        checkpointing = plan.settings["gradient_checkpointing"]
+        passes = tokens_per_row * size.operations(adapter, checkpointing=checkpointing)
+        dense = plan.settings["projection"] == "rademacher"
+        return passes + (2 * adapter * max(feature.dim for feature in plan.feature_sets) if dense else 0)
 
     def _free_bytes(self) -> int:
         self.settings.features.mkdir(parents=True, exist_ok=True)
@@ -348,6 +359,12 @@ def _check(checkpoint: Checkpoint, *, kind: str, request: GradientsRequest) -> N
     if request.projection == "none" and request.dims != [checkpoint.parameters]:
         detail = f"projection=none stores the gradient itself: send dims=[{checkpoint.parameters}]"
         raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/dims")])
+
+
+def _computed_rows(job: JobRow, settings: dict[str, Any]) -> float:
+    """Rows that a finished job computed, 0 where its model or projection was another."""
+    like = all(job.plan[key] == settings[key] for key in ("model", "projection"))
+    return float((job.result or {}).get("computed_rows", 0)) if like else 0.0
 
 
 def _record(session: Session, plan: Plan) -> None:

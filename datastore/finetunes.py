@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradstore.types import AnyJob, Estimate, FinetuneRequest, Precision, ProblemItem
+from gradstore.types import AnyJob, Estimate, FinetuneRequest, Method, Precision, ProblemItem
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from datastore import models
 from datastore.catalog import Catalog
 from datastore.checkpoints import Checkpoints
-from datastore.datasets import Datasets
+from datastore.durations import duration, own_precision
 from datastore.errors import Conflict, InUse, InvalidInput, NotEnoughSpace
 from datastore.identity import content_id
 from datastore.leases import Jobs, NewShard
-from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, RunCheckpointRow, RunRow, UseRow
 from datastore.selection import count
 from datastore.settings import Settings
@@ -62,7 +61,6 @@ class Finetunes:
 
     catalog: Catalog
     jobs: Jobs
-    datasets: Datasets
     checkpoints: Checkpoints
     settings: Settings
 
@@ -73,7 +71,7 @@ class Finetunes:
         """
         plan = self.plan(request)
         free = self._free_bytes()
-        needed = self._stored_bytes(request, self._size(plan.model, request))
+        needed = self._stored_bytes(request, models.size(plan.model, plan.revision))
         if needed > free:
             raise NotEnoughSpace(needed=needed, free=free)
         return self.jobs.create(
@@ -110,21 +108,30 @@ class Finetunes:
             steps=math.ceil(rows / request.batch_size) * request.epochs,
         )
 
-    def estimate(self, request: FinetuneRequest) -> Estimate:
-        """What the request would cost; its tokens are those of one epoch."""
+    def estimate(self, request: FinetuneRequest, *, lengths: models.Lengths, size: models.Size | None) -> Estimate:
+        """What the request would cost; its tokens are those of one epoch.
+
+        `lengths` of some of its rows and the base model's `size` are the caller's to find out.
+        """
         plan = self.plan(request)
-        size = self._size(plan.model, request)
-        folder = models.folder_of(plan.model, request.revision)
-        lengths = models.lengths(self._sample(plan), folder=folder, max_length=request.max_length)
         tokens = round(plan.rows * lengths.mean)
-        rate = self._measured_rate(plan.model)
+        time = duration(
+            self.jobs,
+            kind="finetune",
+            units=tokens * request.epochs,
+            done=lambda job: _trained_tokens(job, plan.model, request.method),
+            operations=None if size is None else tokens * request.epochs * _operations(request, size),
+            precision=None if request.precision == "auto" else request.precision,
+            alone=True,
+        )
         return Estimate(
             rows=plan.rows,
             tokens=tokens,
             bytes=self._stored_bytes(request, size),
             free_bytes=self._free_bytes(),
-            seconds=tokens * request.epochs / rate if rate else None,
-            memory_bytes=None if size is None else _memory_bytes(request, size, longest=lengths.longest),
+            seconds=time.seconds,
+            basis=time.basis,
+            memory_bytes=None if size is None else self._memory_bytes(request, size, longest=lengths.longest),
         )
 
     def last_checkpoint(self, reference: str) -> str:
@@ -144,36 +151,35 @@ class Finetunes:
 
         return self.jobs.remove(reference, kind="finetune", before=delete_files)
 
-    def _size(self, model: str, request: FinetuneRequest) -> models.Size | None:
-        folder = models.folder_of(model, request.revision)
-        return models.size_of(folder) if folder else None
-
-    def _sample(self, plan: FinetunePlan) -> Iterator[Example]:
-        """Some of the rows trained on; for a selection, of the pool it was made from."""
-        if plan.dataset is not None:
-            pools = [plan.dataset]
-        else:
-            pools = self.catalog.selection(plan.selection or "").recipe["datasets"]
-        for pool in pools:
-            for rows in models.sample(self.catalog.dataset(pool).rows, size=256 // len(pools) or 1, block=8):
-                yield from self.datasets.examples(pool, rows.start, rows.stop)
-
     def _stored_bytes(self, request: FinetuneRequest, size: models.Size | None) -> int:
-        """Bytes of the checkpoints of all epochs; 0 where the base model is not on this machine."""
+        """Bytes of the checkpoints that are kept; 0 where the base model is not on this machine.
+
+        Of a LoRA training those of all epochs, of a full one the last model, without moments and in its precision.
+        """
         if size is None:
             return 0
-        trained = size.lora_parameters(request.lora) if request.method == "lora" else size.parameters
-        return request.epochs * trained * STORED_BYTES
+        if request.method == "lora":
+            return request.epochs * size.lora_parameters(request.lora) * STORED_BYTES
+        return size.stored_bytes(self._precision(request))
 
-    def _measured_rate(self, model: str) -> float | None:
-        """Tokens per second of the last finished fine-tune of this model."""
-        query = select(JobRow).where(JobRow.kind == "finetune", JobRow.status == "succeeded")
-        with self.catalog.reading() as session:
-            for job in session.scalars(query.order_by(JobRow.finished_at.desc()).limit(50)):
-                result = job.result or {}
-                if job.plan["model"] == model and result.get("tokens") and result["seconds"] > 0:
-                    return float(result["tokens"] * job.request["epochs"] / result["seconds"])
-        return None
+    def _memory_bytes(self, request: FinetuneRequest, size: models.Size, *, longest: int) -> int:
+        precision = self._precision(request)
+        lora = request.method == "lora"
+        base = size.stored_bytes(request.quantisation or precision) if lora else 0
+        trained = size.lora_parameters(request.lora) if lora else size.parameters
+        activations = size.activation_bytes(
+            tokens=min(request.device_batch_size, request.batch_size) * longest,
+            item_bytes=models.ITEM_BYTES[precision],
+            checkpointing=request.gradient_checkpointing,
+        )
+        return base + trained * TRAINED_BYTES + activations
+
+    def _precision(self, request: FinetuneRequest) -> Precision:
+        """The precision asked for; `auto` is the widest that a worker would take."""
+        if request.precision != "auto":
+            return request.precision
+        chosen = {own_precision(worker.device) for worker in self.jobs.known_workers()}
+        return "bfloat16" if chosen == {"bfloat16"} else "float32"
 
     def _free_bytes(self) -> int:
         self.settings.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -190,17 +196,17 @@ def _drawn(request: FinetuneRequest, rows: int) -> int:
     return count(rows, pct=request.fraction, k=request.rows)
 
 
-def _memory_bytes(request: FinetuneRequest, size: models.Size, *, longest: int) -> int:
-    precision: Precision = "float32" if request.precision == "auto" else request.precision
-    lora = request.method == "lora"
-    base = size.stored_bytes(request.quantisation or precision) if lora else 0
-    trained = size.lora_parameters(request.lora) if lora else size.parameters
-    activations = size.activation_bytes(
-        tokens=min(request.device_batch_size, request.batch_size) * longest,
-        item_bytes=models.ITEM_BYTES[precision],
-        checkpointing=request.gradient_checkpointing,
-    )
-    return base + trained * TRAINED_BYTES + activations
+def _operations(request: FinetuneRequest, size: models.Size) -> float:
+    """Floating-point operations of one token."""
+    full = request.method == "full"
+    trained = 0 if full else size.lora_parameters(request.lora)
+    return size.operations(trained, full=full, checkpointing=request.gradient_checkpointing)
+
+
+def _trained_tokens(job: JobRow, model: str, method: Method) -> float:
+    """Tokens that a finished fine-tune trained on in all epochs, 0 where it was of another model or method."""
+    like = job.plan["model"] == model and job.request["method"] == method
+    return float((job.result or {}).get("tokens", 0) * job.request["epochs"]) if like else 0.0
 
 
 def _take_apart(session: Session, job: JobRow) -> Sequence[str]:

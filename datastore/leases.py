@@ -8,13 +8,13 @@ polling loop or a Celery message, can lose or double its call without harm.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
-from gradstore.types import FINISHED, AnyJob, JobKind, Page, Problem, Progress, Worker
-from sqlalchemy import delete, exists, func, or_, select, tuple_, update
+from gradstore.types import FINISHED, AnyJob, JobKind, Page, Precision, Problem, Progress, Worker
+from sqlalchemy import ColumnElement, delete, exists, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog, take, use, utc_now
@@ -386,21 +386,34 @@ class Jobs:
                 self._put_back(job, shard, problem.model_dump(mode="json"), permanent=False)
             return len(lost)
 
-    def announce(self, worker: str, *, device: str, job: str | None) -> None:
-        """Record a worker's sign of life."""
+    def announce(self, worker: str, *, device: str, job: str | None, flops: Mapping[Precision, float]) -> None:
+        """Record a worker's sign of life; a new worker's replaces those of workers that are gone."""
         with self.catalog.transaction() as session:
-            session.merge(WorkerRow(id=worker, device=device, job=job, seen_at=utc_now()))
+            if session.get(WorkerRow, worker) is None:
+                session.execute(delete(WorkerRow).where(~_at_work()))
+            session.merge(
+                WorkerRow(id=worker, device=device, job=job, flops=dict(flops), gone=False, seen_at=utc_now())
+            )
 
     def leave(self, worker: str) -> None:
         """Record that a worker has stopped."""
         with self.catalog.transaction() as session:
-            session.execute(delete(WorkerRow).where(WorkerRow.id == worker))
+            session.execute(update(WorkerRow).where(WorkerRow.id == worker).values(gone=True, job=None))
 
     def workers(self) -> list[Worker]:
         """The workers seen lately."""
         with self.catalog.reading() as session:
-            query = select(WorkerRow).where(WorkerRow.seen_at > utc_now() - WORKER_LIFETIME).order_by(WorkerRow.id)
+            query = select(WorkerRow).where(_at_work()).order_by(WorkerRow.id)
             return [Worker.model_validate(row, from_attributes=True) for row in session.scalars(query)]
+
+    def known_workers(self) -> list[Worker]:
+        """The workers seen lately; where there are none, the one that was seen last."""
+        found = self.workers()
+        if found:
+            return found
+        with self.catalog.reading() as session:
+            last = session.scalar(select(WorkerRow).order_by(WorkerRow.seen_at.desc()).limit(1))
+            return [Worker.model_validate(last, from_attributes=True)] if last is not None else []
 
     # Inside a transaction -------------------------------------------------------------------------------------------
 
@@ -446,6 +459,10 @@ class Jobs:
         job.started_at = job.started_at or job.finished_at
         if job.kind in self.results:
             job.result = self.results[job.kind](session, job)
+
+
+def _at_work() -> ColumnElement[bool]:
+    return WorkerRow.gone.is_(False) & (WorkerRow.seen_at > utc_now() - WORKER_LIFETIME)
 
 
 def _shard_row(job: JobRow, number: int, shard: NewShard) -> ShardRow:

@@ -33,6 +33,8 @@ ITEM_BYTES: dict[Precision | Quantisation, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.55,
 }  # fmt: skip
 
+_HEADS, _EMBEDDINGS = {"lm_head", "embed_out"}, {"embed_tokens", "embed_in", "wte", "wpe", "shared"}
+
 
 def resolve(model: str, *, roots: Sequence[Path]) -> str:
     """The model as workers are told: a hub id as it is, a folder as its absolute path inside one of `roots`.
@@ -123,6 +125,8 @@ class Size:
     hidden: int
     layers: int
     vocabulary: int
+    active_experts: float = 1.0
+    """Part of a mixture's experts that a token goes through."""
 
     @property
     def parameters(self) -> int:
@@ -139,6 +143,27 @@ class Size:
             lora.r * sum(tensor.shape) for name, tensor in self.tensors.items() if _is_target(name, tensor, lora)
         )
 
+    def operations(self, trained: int, *, full: bool = False, checkpointing: bool = False) -> float:
+        """Floating-point operations of a token's forward and backward pass, `trained` parameters being trained.
+
+        Two a parameter forwards, two for the gradient of what came in, and two for the parameter's own, which frozen
+        ones do without: 4 · base + 6 · LoRA, or 6 · all. Gradient checkpointing does the forward pass twice. Those of
+        attention's scores are left out: they are few up to some thousand tokens.
+        """
+        base = self._multiplied()
+        again = 2 * (base if full else base + trained) if checkpointing else 0
+        return 6 * base + again if full else 4 * base + 6 * trained + again
+
+    def _multiplied(self) -> float:
+        """Parameters that a token is multiplied with: no embeddings, unless these are the output's matrix, too."""
+        sizes = {name: tensor.size for name, tensor in self.tensors.items()}
+        tied = not any(_last(name) in _HEADS for name in sizes)
+        return sum(
+            size * (self.active_experts if ".experts." in name else 1)
+            for name, size in sizes.items()
+            if tied or _last(name) not in _EMBEDDINGS
+        )
+
     def activation_bytes(self, *, tokens: int, item_bytes: float, checkpointing: bool) -> int:
         """Bytes of what a training step of this many padded tokens keeps for its backward pass.
 
@@ -151,6 +176,12 @@ class Size:
         return round(kept + tokens * self.vocabulary * 8)
 
 
+def size(model: str, revision: str | None) -> Size | None:
+    """The size of a model, or None where it is not on this machine."""
+    folder = folder_of(model, revision)
+    return size_of(folder) if folder else None
+
+
 def size_of(folder: Path) -> Size | None:
     """The size of the model in a folder, or None where its weights are no safetensors or not there."""
     try:
@@ -161,7 +192,17 @@ def size_of(folder: Path) -> Size | None:
     text: dict[str, Any] = config.get("text_config") or config
     keys = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"), ("vocab_size",))
     hidden, layers, vocabulary = (next((int(text[key]) for key in names if text.get(key)), 0) for names in keys)
-    return Size(tensors, hidden=hidden, layers=layers, vocabulary=vocabulary) if tensors else None
+    return (
+        Size(tensors, hidden=hidden, layers=layers, vocabulary=vocabulary, active_experts=_active_experts(text))
+        if tensors
+        else None
+    )
+
+
+def _active_experts(config: dict[str, Any]) -> float:
+    keys = (("num_experts_per_tok",), ("num_experts", "num_local_experts", "n_routed_experts"))
+    chosen, experts = (next((int(config[key]) for key in names if config.get(key)), 0) for names in keys)
+    return chosen / experts if chosen and experts else 1.0
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -174,12 +215,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _is_target(name: str, tensor: TensorInfo, lora: LoraSettings) -> bool:
     module, _, kind = name.rpartition(".")
-    last = module.rpartition(".")[2]
+    last = _last(name)
     if kind != "weight" or len(tensor.shape) != 2:
         return False
     if lora.targets == "all-linear":
-        return last not in {"lm_head", "embed_tokens", "wte", "wpe", "embed_out", "shared"}
+        return last not in _HEADS | _EMBEDDINGS
     return last in lora.targets or any(module.endswith(f".{target}") for target in lora.targets)
+
+
+def _last(name: str) -> str:
+    """The module that a tensor belongs to, without those around it."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 # Lengths ----------------------------------------------------------------------------------------------------------

@@ -289,11 +289,14 @@ class IdempotencyRow(Table):
 
 
 class WorkerRow(Table):
-    """A worker's last sign of life."""
+    """A worker's last sign of life; the last one's is kept when it is gone, since it tells what jobs will take."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(primary_key=True)
     device: Mapped[str]
     job: Mapped[str | None]
+    flops: Mapped[dict[str, Any]]
+    """Operations a second by precision."""
+    gone: Mapped[bool]
     seen_at: Mapped[datetime]

@@ -57,7 +57,7 @@ class Backend:
         features = Features(catalog, jobs, store, settings)
         jobs.results["gradients"] = features.result
         datasets, checkpoints = Datasets(settings.datasets), Checkpoints(settings.checkpoints)
-        finetunes = Finetunes(catalog, jobs, datasets, checkpoints, settings)
+        finetunes = Finetunes(catalog, jobs, checkpoints, settings)
         scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
         return cls(
             settings=settings,

@@ -1,34 +1,57 @@
-"""What a gradients job would cost: its rows are sampled and measured with the base model's tokenizer."""
+"""What a gradients job or a fine-tune would cost: some of its rows are measured with the base model's tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradstore.types import Estimate, GradientsRequest
+from gradstore.types import Estimate, FinetuneRequest, GradientsRequest
 
 from datastore import models
 from datastore.features import Plan
+from datastore.finetunes import FinetunePlan
 from datastore.rows import Example
 from service.dependencies import Backend
+
+SAMPLED = 256  # rows
 
 
 def of_gradients(backend: Backend, request: GradientsRequest) -> Estimate:
     """Rows, tokens, bytes, seconds and memory of a request. Raises what starting it would raise."""
     plan = backend.features.plan(request)
-    settings = plan.settings
     checkpoint = backend.catalog.checkpoint(plan.feature_sets[0].checkpoint)
     folder = models.folder_of(checkpoint.model, checkpoint.revision)
-    lengths = models.lengths(_sample(backend, plan), folder=folder, max_length=settings["max_length"])
-    size = models.size_of(folder) if folder else None
-    kind = settings["quantisation"] or settings["precision"]
-    return backend.features.estimate(
-        request, tokens_per_row=lengths.mean, model_bytes=size.stored_bytes(kind) if size else None
-    )
+    lengths = models.lengths(_computed(backend, plan), folder=folder, max_length=plan.settings["max_length"])
+    size = models.size(checkpoint.model, checkpoint.revision)
+    return backend.features.estimate(request, tokens_per_row=lengths.mean, size=size)
 
 
-def _sample(backend: Backend, plan: Plan) -> Iterator[Example]:
+def of_finetune(backend: Backend, request: FinetuneRequest) -> Estimate:
+    """Rows, tokens, bytes, seconds and memory of a request. Raises what starting it would raise."""
+    plan = backend.finetunes.plan(request)
+    folder = models.folder_of(plan.model, plan.revision)
+    lengths = models.lengths(_trained_on(backend, plan), folder=folder, max_length=request.max_length)
+    return backend.finetunes.estimate(request, lengths=lengths, size=models.size(plan.model, plan.revision))
+
+
+def _computed(backend: Backend, plan: Plan) -> Iterator[Example]:
+    """Some of the rows whose gradients are asked for."""
     if plan.is_task:
-        yield from (row.example for row in backend.tasks.validation(plan.owner)[:256])
+        yield from (row.example for row in backend.tasks.validation(plan.owner)[:SAMPLED])
         return
-    for rows in models.sample(plan.rows):
-        yield from backend.datasets.examples(plan.owner, rows.start, rows.stop)
+    yield from _of_dataset(backend, plan.owner)
+
+
+def _trained_on(backend: Backend, plan: FinetunePlan) -> Iterator[Example]:
+    """Some of the rows trained on; of a selection from its best to its last, since lengths may follow the score."""
+    if plan.dataset is not None:
+        yield from _of_dataset(backend, plan.dataset)
+        return
+    wanted = {round(number * (plan.rows - 1) / max(SAMPLED - 1, 1)) for number in range(SAMPLED)}
+    for number, row in enumerate(backend.answers.rows(plan.selection or "")):
+        if number in wanted:
+            yield from backend.datasets.examples(row.dataset, row.row, row.row + 1)
+
+
+def _of_dataset(backend: Backend, dataset: str) -> Iterator[Example]:
+    for rows in models.sample(backend.catalog.dataset(dataset).rows, size=SAMPLED):
+        yield from backend.datasets.examples(dataset, rows.start, rows.stop)

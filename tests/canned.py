@@ -293,6 +293,7 @@ def estimate() -> dict[str, Any]:
         "bytes": 1000,
         "free_bytes": 5000,
         "seconds": 2.0,
+        "basis": "estimated",
         "memory_bytes": 4000,
         "reused_rows": 1,
     }

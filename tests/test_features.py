@@ -108,7 +108,7 @@ def test_a_grown_dataset_computes_its_new_rows_only(store: Store) -> None:
     store.features.start(request(dataset="pool"))
     store.work(numbers)
     grown = store.pool(2200)
-    estimate = store.features.estimate(request(dataset=grown.id), tokens_per_row=3, model_bytes=None)
+    estimate = store.features.estimate(request(dataset=grown.id), tokens_per_row=3, size=None)
     assert (estimate.rows, estimate.reused_rows, estimate.tokens) == (400, 4000, 1200)
     job, _ = store.features.start(request(dataset=grown.id))
     assert job.progress.total == 400

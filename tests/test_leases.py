@@ -12,12 +12,13 @@ from typing import cast
 
 import pytest
 from gradstore.types import AnyJob, Problem
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog
 from datastore.errors import Conflict, InUse, NameTaken, NotFound
 from datastore.leases import Claim, Jobs, NewChunk, NewShard
-from datastore.schema import JobRow, SegmentRow
+from datastore.schema import JobRow, SegmentRow, WorkerRow
 
 PROBLEM = Problem(type="broken", title="Broken", status=500, detail="it broke")
 
@@ -368,8 +369,19 @@ def test_pages_hold_every_job_once_newest_first(jobs: Jobs) -> None:
 
 
 def test_workers_are_listed_while_they_live(jobs: Jobs) -> None:
-    jobs.announce("worker-1", device="cpu", job=None)
-    jobs.announce("worker-1", device="cpu", job="ft_1")
+    jobs.announce("worker-1", device="cpu", job=None, flops={})
+    jobs.announce("worker-1", device="cpu", job="ft_1", flops={"float32": 2.0})
     assert [(worker.id, worker.job) for worker in jobs.workers()] == [("worker-1", "ft_1")]
     jobs.leave("worker-1")
     assert jobs.workers() == []
+
+
+def test_the_worker_seen_last_is_known_until_another_comes(jobs: Jobs) -> None:
+    assert jobs.known_workers() == []
+    for name in ("worker-1", "worker-2"):
+        jobs.announce(name, device="cpu", job=None, flops={"float32": 2.0})
+        assert [worker.id for worker in jobs.known_workers()] == [name]
+        jobs.leave(name)
+    assert [(worker.id, worker.flops) for worker in jobs.known_workers()] == [("worker-2", {"float32": 2.0})]
+    with jobs.catalog.reading() as session:
+        assert session.scalar(select(func.count()).select_from(WorkerRow)) == 1

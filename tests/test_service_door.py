@@ -89,10 +89,10 @@ def test_no_answer_is_taken_for_a_page(shared_service: Service, path: str) -> No
 
 
 def test_health_tells_what_works(shared_service: Service) -> None:
-    shared_service.backend.jobs.announce("worker-1", device="cpu", job=None)
+    shared_service.backend.jobs.announce("worker-1", device="cpu", job=None, flops={"float32": 1e11})
     health = shared_service.http.get("/health").json()
     assert (health["status"], health["catalog"], health["dispatch"]) == ("ok", True, True)
-    assert [worker["id"] for worker in health["workers"]] == ["worker-1"]
+    assert [(worker["id"], worker["flops"]) for worker in health["workers"]] == [("worker-1", {"float32": 1e11})]
     assert health["free_bytes"] > 0
 
 

@@ -178,3 +178,17 @@ def test_a_job_that_made_something_is_deleted_where_that_is(ready: Service) -> N
         detail = problem_of(ready.http.delete(f"/jobs/{job['id']}"), 409).detail
         assert detail.endswith(f"DELETE /gradients/{job['id']}")
     assert len(ready.http.get("/gradients").json()["data"]) == 2
+
+
+def test_a_fine_tune_on_a_selection_is_estimated_from_its_own_rows(service: Service) -> None:
+    rows = [{"prompt": "short" if number < 3 else "long " * 200, "completion": str(number)} for number in range(40)]
+    service.upload("".join(json.dumps(row) + "\n" for row in rows).encode(), name="pool")
+    service.task("target")
+    service.http.post("/runs", json={"checkpoints": [service.checkpoint()["id"]], "name": "run"})
+    for owner in ({"dataset": "pool", "kind": "sgd"}, {"task": "target"}):
+        service.http.post("/gradients", json={"run": "run", "dims": [DIM], **owner})
+    work(service)
+    body = {"selection": select(service)["id"], "model": "org/base", "dry_run": True}
+    cost = service.http.post("/finetunes", json=body).json()
+    assert cost["rows"] == 2
+    assert 2 <= cost["tokens"] <= 2 * 4

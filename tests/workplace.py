@@ -97,7 +97,7 @@ class Workplace:
     def finetunes(self) -> Finetunes:
         """Plans of fine-tunes."""
         context = self.context
-        return Finetunes(context.catalog, context.jobs, context.datasets, context.checkpoints, context.settings)
+        return Finetunes(context.catalog, context.jobs, context.checkpoints, context.settings)
 
     @property
     def evaluations(self) -> Evaluations:

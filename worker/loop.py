@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from datastore.leases import Claim, Publication
 from worker.context import Context
 from worker.jobs import KINDS, run, tend, tidy
+from worker.speed import measure
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Caretaker:
         self._thread = threading.Thread(target=self._care, name="caretaker", daemon=True)
 
     def __enter__(self) -> Self:
+        self._flops = measure(self._context.device)  # before there is work to be measured with it
         self._thread.start()
         return self
 
@@ -68,7 +70,9 @@ class Caretaker:
             if self._over.is_set():
                 return
             try:
-                self._context.jobs.announce(self._context.owner, device=str(self._context.device), job=self._job)
+                self._context.jobs.announce(
+                    self._context.owner, device=str(self._context.device), job=self._job, flops=self._flops
+                )
                 if time.monotonic() - looked >= interval:
                     looked = time.monotonic()
                     waiting = tend(self._context, waiting)

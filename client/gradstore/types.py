@@ -27,6 +27,7 @@ TaskKind = str  # the server has a reader for each: mmlu, bbh, tydiqa, gsm8k, sc
 Metric = Literal["choice", "exact_match", "token_f1", "none"]
 Split = Literal["validation", "test"]
 Method = Literal["lora", "full"]
+Basis = Literal["measured", "estimated"]
 
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -183,7 +184,11 @@ class Estimate(Body):
     free_bytes: int
     """Bytes free where the store lies."""
     seconds: float | None
-    """Estimated duration from measured rates of this store's finished jobs; null before the first."""
+    """How long it takes; null while no job like it has finished and no worker has been seen, or the base model's files
+    are not on the service's machine."""
+    basis: Basis | None = None
+    """What `seconds` come from: `measured`, the rate of the last finished job of this model; `estimated`, the model's
+    operations and the rate at which workers multiply matrices."""
     memory_bytes: int | None
     """Estimated peak memory of one worker; null where the base model is not on this machine."""
     reused_rows: int = 0
@@ -714,6 +719,8 @@ class Worker(Body):
     device: str
     job: str | None
     seen_at: datetime
+    flops: dict[Precision, float] = {}
+    """Operations a second (FLOP/s) of a matrix product, by precision, measured when the worker started."""
 
 
 class Health(Body):

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from gradstore.types import FinetuneJob, FinetuneRequest, Page, Rename
 
 from service.dependencies import BackendDep, Paging, Reference
+from service.estimates import of_finetune
 from service.openapi import starting
 from service.routes.checkpoints import ZIP, weights
 from service.routes.jobs import started, typed, typed_page
@@ -21,7 +22,7 @@ router = noun("finetunes")
 def create_finetune(backend: BackendDep, body: FinetuneRequest, response: Response) -> FinetuneJob | Response:
     """Fine-tune a model. The same request gives the same fine-tune; `dry_run=true` answers what it would cost."""
     if body.dry_run:
-        return JSONResponse(backend.finetunes.estimate(body).model_dump(mode="json"))
+        return JSONResponse(of_finetune(backend, body).model_dump(mode="json"))
     job, _ = backend.finetunes.start(body)
     return started(backend, job, response, model=FinetuneJob)
 

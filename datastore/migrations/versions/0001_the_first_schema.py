@@ -152,6 +152,8 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("device", sa.String(length=255), nullable=False),
         sa.Column("job", sa.String(length=255), nullable=True),
+        sa.Column("flops", sa.JSON(), nullable=False),
+        sa.Column("gone", sa.Boolean(), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
     )
