@@ -283,6 +283,23 @@ class Catalog:
             delete_files(row.id)
             return row.id
 
+    def unknown(self, known: Select[str], found: Iterable[str]) -> list[str]:
+        """The ids of `found` that `known` does not select."""
+        with self.reading() as session:
+            return sorted(set(found) - set(session.scalars(known)))
+
+    def delete_unknown(
+        self, known: Select[str], found: Iterable[str], *, delete_files: Callable[[str], None]
+    ) -> list[str]:
+        """Call `delete_files` for the ids of `found` that `known` does not select, and return them: while it is called,
+        nobody can record one of them.
+        """
+        with self.transaction() as session:
+            unknown = sorted(set(found) - set(session.scalars(known)))
+            for id in unknown:
+                delete_files(id)
+            return unknown
+
     # Idempotency ------------------------------------------------------------------------------------------------------
 
     def reserve_key(self, key: str, fingerprint: str) -> IdempotencyRow | None:

@@ -17,6 +17,7 @@ needs no torch in its memory, and a file made to do harm meets `weights_only=Tru
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -141,6 +142,10 @@ class Checkpoints:
         path = self._home(checkpoint) / MOMENTS
         return path if path.exists() else None
 
+    def exists(self, checkpoint: str) -> bool:
+        """Whether a checkpoint's files are there."""
+        return (self.root / checkpoint).is_dir()
+
     def delete(self, checkpoint: str) -> None:
         """Remove a checkpoint's files; nothing happens where there are none."""
         with unfinished(self._unfinished, "delete") as partial:
@@ -174,7 +179,10 @@ class Checkpoints:
         for path in partial.rglob("*"):
             if path.is_dir():
                 sync_folder(path)
-        place(partial, self.root / id)
+        while not place(partial, self.root / id):
+            with contextlib.suppress(FileNotFoundError):  # deleted at this moment
+                os.utime(self.root / id)  # nobody is to take it for left behind
+                break
         return Checkpoint(
             id=id,
             name=name,

@@ -72,16 +72,15 @@ def place(partial: Path, final: Path) -> bool:
 
 def sweep(folder: Path, *, older_than: float) -> int:
     """Remove unfinished folders untouched for `older_than` seconds; returns how many there were."""
-    limit = time.time() - older_than
-    stale = [path for path in folder.iterdir() if _touched(path) < limit] if folder.is_dir() else []
+    stale = [path for path in folder.iterdir() if untouched_for(path) > older_than] if folder.is_dir() else []
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return len(stale)
 
 
-def _touched(path: Path) -> float:
-    """Newest modification inside a folder, in Unix seconds; the present where it vanishes meanwhile."""
+def untouched_for(path: Path) -> float:
+    """Seconds since the last modification inside a folder; 0 where it vanishes meanwhile."""
     try:
-        return max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
+        return time.time() - max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
     except FileNotFoundError:
-        return time.time()
+        return 0.0

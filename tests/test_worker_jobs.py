@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from gradstore.types import EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
+from gradstore.types import Checkpoint, EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
 from numpy.typing import NDArray
 from sqlalchemy import select
 
@@ -489,6 +489,132 @@ def test_what_an_attempt_left_behind_is_removed_after_an_hour(place: Workplace) 
 def _age(path: Path, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(path, (then, then))
+
+
+def _age_all(folder: Path, seconds: float) -> None:
+    for path in (folder, *folder.rglob("*")):
+        _age(path, seconds)
+
+
+def age_everything(place: Workplace) -> None:
+    for folder in place.context.settings.data.glob("*/*_*"):
+        _age_all(folder, 7200)
+
+
+def folders(place: Workplace) -> dict[str, set[str]]:
+    """What lies under ids in the store."""
+    settings = place.context.settings
+    places = {"ck": settings.checkpoints, "seg": settings.features, "ft": settings.work}
+    return {kind: {path.name for path in root.glob(f"{kind}_*")} for kind, root in places.items()}
+
+
+def after_each_checkpoint(place: Workplace, then: Callable[[], object]) -> None:
+    """Have something happen whenever a checkpoint has got its place, before it is recorded."""
+    add = place.context.checkpoints.add
+
+    def added(*arguments: Any, **options: Any) -> Checkpoint:
+        found = add(*arguments, **options)
+        then()
+        return found
+
+    place.context.checkpoints.add = added  # type: ignore[method-assign]
+
+
+def test_checkpoints_of_an_attempt_that_was_cancelled_at_its_end_are_removed_after_an_hour(place: Workplace) -> None:
+    kept = place.checkpoint().id
+    job = place.start(training(place))
+    after_each_checkpoint(place, lambda: place.context.jobs.cancel(job.id))
+    assert place.work() == ["lost"]
+    tidy(place.context)
+    assert len(folders(place)["ck"]) == 3  # its worker might be about to record them
+    age_everything(place)
+    tidy(place.context)
+    assert folders(place) == {"ck": {kept}, "seg": set(), "ft": {job.id}}  # a retry goes on from there
+    place.context.jobs.retry(job.id)
+    assert place.another().work() == ["succeeded"]
+    age_everything(place)
+    tidy(place.context)
+    assert len(folders(place)["ck"]) == 3
+
+
+def test_a_checkpoint_that_is_found_where_another_attempt_left_it_is_not_taken_for_left_behind(
+    place: Workplace,
+) -> None:
+    job = place.start(training(place))
+    after_each_checkpoint(place, lambda: place.context.jobs.cancel(job.id))
+    place.work()
+    age_everything(place)
+    place.context.jobs.retry(job.id)
+    other = place.another()
+    after_each_checkpoint(other, lambda: tidy(place.context))
+    assert other.work() == ["succeeded"]
+    assert len(folders(place)["ck"]) == 2
+
+
+def test_a_fine_tune_whose_checkpoints_vanish_before_they_are_recorded_is_tried_again(place: Workplace) -> None:
+    job = place.start(training(place))
+    ages = iter([7200.0])
+
+    def tidied() -> None:
+        for folder in place.context.settings.checkpoints.glob("ck_*"):
+            _age_all(folder, next(ages, 0.0))
+        tidy(place.context)
+
+    after_each_checkpoint(place, tidied)
+    assert place.work() == ["failed", "succeeded"]
+    result = place.job(job.id).result
+    assert result is not None
+    assert folders(place)["ck"] == set(result.model_dump()["checkpoints"])
+
+
+def test_a_deleted_segment_that_a_stalled_worker_makes_again_is_removed_after_an_hour(place: Workplace) -> None:
+    asked = gradients(place)
+    kept = place.start(asked.model_copy(update={"dims": [64]}))
+    place.work()
+    job = place.start(asked)
+    stalled = place.claim()
+    place.context.jobs.cancel(job.id)
+    place.features.remove(job.id)
+    [output] = stalled.payload["outputs"]
+    place.context.store.create(
+        output["segment"], rows=output["rows"], dim=32, dtype="float32", attributes=output["attributes"]
+    )
+    tidy(place.context)
+    assert len(folders(place)["seg"]) == 2
+    age_everything(place)
+    tidy(place.context)
+    assert folders(place)["seg"] == set(place.features.segments(feature_set_of(place, kept.id)))
+    again = place.start(asked)
+    assert place.work() == ["succeeded"]
+    assert place.job(again.id).status == "succeeded"
+
+
+def test_a_segment_that_is_wanted_again_is_not_removed_however_old_its_folder_is(place: Workplace) -> None:
+    asked = gradients(place)
+    job = place.start(asked)
+    [output] = place.claim().payload["outputs"]
+    place.context.store.create(
+        output["segment"], rows=output["rows"], dim=32, dtype="float32", attributes=output["attributes"]
+    )
+    age_everything(place)
+    tidy(place.context)
+    assert folders(place)["seg"] == {output["segment"]}
+    assert place.job(job.id).status == "running"
+
+
+def test_what_a_training_left_is_removed_with_its_job(place: Workplace) -> None:
+    job = place.start(training(place))
+    left = place.context.settings.work / job.id / "1"
+    left.mkdir(parents=True)
+    age_everything(place)
+    tidy(place.context)
+    assert left.is_dir()
+    place.context.jobs.cancel(job.id)
+    place.finetunes.remove(job.id)
+    left.mkdir(parents=True)
+    age_everything(place)
+    tidy(place.context)
+    assert folders(place)["ft"] == set()
 
 
 def test_two_jobs_on_one_segment_are_both_done_with_its_rows(place: Workplace) -> None:

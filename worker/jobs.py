@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, TypeVar, cast
 
@@ -32,15 +33,18 @@ from gradstore.types import (
     JobKind,
     Problem,
 )
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore.catalog import name_if_free, record_checkpoint, record_run
 from datastore.checkpoints import run_id
+from datastore.durable import untouched_for
 from datastore.errors import Conflict, Damaged, GradstoreError, InvalidCheckpoint, InvalidInput
 from datastore.gradients import Block, sound
 from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
+from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
 from worker import moments
 from worker.batches import Encoded, Unsupervised, encode
@@ -117,6 +121,27 @@ def tidy(context: Context) -> None:
             _discard(context, left.segment, start=left.start, attempt=left.attempt)
     context.store.sweep(older_than=LEFT_OVER)
     context.checkpoints.sweep()
+    segments, checkpoints = select(SegmentRow.id), select(CheckpointRow.id)
+    trainings = select(JobRow.id).where(JobRow.status != "succeeded")
+    _delete_unknown(context, segments, context.store.root.glob("seg_*"), context.store.delete)
+    _delete_unknown(context, checkpoints, context.checkpoints.root.glob("ck_*"), context.checkpoints.delete)
+    _delete_unknown(
+        context, trainings, context.settings.work.glob("ft_*"),
+        lambda job: shutil.rmtree(context.settings.work / job, ignore_errors=True),
+    )  # fmt: skip
+
+
+def _delete_unknown(
+    context: Context, known: Select[str], folders: Iterable[Path], delete: Callable[[str], None]
+) -> None:
+    """Delete old folders whose ids the catalog does not know: checkpoints of an attempt that lost, or a segment or a
+    training that was deleted, and made again by a worker that had stalled.
+    """
+    places = {folder.name: folder for folder in folders}
+    left = [id for id in context.catalog.unknown(known, places) if untouched_for(places[id]) > LEFT_OVER]
+    gone = context.catalog.delete_unknown(known, left, delete_files=delete) if left else []
+    if gone:
+        log.warning("left behind and deleted", extra={"folders": gone})
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -414,6 +439,8 @@ def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
 
     def record(session: Session) -> None:
         for checkpoint in checkpoints:
+            if not context.checkpoints.exists(checkpoint.id):  # found there, and taken for left behind at that moment
+                raise Damaged(f"{checkpoint.id} was deleted before it was recorded; the next attempt makes it again")
             record_checkpoint(session, checkpoint)
         row = record_run(session, id=run, checkpoints=ids, finetune=claim.job)
         if request.name is not None:
