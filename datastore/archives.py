@@ -7,6 +7,7 @@ archive unpacks to is bounded by what it declares and, while unpacking, by what 
 
 from __future__ import annotations
 
+import lzma
 import stat
 import unicodedata
 import zipfile
@@ -21,6 +22,7 @@ from datastore.errors import InvalidInput, PathNotAllowed, TooLarge
 CHUNK = 1 << 20  # bytes copied at a time
 LONGEST_NAME = 255  # bytes of one part of a path, on common file systems
 LONGEST_PATH = 1024  # bytes
+DEEPEST = 32  # parts of a path: every file could bring folders of its own, and a folder costs the disk more than a file
 
 _OTHER_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _LEFT_OUT = ("__MACOSX", ".DS_Store", "Thumbs.db")
@@ -69,6 +71,8 @@ def safe_name(name: str) -> PurePosixPath:
     sizes = [len(part.encode()) for part in parts]
     if max(sizes) > LONGEST_NAME or sum(sizes) + len(sizes) > LONGEST_PATH:
         raise InvalidInput(f"the file name {name[:60]!r}… is too long: rename the file")
+    if len(parts) > DEEPEST:
+        raise InvalidInput(f"{name[:60]!r}… lies more than {DEEPEST} folders deep: pack the inner folder alone")
     return path
 
 
@@ -96,13 +100,18 @@ def allowed_folder(path: str | Path, roots: Sequence[Path]) -> Path:
 
 # Zip -----------------------------------------------------------------------------------------------------------------
 
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
+"""What zipfile raises over damage: OSError from bz2, ValueError for a place before the file or a name not in UTF-8."""
+
 
 def _unpack_zip(upload: BinaryIO, filename: str, into: Path, limits: Limits) -> list[Path]:
     try:
         with zipfile.ZipFile(upload) as archive:
             entries = _entries(archive, filename, limits)
             return [_extract(archive, entry, _free(into, path), filename) for entry, path in entries]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of bz2
+            raise
         raise InvalidInput(f"{filename!r} is damaged or no zip archive ({error}): pack and send it again") from error
     except (NotImplementedError, RuntimeError) as error:  # an unknown compression
         raise InvalidInput(f"{filename!r} cannot be unpacked ({error}): pack it as an ordinary zip") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import stat
 import struct
@@ -159,6 +160,38 @@ def test_a_damaged_or_encrypted_zip_is_refused(damage: Callable[[bytes], bytes],
     content = damage(archive(("a.txt", b"hello" * 100), compression=zipfile.ZIP_STORED).getvalue())
     with pytest.raises(InvalidInput):
         unpack(io.BytesIO(content), "a.zip", tmp_path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_damaged_at_any_byte_is_unpacked_or_refused(compression: int, tmp_path: Path) -> None:
+    """Never another error: bz2, lzma and offsets out of the file each have one of their own."""
+    sound = archive(("ö/a.txt", b"hello" * 9), compression=compression).getvalue()
+    refused = 0
+    for place in range(len(sound)):
+        for value in {0, 127, 255} - {sound[place]}:
+            damaged = sound[:place] + bytes([value]) + sound[place + 1 :]
+            folder = tmp_path / f"{place}-{value}"
+            folder.mkdir()
+            try:
+                unpack(io.BytesIO(damaged), "a.zip", folder)
+            except (InvalidInput, TooLarge):
+                refused += 1
+    assert refused > len(sound)
+
+
+def test_an_error_of_the_disk_is_not_the_archives_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(archive(("folder/a.txt", b"hello")), "a.zip", tmp_path)
+
+
+def test_a_path_of_very_many_folders_is_refused() -> None:
+    safe_name("a/" * 31 + "b")
+    with pytest.raises(InvalidInput, match="32 folders deep"):
+        safe_name("a/" * 32 + "b")
 
 
 def test_an_empty_zip_and_other_archives_are_refused_with_advice(tmp_path: Path) -> None:
