@@ -18,6 +18,7 @@ from datastore.errors import InvalidDataset, TooLarge
 from datastore.json_rows import BOM, Cut, RawRow, Unreadable
 
 CHUNK = 1 << 20  # bytes read, or decompressed, at a time
+PACKED = 1 << 16  # bytes of gzip at a time: what follows the end of a member is copied for every member
 EXPANSION_LIMIT = 200  # decompressed bytes per byte of the file; text compresses 3 to 20 times
 EXPANSION_FLOOR = 256 << 20  # decompressed bytes that any file may reach
 
@@ -30,6 +31,7 @@ _REFUSED = {
     b"BZh": "bzip2 is not read: decompress the file, or compress it with gzip",
     b"\xfd7zXZ\x00": "xz is not read: decompress the file, or compress it with gzip",
     b"\x28\xb5\x2f\xfd": "zstd is not read: decompress the file, or compress it with gzip",
+    b"PARE": "the Parquet file is encrypted: write it without encryption",
     b"ARROW1": "this is an Arrow file: save it as Parquet",
     b"\xff\xfe\x00\x00": "UTF-32 is not read: save the file as UTF-8",
     b"\x00\x00\xfe\xff": "UTF-32 is not read: save the file as UTF-8",
@@ -67,7 +69,8 @@ def read(path: Path, packaging: Packaging) -> Iterator[RawRow | Unreadable]:
     Raises TooLarge where the file decompresses to implausibly much, InvalidDataset where it cannot be opened at all.
     """
     if packaging.format == "parquet":
-        return _bounded(parquet_rows.rows(path), limit=_allowance(path))
+        limit = _allowance(path)
+        return _bounded(parquet_rows.rows(path, limit=limit), limit=limit)
     text = _text(path, packaging)
     return json_rows.elements(text) if packaging.format == "json" else json_rows.lines(text)
 
@@ -83,15 +86,15 @@ def _refuse(head: bytes) -> None:
 
 def _text(path: Path, packaging: Packaging) -> Iterator[bytes]:
     """The file's text in UTF-8, decompressed."""
-    chunks = _chunks(path)
+    chunks = _chunks(path, PACKED if packaging.compressed else CHUNK)
     if packaging.compressed:
         chunks = gunzip(chunks, limit=_allowance(path))
     return chunks if packaging.encoding == "utf-8" else utf8(chunks, packaging.encoding)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path, size: int) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(size):
             yield chunk
 
 
@@ -164,6 +167,8 @@ def _beginning(path: Path, *, compressed: bool) -> bytes:
     except Cut:
         return b""
     _refuse(first)
+    if first.startswith(_GZIP):
+        raise InvalidDataset("this is gzip inside gzip: decompress the file once")
     if first.startswith(_PARQUET):
         raise InvalidDataset("this is Parquet inside gzip: upload the Parquet file itself, which is compressed already")
     return first

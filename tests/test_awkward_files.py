@@ -211,6 +211,8 @@ def packed(content: bytes, name: str) -> bytes:
         (lzma.compress(GOOD), "xz"),
         (b"\x28\xb5\x2f\xfd" + GOOD, "zstd"),
         (b"ARROW1\0\0", "save it as Parquet"),
+        (gzip.compress(gzip.compress(GOOD)), "gzip inside gzip"),
+        (b"PARE" + bytes(40) + b"PARE", "is encrypted"),
         (b"\xff\xfe\0\0" + GOOD.decode().encode("utf-32-le"), "UTF-32"),
         (b"\n<!DOCTYPE html>\n<html></html>", "HTML"),
         (gzip.compress(b"PAR1" + bytes(100)), "upload the Parquet file itself"),

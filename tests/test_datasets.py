@@ -27,6 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore import parquet_rows
 from datastore.datasets import REPORTED, Datasets, Ingested, RowLabel
 from datastore.errors import Damaged, GradstoreError, InvalidDataset, NotFound, TooLarge
 from datastore.rows import Example, Message
@@ -357,6 +358,72 @@ def test_parquet_values_that_json_cannot_hold_refuse_their_row(datasets: Dataset
     (problem,) = found.report.problems
     assert (found.rows, problem.line) == (1, 2)
     assert reason in problem.detail
+
+
+def written(columns: dict[str, pa.Array], **options: Any) -> bytes:
+    """A Parquet file of two good rows with more columns."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["c", "d"], **columns}), sink, **options)
+    return sink.getvalue()
+
+
+NOT_UTF8 = pa.Array.from_buffers(
+    pa.string(), 2, [None, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")]
+)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pytest.param(pa.array([1, 2**62], pa.timestamp("us")), id="a time beyond the year 9999"),
+        pytest.param(pa.array([1, 2**31 - 1], pa.date32()), id="a day beyond the year 9999"),
+        pytest.param(NOT_UTF8, id="text that is no UTF-8"),
+    ],
+)
+def test_a_parquet_value_that_python_cannot_hold_refuses_its_row_alone(datasets: Datasets, column: pa.Array) -> None:
+    found = ingest(datasets, written({"value": column}), on_error="skip")
+    (problem,) = found.report.problems
+    assert (found.rows, problem.line) == (1, 2)
+    assert "a value has no form in JSON" in problem.detail
+
+
+def test_a_struct_with_two_fields_of_one_name_refuses_its_rows(datasets: Datasets) -> None:
+    twice = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], names=["a", "a"])
+    with pytest.raises(InvalidDataset) as caught:
+        ingest(datasets, written({"value": twice}))
+    assert [problem.line for problem in caught.value.errors] == [1, 2]
+
+
+def test_nanoseconds_of_parquet_are_cut_to_microseconds_with_and_without_pandas(datasets: Datasets) -> None:
+    moment = 1_700_000_000_123_456_789
+    columns = {
+        "seen": pa.array([moment, None], pa.timestamp("ns", "UTC")),
+        "took": pa.array([1_500_000_001, None], pa.duration("ns")),
+        "at": pa.array([[{"clock": 1_001}], None], pa.list_(pa.struct([("clock", pa.time64("ns"))]))),
+    }
+    found = ingest(datasets, written(columns))
+    (line,) = datasets.lines(found.id, [0])
+    assert json.loads(line) == {
+        "prompt": "a",
+        "completion": "c",
+        "seen": "2023-11-14T22:13:20.123456+00:00",
+        "took": "0:00:01.500000",
+        "at": [{"clock": "00:00:00.000001"}],
+    }
+
+
+def test_values_that_stand_for_many_rows_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:
+    """A file of kilobytes whose rows share one long value took as much memory as 32 copies of it, and more."""
+    text = pa.array(["x" * 8_000_000] * 64).dictionary_encode()
+    path = tmp_path / "pool.parquet"
+    pq.write_table(pa.table({"prompt": text}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 100_000
+    before = pa.total_allocated_bytes()
+    found = parquet_rows.rows(path, limit=32_000_000)
+    next(found)
+    assert pa.total_allocated_bytes() - before < 100_000_000
+    with pytest.raises(TooLarge, match="send its rows as JSONL"):
+        next(parquet_rows.rows(path, limit=1_000_000))
 
 
 def test_cut_parquet_is_refused(datasets: Datasets, tmp_path: Path) -> None:
