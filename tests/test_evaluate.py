@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from datastore.errors import InvalidTask
 from datastore.rows import Example, Message
 from datastore.tasks import TaskExample, readers
+from datastore.tasks.patterns import Patterns
 from tests.tiny import tiny_model, tiny_tokenizer
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows, work
 from worker.metrics import exact_match, token_f1
@@ -137,9 +140,17 @@ def test_written_answers_are_those_of_greedy_decoding_without_padding() -> None:
 
 def test_answers_in_which_nothing_is_found_are_counted() -> None:
     texts = [greedy(ids(HEAD.format(example.example.messages[0].content.strip(), "")), 12) for example in WRITTEN]
-    parsed = [exact_match(text, e.answers, e.pattern)[1] for text, e in zip(texts, WRITTEN, strict=True)]
+    with Patterns() as patterns:
+        found = [t if e.pattern is None else patterns.first(e.pattern, t) for t, e in zip(texts, WRITTEN, strict=True)]
+    parsed = [exact_match(one, e.answers)[1] for one, e in zip(found, WRITTEN, strict=True)]
     assert 0 < sum(parsed) < len(parsed)
     assert measure(WRITTEN)[0].unparsed == len(parsed) - sum(parsed)
+
+
+def test_a_pattern_that_takes_for_ever_ends_in_words() -> None:
+    catastrophic = r"(?s)^(.+)+\Z(?!\Z)"
+    with pytest.raises(InvalidTask, match="takes too long on a text of"):
+        measure([replace(example, pattern=catastrophic) for example in WRITTEN])
 
 
 @pytest.mark.parametrize("token_budget", [1, 100, 100_000])

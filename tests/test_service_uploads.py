@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,21 @@ def test_a_form_of_too_many_parts_is_too_large(service: Service, monkeypatch: py
     fields = form(*((f'; name="{number}"', b"") for number in range(forms.MAX_FIELDS + 1)))
     problem_of(send(service, fields), 413)
     problem_of(send(service, form(('; name="name"', b"x" * (forms.MAX_FIELD_BYTES + 1)))), 413)
+
+
+def test_a_pattern_that_takes_for_ever_holds_up_nobody(service: Service) -> None:
+    row = {"prompt": "Q", "completion": "a" * 40 + "b", "pattern": "(a+)+$"}
+    files = {"files": ("validation.jsonl", json.dumps(row).encode())}
+    with ThreadPoolExecutor(1) as pool:
+        uploading = pool.submit(service.http.post, "/tasks", data={"name": "slow", "kind": "jsonl"}, files=files)
+        answered = 0
+        while not uploading.done():
+            assert service.http.get("/tasks", timeout=5).json()["data"] == []
+            answered += 1
+    problem = problem_of(uploading.result(), 422)
+    assert "takes too long" in problem.detail
+    assert problem.errors[0].line == 1
+    assert answered > 3
 
 
 def test_an_upload_beyond_the_limit_is_too_large(tmp_path: Path) -> None:

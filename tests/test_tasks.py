@@ -400,9 +400,10 @@ def test_jsonl_keeps_a_prefix_of_an_assistants_turn(tmp_path: Path) -> None:
         ({"metric": "token_f1", "answers": [1]}, "must be a text or a list of texts"),
         ({"metric": "token_f1", "pattern": "a"}, "only the metric exact_match has a pattern"),
         ({"pattern": "("}, "pattern is no regular expression"),
+        ({"pattern": "(" * 249 + "a" + ")" * 250}, "pattern is no regular expression"),
         ({"pattern": "a" * 501}, "at most 500 characters"),
         ({"pattern": "a{99999999999}"}, "pattern is no regular expression"),
-        ({"pattern": 4}, "pattern must be a text"),
+        ({"pattern": 4}, "pattern must be a text of at most 500"),
         ({"pattern": "zebra"}, "finds nothing in the row's own answer"),
         ({"messages": [*CHAT["messages"], {"role": "user", "content": "And?"}]}, "the last message must be"),
         ({"messages": [{"role": "user", "content": "Q", "prefix": "x"}, CHAT["messages"][1]]}, "only an assistant's"),
@@ -433,8 +434,17 @@ def test_a_pattern_that_never_ends_is_refused_and_holds_nobody_up(tmp_path: Path
     stop.set()
     clock.join()
     assert [item.line for item in error.errors] == [1]
-    assert "pattern takes more than 1 s" in str(error)
+    assert "the pattern '(a|a)*$' takes too long on a text of 61 characters" in str(error)
     assert len(ticks) > 5
+
+
+def test_a_pattern_as_large_as_the_memory_is_refused(tmp_path: Path) -> None:
+    large = {"prompt": "Q", "completion": "a", "pattern": "(?:(?:(?:a{1000}){1000}){1000}){1000}"}
+    error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(large)}))
+    assert "finds nothing in the row's own answer" in str(error)
+    hungry = {"prompt": "Q", "completion": "ab" * 5_000_000, "pattern": "(?:a|b|(c))*z"}
+    error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(hungry)}))
+    assert "takes too much memory on a text of 10,000,000 characters" in str(error)
 
 
 def test_a_null_field_of_a_jsonl_row_is_a_missing_one(tmp_path: Path) -> None:

@@ -826,6 +826,17 @@ def test_an_evaluation_measures_the_base_model_beside_the_tuned_one(place: Workp
     assert alone["rows"][2]["loss"] == trained["loss"]
 
 
+def test_a_pattern_that_takes_for_ever_fails_its_evaluation_in_words(place: Workplace) -> None:
+    row = {"prompt": "Q", "completion": "x", "answers": ["x"], "pattern": r"(?s)^(.+)+\Z(?!\Z)"}
+    place.task(1, name="slow", **row)
+    job = place.start(EvaluationRequest(model=str(place.model), tasks=["slow"], max_new_tokens=40))
+    assert place.work() == ["failed"]
+    error = place.job(job.id).error
+    assert error is not None
+    assert (error.type, error.status) == ("invalid-task", 422)
+    assert "takes too long on a text of" in error.detail
+
+
 def test_a_model_alone_is_measured_as_the_base(place: Workplace) -> None:
     place.task(2, name="sums")
     result = place.done(EvaluationRequest(model=str(place.model), tasks=["sums"]))

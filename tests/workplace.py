@@ -115,14 +115,14 @@ class Workplace:
             source=found.source, name=name, replace=False,
         )  # fmt: skip
 
-    def task(self, rows: int = 3, *, name: str = "target") -> Task:
-        """A task with so many validation and test rows in each of two subtasks."""
+    def task(self, rows: int = 3, *, name: str = "target", **fields: object) -> Task:
+        """A task with so many validation and test rows, all with these fields, in each of two subtasks."""
         folder = self.folder / f"task-{name}"
         folder.mkdir()
         for split in ("validation", "test"):
             found = [
-                {**row, "subtask": subtask} for subtask in ("even", "odd") for row in numbered(range(rows))
-            ]  # fmt: skip
+                {**row, **fields, "subtask": subtask} for subtask in ("even", "odd") for row in numbered(range(rows))
+            ]
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
         stored = self.context.tasks.store("jsonl", folder)
         return self.context.catalog.add_task(

@@ -20,7 +20,9 @@ from gradstore.types import Metric, TemplateName
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from datastore.errors import InvalidTask
 from datastore.tasks import TaskExample
+from datastore.tasks.patterns import BadPattern, Patterns
 from worker.batches import (
     IGNORED,
     Encoded,
@@ -93,7 +95,7 @@ def evaluate(
     answer is left; for the metric the beginning of its prompt is cut off instead. Answers are written greedily, at most
     `max_new_tokens` beyond `max_length`. `on_progress` gets the passes done so far, of `work(examples)`.
 
-    Leaves the model in exact mode (no dropout). Raises NotFinite.
+    Leaves the model in exact mode (no dropout). Raises NotFinite, and InvalidTask for a pattern that takes too long.
     """
     judge = _Judge(
         model, tokenizer, template, max_length, max_new_tokens, token_budget, on_progress or (lambda _: None)
@@ -201,13 +203,14 @@ class _Judge:
         for position, right in zip(choosing, self._choose([examples[p] for p in choosing]), strict=True):
             values[position] = float(right)
         writing = [position for position in asked if examples[position].metric in GENERATED]
-        for position, text in zip(writing, self._write([asked[p] for p in writing]), strict=True):
-            example = examples[position]
-            if example.metric == "token_f1":
-                values[position] = token_f1(text, example.answers)
-            else:
-                right, found = exact_match(text, example.answers, example.pattern)
-                values[position], unparsed[position] = float(right), not found
+        with Patterns() as patterns:
+            for position, text in zip(writing, self._write([asked[p] for p in writing]), strict=True):
+                example = examples[position]
+                if example.metric == "token_f1":
+                    values[position] = token_f1(text, example.answers)
+                else:
+                    right, found = exact_match(_answer_in(text, example.pattern, patterns), example.answers)
+                    values[position], unparsed[position] = float(right), not found
         return values, unparsed
 
     def _prompt(self, example: TaskExample) -> tuple[int, ...]:
@@ -331,6 +334,16 @@ class _Judge:
     def _progress(self, rows: int) -> None:
         self.done += rows
         self.on_progress(self.done)
+
+
+def _answer_in(text: str, pattern: str | None, patterns: Patterns) -> str | None:
+    """The first match of a pattern, since models go on to invent another question; without one, the whole text."""
+    if pattern is None:
+        return text
+    try:
+        return patterns.first(pattern, text)
+    except BadPattern as error:
+        raise InvalidTask(str(error)) from error
 
 
 def _logits_at(model: PreTrainedModel, input_ids: Tensor, places: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datastore.tasks import patterns
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows, question
 
 THREE_SHOT = "bbh-three-shot.json"
@@ -81,8 +80,8 @@ def _turns(name: str, prompt: _Prompt) -> list[TaskExample]:
     rows = []
     for number, (asked, answer) in enumerate(prompt.blocks):
         others = prompt.blocks[:number] + prompt.blocks[number + 1 :]
-        target = patterns.answer(PATTERN, answer) or answer
-        rows.append(_row(f"{name}_{number}", name, prompt.user(asked, others), answer, target))
+        said = re.search(PATTERN, answer)
+        rows.append(_row(f"{name}_{number}", name, prompt.user(asked, others), answer, said[1] if said else answer))
     return rows
 
 

@@ -7,7 +7,8 @@ name, all of it to select for. JSON arrays and Parquet are read too, gzipped or 
     metric    choice, exact_match, token_f1 or none; by default choice with `choices`, exact_match with `pattern`
     choices   texts that may stand in the place of the answer (the last assistant content, or the completion)
     answers   a text or a list of them; by default the row's own answer (what `pattern` finds in it)
-    pattern   regular expression; its first match (first group, where it has one) in a generated text is the answer
+    pattern   regular expression of Python's; its first match (first group, where it has one) in a generated text is
+              the answer
 
 A message of an assistant may have a `prefix`: the beginning of its turn that is given to the model and not learnt.
 """
@@ -23,9 +24,10 @@ from gradstore.types import Metric
 
 from datastore import shapes
 from datastore.rows import Example
-from datastore.tasks import patterns
+from datastore.tasks.patterns import BadPattern, Patterns, SlowPattern
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows
 
+LONGEST_PATTERN = 500  # characters
 ROWS = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet")
 
 
@@ -47,31 +49,32 @@ class Jsonl:
         if len(found) == 1:
             validation, test = found, []
         task.require(validation, "a file called validation.jsonl, or one file alone")
-        rows = TaskRows(list(_rows(task, validation)), list(_rows(task, test)))
+        with Patterns() as patterns:
+            rows = TaskRows(list(_rows(task, validation, patterns)), list(_rows(task, test, patterns)))
         return task.finish(rows)
 
 
-def _rows(task: TaskFolder, paths: Iterable[Path]) -> Iterator[TaskExample]:
+def _rows(task: TaskFolder, paths: Iterable[Path], patterns: Patterns) -> Iterator[TaskExample]:
     for path in paths:
         for line, row in task.rows(path):
             try:
-                yield _row(row, file=path.name.split(".")[0])
-            except (shapes.BadRow, patterns.BadPattern, _Wrong) as error:
+                yield _row(row, file=path.name.split(".")[0], patterns=patterns)
+            except (shapes.BadRow, BadPattern, _Wrong) as error:
                 task.problem(path, str(error), line=line)
-                if isinstance(error, patterns.TooSlow):
+                if isinstance(error, SlowPattern):
                     return  # the rows behind it have perhaps the same pattern
 
 
-def _row(row: dict[str, Any], *, file: str) -> TaskExample:
+def _row(row: dict[str, Any], *, file: str, patterns: Patterns) -> TaskExample:
     example, _ = shapes.example(row, file=file)
     example = _with_prefixes(example, row.get("messages"))
     subtask = "all" if row.get("subtask") is None else row["subtask"]
     if not isinstance(subtask, str) or not subtask.strip():
         raise _Wrong("subtask must be a text that is not empty")
-    choices, pattern = _choices(row), _pattern(row)
+    choices, pattern = _choices(row), _pattern(row, patterns)
     metric = _metric(row, choices, pattern)
     answer = example.messages[-1].content if example.messages else example.completion or ""
-    answers = _answers(row, metric, answer, choices, pattern)
+    answers = _answers(row, metric, answer, choices, pattern, patterns)
     return TaskExample(example, subtask, metric, choices, answers, pattern)
 
 
@@ -100,13 +103,13 @@ def _choices(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(choices)
 
 
-def _pattern(row: dict[str, Any]) -> str | None:
+def _pattern(row: dict[str, Any], patterns: Patterns) -> str | None:
     pattern = row.get("pattern")
     if pattern is None:
         return None
-    if not isinstance(pattern, str):
-        raise _Wrong("pattern must be a text")
-    patterns.check(pattern)
+    if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
+        raise _Wrong(f"pattern must be a text of at most {LONGEST_PATTERN} characters")
+    patterns.first(pattern, "")  # raises BadPattern for what is none
     return pattern
 
 
@@ -126,13 +129,18 @@ def _metric(row: dict[str, Any], choices: tuple[str, ...], pattern: str | None) 
 
 
 def _answers(
-    row: dict[str, Any], metric: Metric, answer: str, choices: tuple[str, ...], pattern: str | None
+    row: dict[str, Any],
+    metric: Metric,
+    answer: str,
+    choices: tuple[str, ...],
+    pattern: str | None,
+    patterns: Patterns,
 ) -> tuple[str, ...]:
     given = row.get("answers")
     if metric == "none":
         return ()
     if given is None:
-        given = [_own_answer(metric, answer, pattern)]
+        given = [_own_answer(metric, answer, pattern, patterns)]
     elif isinstance(given, str):
         given = [given]
     if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
@@ -142,10 +150,10 @@ def _answers(
     return tuple(given)
 
 
-def _own_answer(metric: Metric, answer: str, pattern: str | None) -> str:
+def _own_answer(metric: Metric, answer: str, pattern: str | None, patterns: Patterns) -> str:
     if metric != "exact_match" or pattern is None:
         return answer
-    found = patterns.answer(pattern, answer)
+    found = patterns.first(pattern, answer)
     if found is None:
         raise _Wrong("pattern finds nothing in the row's own answer, and there are no answers")
     return found
