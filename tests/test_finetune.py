@@ -24,7 +24,7 @@ from tests.workplace import CPU, numbered
 from worker import moments
 from worker.batches import Encoded, encode
 from worker.finetune import CURVE_POINTS, Diverged, Finetuned, draw, finetune, loss_curve
-from worker.models import ModelError, load_model, load_tokenizer
+from worker.models import ModelError, Quantisation, load_adapter, load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
@@ -307,10 +307,21 @@ def test_lora_on_layers_that_do_not_exist_is_refused_with_those_that_do(model: P
         finetune(ROWS, request(model, lora={"targets": ["c_attn"]}), work=tmp_path, device=CPU)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
-def test_quantisation_without_bitsandbytes_names_what_to_install(model: Path, tmp_path: Path) -> None:
+def test_quantisation_without_bitsandbytes_names_what_to_install(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ModelError, match="gradstore-server\\[quantised\\]"):
         finetune(ROWS, request(model, quantisation="nf4"), work=tmp_path, device=CPU)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # of bitsandbytes, which multiplies in float16
+@pytest.mark.parametrize("quantisation", ["int8", "nf4"])
+def test_a_lora_is_trained_on_a_quantised_base(model: Path, tmp_path: Path, quantisation: Quantisation) -> None:
+    done = finetune(ROWS, request(model, quantisation=quantisation), work=tmp_path, device=CPU)
+    assert done.loss_curve[-1].loss < done.loss_curve[0].loss
+    base = load_model(str(model), quantisation=quantisation)
+    load_adapter(base, done.epochs[-1].folder / "adapter")
 
 
 # Which rows -----------------------------------------------------------------------------------------------------------

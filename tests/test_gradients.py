@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from worker.gradients import (
     Features,
     GradientEngine,
 )
-from worker.models import use_gradient_checkpointing
+from worker.models import Quantisation, load_model, use_gradient_checkpointing
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -344,6 +345,19 @@ class Sorted(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> Any:
         order = tokens[:, 0].argsort()
         return self.layer(tokens[order])[order.argsort()]
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # of bitsandbytes, which multiplies in float16
+@pytest.mark.parametrize("quantisation", ["int8", "nf4"])
+def test_on_a_quantised_base_a_feature_is_that_of_its_example_alone(tmp_path: Path, quantisation: Quantisation) -> None:
+    """bitsandbytes has no double precision: the examples alone go through plain autograd of the same layers."""
+    base_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
+    model = adapt(load_model(str(tmp_path), quantisation=quantisation), lora_dropout=0.0)
+    features = run(whole(model), rows())
+    for row, feature in zip(rows(), only(features), strict=True):
+        alone = torch.autograd.grad(loss_of(model, row), list(trainable(model).values()))
+        assert relative_error(feature[None], torch.cat([part.flatten() for part in alone])[None]) < 1e-5
+    assert any("bnb" in type(module).__module__ for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])

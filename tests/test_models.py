@@ -151,8 +151,10 @@ def test_a_damaged_model_is_refused_with_a_reason(tmp_path: Path, damage: str) -
         load_model(str(tmp_path))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_quantisation_without_bitsandbytes_says_what_to_install(model_folder: Path) -> None:
+def test_quantisation_without_bitsandbytes_says_what_to_install(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     for quantisation in ("int8", "nf4"):
         with pytest.raises(ModelError, match=r"gradstore-server\[quantised\]"):
             load_model(str(model_folder), quantisation=quantisation)

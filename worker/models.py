@@ -190,7 +190,8 @@ def _quantised(quantisation: Quantisation, precision: Precision) -> BitsAndBytes
             f"quantisation={quantisation!r} needs bitsandbytes, which is not installed: "
             "install the extra gradstore-server[quantised], or ask without quantisation"
         )
-    options: dict[str, Any] = {"load_in_8bit": True}
+    # columns above a threshold would be picked over the whole batch: a feature would depend on its batch (by 4 %)
+    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     if quantisation == "nf4":
         options = {
             "load_in_4bit": True,
