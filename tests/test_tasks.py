@@ -12,7 +12,7 @@ import pytest
 
 import datastore.tasks
 from datastore.archives import unpack
-from datastore.errors import Damaged, InvalidTask, NotFound
+from datastore.errors import Damaged, InvalidTask, NotFound, TooLarge
 from datastore.rows import Message
 from datastore.tasks import TaskExample, Tasks, readers
 
@@ -161,6 +161,13 @@ def test_bbh_prompts_may_come_as_the_files_they_were_made_from(tmp_path: Path) -
     assert read("bbh", one) == read("bbh", two)
 
 
+def test_bbh_prompts_with_the_line_ends_of_windows_are_the_same_prompts(tmp_path: Path) -> None:
+    prompt = "BENCHMARK DATA … canary GUID 26b5c67b\n-----\n" + SNARKS
+    one = write(tmp_path / "one", {"cot-prompts/snarks.txt": prompt})
+    two = write(tmp_path / "two", {"cot-prompts/snarks.txt": prompt.replace("\n", "\r\n").encode()})
+    assert read("bbh", one) == read("bbh", two)
+
+
 def test_bbh_says_what_does_not_fit(tmp_path: Path) -> None:
     files = {
         "bbh-three-shot.json": {"snarks": SNARKS, "bad": "Q: One?\n\nQ: Two?\nA: b"},
@@ -240,12 +247,12 @@ def test_tydiqa_test_questions_keep_all_answers_and_take_the_language_from_the_i
 def test_tydiqa_says_what_does_not_fit(tmp_path: Path) -> None:
     files = {
         "tydiqa-one-shot.json": {"english": [asked("Who?", context="c")], "klingon": [asked("q", "a", context="c")]},
-        "test/a.json": squad(asked("q", "a")),
+        "test/tydiqa.json": squad(asked("q", "a")),
     }
     details = [item.detail for item in refused("tydiqa", write(tmp_path, files)).errors]
     assert details[0] == "tydiqa-one-shot.json: english_0: context, question and answers[].text are needed"
     assert details[1].startswith("tydiqa-one-shot.json: klingon_0: the language 'klingon' is none of arabic, bengali")
-    assert details[2].startswith("test/a.json: the shape")
+    assert details[2].startswith("test/tydiqa.json: the shape")
 
 
 def test_real_tydiqa_covers_nine_languages(shared_data: Path) -> None:
@@ -267,6 +274,12 @@ def test_gsm8k_is_judged_by_the_number_after_the_hashes(tmp_path: Path) -> None:
     assert (validation[0].metric, validation[0].answers, len(test)) == ("exact_match", ("1,004",), 2)
 
 
+def test_gsm8k_units_are_no_part_of_the_answer(tmp_path: Path) -> None:
+    row = {"question": "How many?", "answer": "#### 3\nNo:\n#### $4 each"}
+    validation, _ = read("gsm8k", write(tmp_path, {"validation.jsonl": lines(row)}))
+    assert validation[0].answers == ("4",)
+
+
 def test_gsm8k_takes_its_training_rows_where_it_has_no_others(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "#### 4"}
     rows = readers()["gsm8k"].read(write(tmp_path, {"train.jsonl": lines(*[row] * 1001)}))
@@ -276,10 +289,13 @@ def test_gsm8k_takes_its_training_rows_where_it_has_no_others(tmp_path: Path) ->
 
 def test_gsm8k_names_bad_lines(tmp_path: Path) -> None:
     good = lines({"question": "How many?", "answer": "#### 4"})
-    bad = lines({"question": "How many?", "answer": "4"}, {"question": 1}, [])
+    words = [{"question": "How many?", "answer": answer} for answer in ("4", "#### four", "#### 4\n####")]
+    bad = lines(*words, {"question": 1}, [])
     error = refused("gsm8k", write(tmp_path, {"validation.jsonl": good + "\n" + bad + "{"}))
-    assert [item.line for item in error.errors] == [3, 4, 5, 6]
-    assert [item.detail.removeprefix("validation.jsonl: ") for item in error.errors[:3]] == [
+    assert [item.line for item in error.errors] == [3, 4, 5, 6, 7, 8]
+    assert [item.detail.removeprefix("validation.jsonl: ") for item in error.errors[:5]] == [
+        "the answer does not end in '#### <number>'",
+        "the answer does not end in '#### <number>'",
         "the answer does not end in '#### <number>'",
         "question, answer must be given as text",
         "no JSON object",
@@ -330,14 +346,28 @@ def test_scienceqa_without_splits_goes_by_each_problems_own(tmp_path: Path) -> N
 
 
 def test_scienceqa_says_what_does_not_fit(tmp_path: Path) -> None:
-    problems = {"1": PROBLEM | {"answer": 3}, "2": PROBLEM | {"choices": ["one"]}, "3": PROBLEM | {"subject": None}}
-    files = {"problems.json": problems, "pid_splits.json": {"val": ["1", "2", "3", "9"], "test": []}}
+    problems = {
+        "1": PROBLEM | {"answer": 3},
+        "2": PROBLEM | {"choices": ["one"]},
+        "3": PROBLEM | {"subject": None},
+        "4": PROBLEM | {"choices": ["one", 2]},
+    }
+    files = {"problems.json": problems, "pid_splits.json": {"val": ["1", "2", "3", "4", "9"], "test": []}}
     assert [item.detail for item in refused("scienceqa", write(tmp_path, files)).errors] == [
         "pid_splits.json: 1 pids are not in problems.json, the first 9",
         "problems.json: 1: the answer 3 is none of the 3 choices",
         "problems.json: 2: choices must be a list of 2 to 26 texts",
         "problems.json: subject must be given as text",
+        "problems.json: 4: choices must be a list of 2 to 26 texts",
     ]
+
+
+def test_two_lists_of_scienceqa_splits_are_not_chosen_from(tmp_path: Path) -> None:
+    splits = {"val": ["1"], "test": []}
+    files = {"problems.json": {"1": PROBLEM}, "a/pid_splits.json": splits, "b/pid_splits.json": splits}
+    assert "which of these is meant? a/pid_splits.json, b/pid_splits.json" in str(
+        refused("scienceqa", write(tmp_path, files))
+    )
 
 
 def test_real_scienceqa_reads_alike_from_both_layouts(shared_data: Path, tmp_path: Path) -> None:
@@ -520,6 +550,37 @@ def test_a_zip_of_a_folder_is_the_same_task_as_the_folder(shared_data: Path, tmp
         unpack(upload, "mmlu.zip", tmp_path / "unpacked")
     tasks = Tasks(tmp_path / "store")
     assert tasks.store("mmlu", tmp_path / "unpacked") == tasks.store("mmlu", folder)
+
+
+def test_each_kind_finds_its_own_files_in_a_folder_of_all_of_them(tmp_path: Path) -> None:
+    question = {"question": "How many?", "answer": "#### 4"}
+    files = {
+        "mmlu/dev/anatomy_dev.csv": MMLU_ROW,
+        "mmlu/test/anatomy_test.csv": MMLU_ROW,
+        "bbh/bbh-three-shot.json": {"snarks": SNARKS},
+        "bbh/test/snarks.json": {"examples": [{"input": "Four?", "target": "(D)"}]},
+        "tydiqa/dev/tydiqa-one-shot.json": {"english": [asked("Who?", "Ada", context="Ada wrote it.")]},
+        "tydiqa/test/tydiqa-goldp-v1.1-dev.json": squad(asked("Who?", "Ada", id="english-1")),
+        "gsm8k/validation.jsonl": lines(question),
+        "gsm8k/test.jsonl": lines(question),
+    }
+    write(tmp_path, files)
+    for kind, validation in {"mmlu": 1, "bbh": 3, "tydiqa": 1, "gsm8k": 1}.items():
+        assert [len(rows) for rows in read(kind, tmp_path)] == [validation, 1], kind
+
+
+def test_a_problem_quotes_no_more_of_a_file_than_can_be_read(tmp_path: Path) -> None:
+    error = refused(
+        "gsm8k", write(tmp_path, {"validation.jsonl": '{"' + "k" * 9999 + '": 1, "' + "k" * 9999 + '": 1}'})
+    )
+    assert len(error.errors[0].detail) < 500
+
+
+def test_a_file_that_is_read_whole_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.tasks.reading.WHOLE", 10)
+    for kind, name in {"bbh": "bbh-three-shot.json", "mmlu": "anatomy_dev.csv"}.items():
+        with pytest.raises(TooLarge, match=f"{name} has 11 bytes"):
+            readers()[kind].read(write(tmp_path / kind, {name: "x" * 11}))
 
 
 def test_files_that_were_not_read_are_mentioned(tmp_path: Path) -> None:

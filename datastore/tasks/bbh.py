@@ -18,7 +18,7 @@ from typing import Any
 
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows, question
 
-THREE_SHOT = "bbh-three-shot.json"
+THREE_SHOT, COT_PROMPTS = "bbh-three-shot.json", "cot-prompts"
 PATTERN = r"(?i)the answer is:?\s*(.+?)(?:\.(?=\s|$)|\n|$)"
 _BLOCK = re.compile(r"(?:^|\n\s*\n)(?=Q:)")
 _CANARY_RULE = re.compile(r"\A.*?canary.*?\n-----\n", re.DOTALL)
@@ -42,19 +42,25 @@ class Bbh:
     kind = "bbh"
 
     def read(self, folder: Path) -> TaskRows:
-        """Read the tasks in `folder`; a test file is known by its name."""
+        """Read the tasks in `folder`; a test file is known by its name.
+
+        Files of other names are refused beside the prompts, and left alone elsewhere: they are another benchmark's.
+        """
         task = TaskFolder(folder, kind=self.kind)
-        prompts = _prompts(task)
+        home, prompts = _prompts(task)
         test: list[TaskExample] = []
         for path in task.find_test("*.json", but=[THREE_SHOT]):
-            test += _test(task, path, prompts)
+            if path.stem in prompts or path.is_relative_to(home):
+                test += _test(task, path, prompts)
         return task.finish(TaskRows([row for name in sorted(prompts) for row in _turns(name, prompts[name])], test))
 
 
-def _prompts(task: TaskFolder) -> dict[str, _Prompt]:
+def _prompts(task: TaskFolder) -> tuple[Path, dict[str, _Prompt]]:
+    """The folder of the prompts, and those by the names of their tasks."""
     found = task.find(THREE_SHOT)
     if found:
         path = task.only(found)
+        home = path.parent
         texts = task.json(path)
         if isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values()):
             parsed = {name: _prompt(task, path, name, text) for name, text in texts.items()}
@@ -63,8 +69,14 @@ def _prompts(task: TaskFolder) -> dict[str, _Prompt]:
             parsed = {}
     else:
         paths = task.require(task.find("*.txt"), f"{THREE_SHOT} or cot-prompts/<task>.txt")
-        parsed = {path.stem: _prompt(task, path, path.stem, _CANARY_RULE.sub("", task.text(path))) for path in paths}
-    return {name: prompt for name, prompt in parsed.items() if prompt is not None}
+        home = paths[0].parent.parent if paths[0].parent.name == COT_PROMPTS else paths[0].parent
+        parsed = {path.stem: _prompt(task, path, path.stem, _CANARY_RULE.sub("", _lines(task, path))) for path in paths}
+    return home, {name: prompt for name, prompt in parsed.items() if prompt is not None}
+
+
+def _lines(task: TaskFolder, path: Path) -> str:
+    """The text of a file with the line ends that the prompts were written with."""
+    return task.text(path).replace("\r\n", "\n")
 
 
 def _prompt(task: TaskFolder, path: Path, name: str, text: str) -> _Prompt | None:

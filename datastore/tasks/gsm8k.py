@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datastore.tasks import patterns
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows, question
 
 PATTERN = r"####\s*\$?(-?[\d,]*\.?\d+)"
@@ -38,8 +39,8 @@ def _rows(task: TaskFolder, paths: list[Path]) -> list[TaskExample]:
             if fields is None:
                 continue
             asked, worked = fields
-            _, mark, number = worked.rpartition("####")
-            if not mark or not number.strip():
+            number = patterns.answer(PATTERN, "".join(worked.rpartition("####")[1:]))
+            if number is None:
                 task.problem(path, "the answer does not end in '#### <number>'", line=line)
                 continue
             rows.append(
@@ -47,7 +48,7 @@ def _rows(task: TaskFolder, paths: list[Path]) -> list[TaskExample]:
                     example=question("gsm8k", f"{path.name.split('.')[0]}_{line}", asked, worked),
                     subtask="gsm8k",
                     metric="exact_match",
-                    answers=(number.strip(),),
+                    answers=(number,),
                     pattern=PATTERN,
                 )
             )

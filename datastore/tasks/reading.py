@@ -18,12 +18,14 @@ from typing import Any, Protocol
 from gradstore.types import Metric, ProblemItem
 
 from datastore import files
-from datastore.errors import InvalidDataset, InvalidTask
+from datastore.errors import InvalidDataset, InvalidTask, TooLarge
 from datastore.json_rows import Unreadable
 from datastore.rows import Example, Message
 from datastore.strict_json import NotJson, canonical, parse
 
 SHOWN = 20  # problems listed; the others are counted
+DETAIL = 400  # characters of a problem, which may quote the file
+WHOLE = 256 << 20  # bytes of a file that is read whole; the benchmarks' largest has 20 MB
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -126,9 +128,8 @@ class TaskFolder:
 
     def text(self, path: Path) -> str:
         """The text of a UTF-8 file with its line ends as they are; empty (with a problem) where it is none."""
-        self._read.add(path)
         try:
-            return path.read_bytes().decode("utf-8-sig")
+            return self._bytes(path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             self.problem(path, f"byte 0x{error.object[error.start]:02X} at {error.start + 1} is not UTF-8")
             return ""
@@ -148,14 +149,21 @@ class TaskFolder:
 
     def json(self, path: Path) -> Any:
         """The value of a JSON file, or None (with a problem) where it is none."""
-        self._read.add(path)
         try:
-            value = parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+            value = parse(self._bytes(path).removeprefix(b"\xef\xbb\xbf"))
             canonical(value)  # finds lone surrogates, which could not be stored
         except NotJson as error:
             self.problem(path, str(error))
             return None
         return value
+
+    def _bytes(self, path: Path) -> bytes:
+        """The content of a file; raises TooLarge beyond `WHOLE`, which a zip of some kilobytes can unpack to."""
+        self._read.add(path)
+        size = path.stat().st_size
+        if size > WHOLE:
+            raise TooLarge(f"{self.name(path)} has {size:,} bytes; a {self.kind} file of at most {WHOLE:,} is read")
+        return path.read_bytes()
 
     def rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         """The objects of a JSONL file (or a JSON array, or Parquet, packed or not), each with its line or position."""
@@ -197,7 +205,8 @@ class TaskFolder:
         """Remember what is wrong with a file, or with the row on a line of it."""
         self._total += 1
         if len(self._problems) < SHOWN:
-            self._problems.append(ProblemItem(detail=f"{self.name(path)}: {detail}", line=line))
+            shown = detail if len(detail) <= DETAIL else detail[: DETAIL - 1] + "…"
+            self._problems.append(ProblemItem(detail=f"{self.name(path)}: {shown}", line=line))
 
     def finish(self, rows: TaskRows) -> TaskRows:
         """Return `rows` with a note on files that were not read; raises InvalidTask where problems were found."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from datastore.tasks.reading import LETTERS, TaskExample, TaskFolder, TaskRows, question
 
@@ -53,7 +53,9 @@ def _problems(task: TaskFolder, path: Path) -> dict[str, list[_Item]]:
         task.problem(path, "an object of pid → problem is needed")
         return {"val": [], "test": []}
     splits = {split: [pid for pid, item in content.items() if item.get("split") == split] for split in ("val", "test")}
-    for splits_path in task.find("pid_splits.json")[:1]:
+    found = task.find("pid_splits.json")
+    if found:
+        splits_path = task.only(found)
         listed = task.json(splits_path)
         if isinstance(listed, dict) and all(isinstance(listed.get(split), list) for split in splits):
             splits = {split: [str(pid) for pid in listed[split]] for split in splits}
@@ -87,7 +89,7 @@ def _row(task: TaskFolder, path: Path, number: str, line: int | None, item: dict
     fields = task.texts(path, item, "question", "subject", line=line)
     if fields is None:
         return None
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+    if not _texts(choices) or not 2 <= len(choices) <= len(LETTERS):
         task.problem(path, f"{number}: choices must be a list of 2 to {len(LETTERS)} texts", line=line)
         return None
     letters = LETTERS[: len(choices)]
@@ -104,6 +106,10 @@ def _row(task: TaskFolder, path: Path, number: str, line: int | None, item: dict
         choices=tuple(f" {letter}" for letter in letters),
         answers=(f" {letters[position]}",),
     )
+
+
+def _texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 READER = ScienceQa()

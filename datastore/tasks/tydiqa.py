@@ -1,8 +1,8 @@
 """TyDiQA, gold passage: questions answered by a stretch of a passage, in nine languages.
 
 Files: `tydiqa-one-shot.json` (language → [{"context", "question", "answers": [{"text"}]}]) to select for, and the
-SQuAD-shaped `tydiqa-goldp-v1.1-dev.json` (in a folder `test`, if there is one) to evaluate on. The language of a test
-question is the beginning of its id ("arabic--38…").
+SQuAD-shaped `tydiqa-goldp-v1.1-dev.json` (any `tydiqa*.json`, in a folder `test`, if there is one) to evaluate on. The
+language of a test question is the beginning of its id ("arabic--38…").
 
 Instruction and labels are in the language of the question. Judged by token F1 against the best of the answers given.
 """
@@ -55,7 +55,7 @@ class Tydiqa:
         one_shot = task.only(task.require(task.find(ONE_SHOT), ONE_SHOT))
         validation = list(_one_shot(task, one_shot))
         test: list[TaskExample] = []
-        for path in task.find_test("*.json", but=["*one-shot*", "*train*"]):
+        for path in task.find_test("tydiqa*.json", but=["*one-shot*", "*train*"]):
             test += _squad(task, path)
         return task.finish(TaskRows(validation, test))
 
