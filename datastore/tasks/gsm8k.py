@@ -7,9 +7,9 @@ thousands commas ignored.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from datastore.tasks import patterns
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows, question
 
 PATTERN = r"####\s*\$?(-?[\d,]*\.?\d+)"
@@ -39,7 +39,7 @@ def _rows(task: TaskFolder, paths: list[Path]) -> list[TaskExample]:
             if fields is None:
                 continue
             asked, worked = fields
-            number = patterns.answer(PATTERN, "".join(worked.rpartition("####")[1:]))
+            number = re.search(PATTERN, "".join(worked.rpartition("####")[1:]))
             if number is None:
                 task.problem(path, "the answer does not end in '#### <number>'", line=line)
                 continue
@@ -48,7 +48,7 @@ def _rows(task: TaskFolder, paths: list[Path]) -> list[TaskExample]:
                     example=question("gsm8k", f"{path.name.split('.')[0]}_{line}", asked, worked),
                     subtask="gsm8k",
                     metric="exact_match",
-                    answers=(number,),
+                    answers=(number[1],),
                     pattern=PATTERN,
                 )
             )
