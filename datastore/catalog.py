@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from gradstore.types import Checkpoint, Dataset, DatasetSource, Page, Run, Subtask, Task
-from sqlalchemy import ColumnElement, Select, create_engine, delete, event, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Select, create_engine, delete, event, func, select, text, tuple_, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
@@ -82,6 +82,13 @@ class Catalog:
         """A session that only reads: on SQLite it waits for no writer."""
         with self._readers() as session:
             yield session
+
+    def now(self, session: Session) -> float:
+        """The present in Unix seconds, by the clock that all hosts share: PostgreSQL's own. SQLite has one host."""
+        if self.engine.dialect.name == "postgresql":
+            # now() would be the beginning of the transaction, before it waited for its turn
+            return float(session.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
+        return time.time()
 
     def alive(self) -> bool:
         """Whether the database answers."""

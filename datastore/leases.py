@@ -1,16 +1,16 @@
 """Jobs and their shards: who computes what, under a lease, with a fencing token.
 
 A shard is claimed, kept alive by a heartbeat and finished by an UPDATE that checks the attempt number, so a stalled
-worker that wakes late changes nothing. A sweep puts back what a dead worker held. Whoever calls these functions, a
-polling loop or a Celery message, can lose or double its call without harm.
+worker that wakes late changes nothing. A sweep puts back what a dead worker held. Leases are counted by the catalog's
+clock, so that a host whose own is wrong takes none and loses none. Whoever calls these functions, a polling loop or a
+Celery message, can lose or double its call without harm.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 from gradstore.types import FINISHED, AnyJob, JobKind, Page, Precision, Problem, Progress, Worker
@@ -227,7 +227,6 @@ class Jobs:
             .where(ShardRow.status == "queued", ShardRow.kind.in_(kinds), JobRow.status.in_(("queued", "running")))
             .order_by(ShardRow.id)
             .limit(1)
-            .with_for_update(of=ShardRow, skip_locked=True)
         )
         if job is not None:
             query = query.where(ShardRow.job_id == job)
@@ -238,7 +237,7 @@ class Jobs:
             shard, row = found
             shard.status, shard.owner, shard.error = "running", owner, None
             shard.attempt += 1
-            shard.leased_until = time.time() + self.lease
+            shard.leased_until = self.catalog.now(session) + self.lease
             row.status = "running"
             row.started_at = row.started_at or utc_now()
             if row.resumed_at is None:
@@ -272,7 +271,7 @@ class Jobs:
             if total is not None:
                 job.total += total - shard.units
                 shard.units = total
-            shard.leased_until = time.time() + self.lease
+            shard.leased_until = self.catalog.now(session) + self.lease
             return job.status == "running"
 
     def succeed(
@@ -369,15 +368,9 @@ class Jobs:
 
     def sweep(self) -> int:
         """Put back the shards whose lease has ended; returns how many there were."""
-        now = time.time()
-        query = (
-            select(ShardRow, JobRow)
-            .join(JobRow, JobRow.id == ShardRow.job_id)
-            .where(ShardRow.status == "running", ShardRow.leased_until < now)
-            .with_for_update(of=ShardRow, skip_locked=True)
-        )
+        query = select(ShardRow, JobRow).join(JobRow, JobRow.id == ShardRow.job_id).where(ShardRow.status == "running")
         with self.catalog.transaction() as session:
-            lost = session.execute(query).all()
+            lost = session.execute(query.where(ShardRow.leased_until < self.catalog.now(session))).all()
             for shard, job in lost:
                 problem = Problem(
                     type="worker-lost", title="Worker lost", status=500,
@@ -390,10 +383,9 @@ class Jobs:
         """Record a worker's sign of life; a new worker's replaces those of workers that are gone."""
         with self.catalog.transaction() as session:
             if session.get(WorkerRow, worker) is None:
-                session.execute(delete(WorkerRow).where(~_at_work()))
-            session.merge(
-                WorkerRow(id=worker, device=device, job=job, flops=dict(flops), gone=False, seen_at=utc_now())
-            )
+                session.execute(delete(WorkerRow).where(~self._at_work(session)))
+            seen_at = self._time(session)
+            session.merge(WorkerRow(id=worker, device=device, job=job, flops=dict(flops), gone=False, seen_at=seen_at))
 
     def leave(self, worker: str) -> None:
         """Record that a worker has stopped."""
@@ -403,7 +395,7 @@ class Jobs:
     def workers(self) -> list[Worker]:
         """The workers seen lately."""
         with self.catalog.reading() as session:
-            query = select(WorkerRow).where(_at_work()).order_by(WorkerRow.id)
+            query = select(WorkerRow).where(self._at_work(session)).order_by(WorkerRow.id)
             return [Worker.model_validate(row, from_attributes=True) for row in session.scalars(query)]
 
     def known_workers(self) -> list[Worker]:
@@ -416,6 +408,12 @@ class Jobs:
             return [Worker.model_validate(last, from_attributes=True)] if last is not None else []
 
     # Inside a transaction -------------------------------------------------------------------------------------------
+
+    def _time(self, session: Session) -> datetime:
+        return datetime.fromtimestamp(self.catalog.now(session), UTC)
+
+    def _at_work(self, session: Session) -> ColumnElement[bool]:
+        return WorkerRow.gone.is_(False) & (WorkerRow.seen_at > self._time(session) - WORKER_LIFETIME)
 
     def _again(self, session: Session, job: JobRow, name: str | None) -> tuple[AnyJob, bool]:
         if name is not None:
@@ -461,10 +459,6 @@ class Jobs:
             job.result = self.results[job.kind](session, job)
 
 
-def _at_work() -> ColumnElement[bool]:
-    return WorkerRow.gone.is_(False) & (WorkerRow.seen_at > utc_now() - WORKER_LIFETIME)
-
-
 def _shard_row(job: JobRow, number: int, shard: NewShard) -> ShardRow:
     return ShardRow(
         job_id=job.id, number=number, kind=job.kind, status="succeeded" if shard.finished else "queued",
@@ -507,7 +501,6 @@ def _held(session: Session, claim: Claim) -> tuple[ShardRow, JobRow] | None:
         .join(JobRow, JobRow.id == ShardRow.job_id)
         .where(ShardRow.id == claim.shard, ShardRow.attempt == claim.attempt, ShardRow.status == "running")
         .where(ShardRow.job_id == claim.job, ShardRow.owner == claim.owner)
-        .with_for_update()
     )
     found = session.execute(query).first()
     return (found[0], found[1]) if found else None

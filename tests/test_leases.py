@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,7 @@ from datastore.catalog import Catalog
 from datastore.errors import Conflict, InUse, NameTaken, NotFound
 from datastore.leases import Claim, Jobs, NewChunk, NewShard
 from datastore.schema import JobRow, SegmentRow, WorkerRow
+from tests.services import PostgresServer
 
 PROBLEM = Problem(type="broken", title="Broken", status=500, detail="it broke")
 
@@ -30,6 +32,15 @@ def catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Catalog]
     else:
         url = request.getfixturevalue("postgres_server").database()
     catalog = Catalog(url)
+    catalog.migrate()
+    yield catalog
+    catalog.close()
+
+
+@pytest.fixture
+def many_hosts(postgres_server: PostgresServer) -> Iterator[Catalog]:
+    """A catalog that hosts with clocks of their own may share."""
+    catalog = Catalog(postgres_server.database())
     catalog.migrate()
     yield catalog
     catalog.close()
@@ -256,6 +267,53 @@ def test_a_lease_that_is_renewed_is_not_swept(catalog: Catalog) -> None:
         time.sleep(0.1)
         assert jobs.renew(held, done=0)
         assert jobs.sweep() == 0
+
+
+def set_the_clock(monkeypatch: pytest.MonkeyPatch, *, wrong_by: float) -> None:
+    """Have this host's clock go wrong by so many seconds."""
+    right = time.time
+
+    def wrong() -> float:
+        return right() + wrong_by
+
+    monkeypatch.setattr(time, "time", wrong)
+    for module in ("catalog", "leases"):
+        monkeypatch.setattr(f"datastore.{module}.utc_now", lambda: datetime.fromtimestamp(wrong(), UTC))
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("wrong_by", [-3600.0, 3600.0])
+def test_a_host_whose_clock_is_wrong_neither_takes_nor_loses_a_lease(
+    many_hosts: Catalog, monkeypatch: pytest.MonkeyPatch, wrong_by: float
+) -> None:
+    jobs = Jobs(many_hosts, lease=30)
+    start(jobs, shards=2)
+    held = claim(jobs, "right")
+    jobs.announce("right", device="cpu", job="ft_1", flops={})
+    with monkeypatch.context() as context:
+        set_the_clock(context, wrong_by=wrong_by)
+        assert jobs.sweep() == 0
+        wrong = claim(jobs, "wrong")
+        assert jobs.renew(wrong, done=1)
+        jobs.announce("wrong", device="cpu", job="ft_1", flops={})
+        assert [worker.id for worker in jobs.workers()] == ["right", "wrong"]
+    assert jobs.sweep() == 0
+    assert [worker.id for worker in jobs.workers()] == ["right", "wrong"]
+    assert jobs.renew(held, done=1)
+    assert jobs.renew(wrong, done=2)
+
+
+@pytest.mark.services
+def test_a_lease_of_a_host_whose_clock_is_ahead_ends_like_any_other(
+    many_hosts: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(many_hosts, lease=0.01)
+    start(jobs, shards=1)
+    with monkeypatch.context() as context:
+        set_the_clock(context, wrong_by=3600)
+        claim(jobs, "ahead")
+    time.sleep(0.05)
+    assert jobs.sweep() == 1
 
 
 def test_a_shard_that_loses_its_worker_every_time_fails_the_job(catalog: Catalog) -> None:
