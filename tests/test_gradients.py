@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from worker.batches import IGNORED, Encoded
-from worker.directions import AdamForm, GradientKind, Kind, Moments
+from worker.directions import AdamForm, FeatureKind, Kind, Moments
 from worker.gradients import (
     GRADIENT_NOT_FINITE,
     GRADIENT_ZERO,
@@ -208,13 +208,13 @@ def direction(gradients: torch.Tensor, kind: str, adam: str, moments: Moments) -
 
 
 def single(
-    model: PeftModel | PreTrainedModel, *, kind: GradientKind, adam: AdamForm = "less", **settings: Any
+    model: PeftModel | PreTrainedModel, *, kind: FeatureKind, adam: AdamForm = "less", **settings: Any
 ) -> GradientEngine:
     """An engine of one kind."""
     return GradientEngine(model, kinds=[Kind(kind, adam)], **settings)
 
 
-def whole(model: PeftModel | PreTrainedModel, *, kind: GradientKind = "sgd", **settings: Any) -> GradientEngine:
+def whole(model: PeftModel | PreTrainedModel, *, kind: FeatureKind = "sgd", **settings: Any) -> GradientEngine:
     """An engine of one kind that does not project."""
     count = sum(parameter.numel() for parameter in trainable(model).values())
     return single(model, kind=kind, projection="none", dims=[count], **settings)
@@ -243,7 +243,7 @@ def relative_error(got: NDArray[np.float32] | torch.Tensor, wanted: NDArray[np.f
 @pytest.mark.parametrize(("kind", "adam"), [("sgd", "less"), ("adam", "less"), ("adam", "exact")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_feature_is_the_float64_gradient_of_its_example_alone(
-    architecture: str, kind: GradientKind, adam: AdamForm
+    architecture: str, kind: FeatureKind, adam: AdamForm
 ) -> None:
     model, moments, truth = trained(architecture)
     engine = whole(model, kind=kind, adam=adam, moments=moments)
@@ -361,7 +361,7 @@ def test_on_a_quantised_base_a_feature_is_that_of_its_example_alone(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_flattened_tokens_in_another_order_are_noticed(kind: GradientKind) -> None:
+def test_flattened_tokens_in_another_order_are_noticed(kind: FeatureKind) -> None:
     base = base_model("qwen2_moe")
     for layer in base.model.layers:
         layer.mlp.shared_expert = Sorted(layer.mlp.shared_expert)
@@ -406,13 +406,47 @@ def test_the_length_of_the_gradient_itself_is_told_beside_every_kind() -> None:
 @pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
 def test_mean_hidden_states_come_from_the_same_pass(adapter: dict[str, Any]) -> None:
     model = adapt(base_model("llama"), **adapter)
-    features = run(single(model, kind="sgd", dims=[64], hidden=True), [*rows(), Encoded((5, 6), (IGNORED, IGNORED))])
-    assert features.hidden is not None
+    engine = GradientEngine(model, kinds=[Kind("hidden"), Kind("sgd")], dims=[64])
+    found = engine.features([*rows(), Encoded((5, 6), (IGNORED, IGNORED))], pad_id=PAD, token_budget=80)
+    assert list(found) == [Kind("hidden"), Kind("sgd")]
+    features = found[Kind("hidden")]
     base = model.get_base_model().model
-    for row, got in zip(rows(), features.hidden[:-1], strict=True):
-        alone = base(torch.tensor([row.input_ids])).last_hidden_state[0].mean(0)
-        np.testing.assert_allclose(got, alone.detach(), rtol=1e-4, atol=1e-5)
-    assert not features.hidden[-1].any()
+    alone = torch.stack([base(torch.tensor([row.input_ids])).last_hidden_state[0].mean(0) for row in rows()]).detach()
+    np.testing.assert_allclose(only(features)[:-1], alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features.norms[:-1], alone.norm(dim=1), rtol=1e-5)
+    np.testing.assert_array_equal(features.raw_norms, features.norms)
+    np.testing.assert_array_equal(features.losses, found[Kind("sgd")].losses)
+    assert not only(features)[-1].any()
+    assert features.reasons == [*[None] * len(rows()), NOTHING_SUPERVISED]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hidden_states_alone_are_those_beside_gradients_without_a_backward_pass(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, moments, _ = trained("llama")
+    model = copy.deepcopy(model)
+    if checkpointing:
+        use_gradient_checkpointing(model)
+    both = GradientEngine(model, kinds=[Kind("adam"), Kind("hidden")], moments=moments, dims=[64])
+    beside = both.features(rows(), pad_id=PAD, token_budget=80)[Kind("hidden")]
+    engine = GradientEngine(model, kinds=[Kind("hidden")], dims=[])
+    monkeypatch.setattr(torch.autograd, "backward", None)
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    alone = run(engine, rows())
+    for name in ("norms", "raw_norms", "losses", "tokens", "reasons"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(beside, name))
+    np.testing.assert_array_equal(only(alone), only(beside))
+
+
+def test_hidden_states_that_are_not_finite_are_named() -> None:
+    base = base_model("llama")
+    silent = Encoded((7, 8, 9), (IGNORED, 8, 9))
+    with torch.no_grad():
+        base.model.embed_tokens.weight[7] = float("inf")
+    features = run(GradientEngine(adapt(base), kinds=[Kind("hidden")], dims=[]), [Encoded((5, 6), (5, 6)), silent])
+    assert features.reasons == [None, LOSS_NOT_FINITE]
+    assert not only(features)[1].any()
 
 
 @pytest.mark.parametrize("chosen", ["mlp.down_proj", "self_attn", "norm", "embed_tokens"])
@@ -446,7 +480,7 @@ def test_adam_moves_parameters_that_the_loss_does_not_depend_on() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_batch_size_and_order_do_not_change_a_feature(architecture: str, kind: GradientKind) -> None:
+def test_batch_size_and_order_do_not_change_a_feature(architecture: str, kind: FeatureKind) -> None:
     model, moments, _ = trained(architecture)
     engine = single(model, kind=kind, moments=moments, dims=[512])
     examples = rows()
@@ -592,7 +626,7 @@ def beginning_with(token: int, row: Encoded) -> Encoded:
     ("value", "reason"), [(float("nan"), LOSS_NOT_FINITE), (float("inf"), LOSS_NOT_FINITE), (0.0, GRADIENT_NOT_FINITE)]
 )
 @pytest.mark.parametrize("kind", ["sgd", "adam", "sign"])
-def test_a_row_that_is_not_finite_is_named_and_touches_no_other(kind: GradientKind, value: float, reason: str) -> None:
+def test_a_row_that_is_not_finite_is_named_and_touches_no_other(kind: FeatureKind, value: float, reason: str) -> None:
     """A first token of zeros stays zero through all layers, and each norm without an ε to speak of divides by it:
     nothing in the forward pass, and 10¹⁹ each on the way back.
     """
@@ -614,7 +648,7 @@ def test_a_row_that_is_not_finite_is_named_and_touches_no_other(kind: GradientKi
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "sign"])
-def test_a_zero_gradient_is_named_even_where_adam_would_step(kind: GradientKind) -> None:
+def test_a_zero_gradient_is_named_even_where_adam_would_step(kind: FeatureKind) -> None:
     """LoRA on q and k gives a row of two tokens none: its only prediction is made where attention has no choice."""
     model = adapt(base_model("llama", attn_implementation="eager"), target_modules=["q_proj", "k_proj"])
     moments = train(model.eval())
@@ -691,7 +725,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_a_gpu_gives_the_same_features(kind: GradientKind) -> None:
+def test_a_gpu_gives_the_same_features(kind: FeatureKind) -> None:
     model, moments, _ = trained("llama")
     wanted = run(single(model, kind=kind, moments=moments, dims=[512]), rows())
     on_gpu = copy.deepcopy(model).to("cuda")

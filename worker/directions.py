@@ -1,5 +1,7 @@
 """What is made of a raw gradient g before it is projected: nothing, its sign, or the step that Adam would take.
 
+One kind of features is made of no gradient: the mean hidden state, which is not projected either.
+
 Mathematics: LESS (arXiv 2402.04333), section 2, and Adam (Kingma and Ba, arXiv 1412.6980), at moments that stay fixed.
 """
 
@@ -12,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-GradientKind = Literal["adam", "sgd", "sign"]
+FeatureKind = Literal["adam", "sgd", "sign", "hidden"]
 AdamForm = Literal["less", "exact"]
 
 BETA1 = 0.9
@@ -22,11 +24,16 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Kind:
-    """What is made of a gradient: `sgd` and `sign`, or `adam` in one of its forms."""
+    """What a feature is made of: the gradient as it is or its sign, Adam's step in one of its forms, hidden states."""
 
-    name: GradientKind
+    name: FeatureKind
     adam: AdamForm = "less"
     """Of no account where the name is not `adam`."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it takes a backward pass."""
+        return self.name != "hidden"
 
 
 Direction = Callable[[str, Tensor], Tensor]
@@ -48,7 +55,7 @@ class Moments:
 def make_direction(
     kind: Kind, *, moments: Moments | None, parameters: Mapping[str, Tensor], device: torch.device
 ) -> Direction:
-    """Make the map of `kind`; raises ValueError where `adam` has no moments, or they do not fit the parameters."""
+    """Make the map of a gradient's `kind`; raises ValueError where `adam` has no moments, or they do not fit."""
     if kind.name == "sgd":
         return _sgd
     if kind.name == "sign":

@@ -10,6 +10,9 @@ What no tap can attribute to examples (LoRA on fused experts, a layer used twice
 the parameter by another way, and from then on the engine runs the examples one at a time through plain autograd: as
 exact, and some three to twenty times slower. `GradientEngine.one_at_a_time` names the cause.
 
+Mean hidden states are a kind of features beside those of gradients: they come from the same forward pass, and asked
+for alone they need no other.
+
 Order of parameters: `model.named_parameters()`, the trainable ones. They may be an adapter's, or chosen weights of a
 model without one: the features are then those of its full gradient.
 """
@@ -38,7 +41,10 @@ Reduction = Literal["mean", "sum"]
 LOSS_NOT_FINITE = "loss is not finite"
 GRADIENT_NOT_FINITE = "gradient is not finite"
 GRADIENT_ZERO = "gradient is zero"
+FEATURE_NOT_FINITE = "feature is not finite"
 NOTHING_SUPERVISED = "no supervised token"
+
+HIDDEN = Kind("hidden")
 
 HALF_LOSS_SCALE = 1024.0  # float16 loses gradients below 6e-8; a power of two changes no digit of the others
 
@@ -53,9 +59,10 @@ class Features:
     """The features of n examples of one kind, in the order they were given."""
 
     by_dim: dict[int, NDArray[np.float32]]
-    """(n, dim) for each dim; zeros where there is a reason."""
+    """(n, dim) for each dim; zeros where there is a reason. Of hidden states the one dim is the hidden size."""
     norms: NDArray[np.float32]
-    """(n,) length of the gradient after Adam's map or the sign, before the projection; 0 where there is a reason."""
+    """(n,) length of the gradient after Adam's map or the sign, before the projection, or of the mean hidden state; 0
+    where there is a reason."""
     reasons: list[str | None]
     """Why an example has no feature; None where it has one."""
     losses: NDArray[np.float32]
@@ -63,9 +70,7 @@ class Features:
     tokens: NDArray[np.int32]
     """(n,) supervised tokens."""
     raw_norms: NDArray[np.float32]
-    """(n,) length of the gradient itself; 0 where it is not finite."""
-    hidden: NDArray[np.float32] | None
-    """(n, hidden size) mean of the last hidden states over the example's tokens, where they were asked for."""
+    """(n,) length of the gradient itself, 0 where it is not finite; of hidden states the same as `norms`."""
 
 
 class GradientEngine:
@@ -73,15 +78,16 @@ class GradientEngine:
 
     `kinds`, all from one pass: `sgd` is the gradient g; `sign` its sign; `adam` the direction in which Adam would step,
     with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g²: m' / √(v' + ε) in the form `less` (LESS's published code), and
-    (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at t = step + 1 in the form `exact` (its paper, and Adam itself).
+    (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at t = step + 1 in the form `exact` (its paper, and Adam itself);
+    `hidden` the mean over an example's tokens of what the output layer gets, which no projection touches. Where it is
+    the only kind there is no backward pass, and `dims` are of no account.
     `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum.
-    `hidden`: also keep the mean hidden state of each example, from the same forward pass.
 
     The model is put in the mode of evaluation (gradient checkpointing stays on where it is on), a `.grad` left from
     training is dropped, and nothing else of it changes. Memory beside the training step's: per kind examples × sum of
     `dims` float32 per batch and, for `adam`, two float32 numbers per parameter; the projection's (`projection.py`).
 
-    Raises ValueError where `moments` do not fit the parameters, `dims` the projection, or `hidden` the model.
+    Raises ValueError where `moments` do not fit the parameters, `dims` the projection, or a kind the model.
     """
 
     def __init__(
@@ -94,7 +100,6 @@ class GradientEngine:
         dims: Sequence[int],
         seed: int = 0,
         reduction: Reduction = "mean",
-        hidden: bool = False,
     ) -> None:
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -102,22 +107,24 @@ class GradientEngine:
             raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError("features are those of causal language models; this one is an encoder-decoder")
-        if hidden and model.get_output_embeddings() is None:
-            raise ValueError("the model has no output layer, whose input would be its hidden state")
         self.device = next(iter(self.parameters.values())).device
-        self.projection: Projection = make_projection(
-            projection,
-            dims=dims,
-            parameters=[(name, p.shape) for name, p in self.parameters.items()],
-            seed=seed,
-            device=self.device,
-        )
+        self._kinds = tuple(kinds)
         self._directions = {
             kind: make_direction(kind, moments=moments, parameters=self.parameters, device=self.device)
             for kind in kinds
+            if kind.needs_gradient
         }
+        self._projection: Projection | None = None
+        if self._directions:
+            self._projection = make_projection(
+                projection,
+                dims=dims,
+                parameters=[(name, p.shape) for name, p in self.parameters.items()],
+                seed=seed,
+                device=self.device,
+            )
         self._reduction = reduction
-        self._hidden = hidden
+        self._hidden_size = _hidden_size(model) if len(self._directions) < len(self._kinds) else None
         self._sites, self.one_at_a_time = taps.find_sites(model, self.parameters)
         self._in_order = False
         self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
@@ -136,7 +143,10 @@ class GradientEngine:
 
         `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
         """
-        found = _Found(rows, kinds=list(self._directions), dims=self.projection.dims)
+        dims = self._projection.dims if self._projection else ()
+        found = _Found(
+            rows, dims={kind: dims if kind.needs_gradient else (self._hidden_size or 0,) for kind in self._kinds}
+        )
         todo = [row for row, tokens in enumerate(found.tokens) if tokens]
         done = len(rows) - len(todo)
         for batch, indices in self._batches(rows, todo, pad_id=pad_id, token_budget=token_budget):
@@ -165,17 +175,26 @@ class GradientEngine:
 
     def _compute(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         """Compute one batch; where its parameters turn out not to be covered by taps, one at a time from now on."""
+        if self._projection is None:
+            return self._compute_forward(rows, pad_id=pad_id)
         if not self.one_at_a_time:
             batch = self._compute_together(rows, pad_id=pad_id)
             if batch is not None:
                 return batch
         return self._compute_one_by_one(rows, pad_id=pad_id)
 
+    @torch.no_grad()
+    def _compute_forward(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
+        batch = self._batch(len(rows))
+        inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
+        batch.take_outputs(run(self.model, inputs, hidden=True), slice(0, len(rows)))
+        return batch
+
     def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch | None:
         inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
         batch = self._batch(len(rows))
         with taps.tapped(self._sites, inputs.shape, batch.take) as recorder:
-            outputs = run(self.model, inputs, hidden=self._hidden)
+            outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
             self._objective(outputs, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         batch.take_outputs(outputs, slice(0, len(rows)))
         self.one_at_a_time = recorder.strays + self._drop_gradients()
@@ -223,7 +242,7 @@ class GradientEngine:
         for position, row in enumerate(rows):
             here = slice(position, position + 1)
             inputs = Inputs.of([row], pad_id=pad_id, device=self.device)
-            outputs = run(self.model, inputs, hidden=self._hidden)
+            outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
             gradients = torch.autograd.grad(
                 self._objective(outputs, inputs),
                 list(self.parameters.values()),
@@ -238,27 +257,62 @@ class GradientEngine:
 
     def _batch(self, examples: int) -> _Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        return _Batch(examples, sizes, self._directions, self.projection, 1 / self._scale)
+        sums = {
+            kind: _Sums(examples, direction, self._projection)
+            for kind, direction in self._directions.items()
+            if self._projection is not None
+        }
+        return _Batch(examples, sizes, sums, unscale=1 / self._scale, device=self.device)
 
 
 class _Found:
-    """The features of all rows of a call, filled batch by batch."""
+    """The features of all rows of a call, filled batch by batch; `dims` are those of each kind."""
 
-    def __init__(self, rows: Sequence[Encoded], *, kinds: Sequence[Kind], dims: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[Encoded], *, dims: Mapping[Kind, Sequence[int]]) -> None:
         count = len(rows)
         self.tokens = np.array([_supervised_tokens(row) for row in rows], dtype=np.int32)
         self.losses = np.zeros(count, dtype=np.float32)
         self.raw_norms = np.zeros(count, dtype=np.float32)
-        self.hidden: NDArray[np.float32] | None = None
-        self.features = {kind: {dim: np.zeros((count, dim), dtype=np.float32) for dim in dims} for kind in kinds}
-        self.norms = {kind: np.zeros(count, dtype=np.float32) for kind in kinds}
-        self.reasons = {kind: [None if tokens else NOTHING_SUPERVISED for tokens in self.tokens] for kind in kinds}
+        self.features = {
+            kind: {dim: np.zeros((count, dim), dtype=np.float32) for dim in own} for kind, own in dims.items()
+        }
+        self.norms = {kind: np.zeros(count, dtype=np.float32) for kind in dims}
+        self.reasons = {kind: [None if tokens else NOTHING_SUPERVISED for tokens in self.tokens] for kind in dims}
+
+    def put(
+        self,
+        kind: Kind,
+        rows: Sequence[int],
+        features: Mapping[int, Tensor],
+        norms: Tensor,
+        faults: Mapping[str, Tensor],
+    ) -> None:
+        """Write features of a batch to its rows; where one of `faults` is true, its name as the reason, and zeros.
+
+        Of several faults the first is named.
+        """
+        faulty = {reason: found.tolist() for reason, found in faults.items()}
+        reasons = [
+            next((reason for reason, found in faulty.items() if found[example]), None) for example in range(len(rows))
+        ]
+        kept = torch.tensor([reason is None for reason in reasons], device=norms.device)
+        for dim, values in features.items():
+            self.features[kind][dim][rows] = torch.where(kept[:, None], values, 0).cpu().numpy()
+        self.norms[kind][rows] = torch.where(kept, norms, 0).cpu().numpy()
+        for row, reason in zip(rows, reasons, strict=True):
+            self.reasons[kind][row] = reason
 
     def by_kind(self) -> dict[Kind, Features]:
         """Return what was found, kind by kind."""
-        shared = (self.losses, self.tokens, self.raw_norms, self.hidden)
         return {
-            kind: Features(by_dim, self.norms[kind], self.reasons[kind], *shared)
+            kind: Features(
+                by_dim=by_dim,
+                norms=self.norms[kind],
+                reasons=self.reasons[kind],
+                losses=self.losses,
+                tokens=self.tokens,
+                raw_norms=self.raw_norms if kind.needs_gradient else self.norms[kind],
+            )
             for kind, by_dim in self.features.items()
         }
 
@@ -268,6 +322,7 @@ class _Sums:
 
     def __init__(self, examples: int, direction: Direction, projection: Projection) -> None:
         self.direction = direction
+        self.projection = projection
         self.projected = projection.zeros(examples)
         self.squares = torch.zeros(examples, dtype=torch.float64, device=projection.device)
 
@@ -279,16 +334,15 @@ class _Batch:
         self,
         examples: int,
         sizes: Mapping[str, int],
-        directions: Mapping[Kind, Direction],
-        projection: Projection,
+        sums: Mapping[Kind, _Sums],
+        *,
         unscale: float,
+        device: torch.device,
     ) -> None:
-        device = projection.device
         self.seen: set[str] = set()
         self._sizes = sizes
-        self._projection = projection
         self._unscale = unscale
-        self._sums = {kind: _Sums(examples, direction, projection) for kind, direction in directions.items()}
+        self._sums = sums
         self._losses = torch.zeros(examples, device=device)
         self._hidden: Tensor | None = None
         self._squares = torch.zeros(examples, dtype=torch.float64, device=device)
@@ -306,7 +360,7 @@ class _Batch:
         for left, sums in zip(reversed(range(len(self._sums))), self._sums.values(), strict=True):
             directions = sums.direction(name, gradients.clone() if left else gradients)
             sums.squares[examples] += _squares(directions)
-            self._projection.add(name, directions, {dim: part[examples] for dim, part in sums.projected.items()})
+            sums.projection.add(name, directions, {dim: part[examples] for dim, part in sums.projected.items()})
 
     def take_zeros(self, names: set[str]) -> None:
         """Take in parameters that the loss did not depend on: Adam moves these too."""
@@ -328,23 +382,18 @@ class _Batch:
         found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
         raw = self._squares.sqrt().float()
         found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
-        self._store_hidden(found, rows)
         for kind, sums in self._sums.items():
             norms = sums.squares.sqrt().float()
-            reasons = _reasons(self._losses.cpu(), self._peaks.cpu(), norms.cpu())
-            kept = torch.tensor([reason is None for reason in reasons], device=norms.device)
-            for dim, projected in sums.projected.items():
-                found.features[kind][dim][rows] = torch.where(kept[:, None], projected, 0).cpu().numpy()
-            found.norms[kind][rows] = torch.where(kept, norms, 0).cpu().numpy()
-            for row, reason in zip(rows, reasons, strict=True):
-                found.reasons[kind][row] = reason
-
-    def _store_hidden(self, found: _Found, rows: Sequence[int]) -> None:
-        if self._hidden is None:
-            return
-        if found.hidden is None:
-            found.hidden = np.zeros((len(found.tokens), self._hidden.shape[1]), dtype=np.float32)
-        found.hidden[rows] = self._hidden.cpu().numpy()
+            faults = {
+                LOSS_NOT_FINITE: ~self._losses.isfinite(),
+                GRADIENT_NOT_FINITE: ~(self._peaks.isfinite() & norms.isfinite()),
+                GRADIENT_ZERO: self._peaks == 0,
+            }
+            found.put(kind, rows, sums.projected, norms, faults)
+        if self._hidden is not None:
+            norms = torch.linalg.vector_norm(self._hidden.double(), dim=1).float()
+            faults = {LOSS_NOT_FINITE: ~self._losses.isfinite(), FEATURE_NOT_FINITE: ~norms.isfinite()}
+            found.put(HIDDEN, rows, {self._hidden.shape[1]: self._hidden}, norms, faults)
 
 
 def _squares(vectors: Tensor) -> Tensor:
@@ -353,16 +402,12 @@ def _squares(vectors: Tensor) -> Tensor:
     return lengths.double().square()
 
 
-def _reasons(losses: Tensor, peaks: Tensor, norms: Tensor) -> list[str | None]:
-    """Say what is wrong with each example; `peaks` are the largest magnitudes in the raw gradients."""
-    faults = [
-        (LOSS_NOT_FINITE, ~losses.isfinite()),
-        (GRADIENT_NOT_FINITE, ~(peaks.isfinite() & norms.isfinite())),
-        (GRADIENT_ZERO, peaks == 0),
-    ]
-    return [
-        next((reason for reason, faulty in faults if bool(faulty[example])), None) for example in range(len(losses))
-    ]
+def _hidden_size(model: Model) -> int:
+    """Return the width of what the output layer gets; raises ValueError where there is none."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError("the model has no output layer, whose input would be its hidden state")
+    return int(head.in_features)
 
 
 def _supervised_tokens(row: Encoded) -> int:

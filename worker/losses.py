@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.batches import IGNORED, Encoded, collate, slices
+from worker.models import ModelError
 
 Model = PeftModel | PreTrainedModel
 
@@ -72,9 +73,14 @@ class Outputs:
 
 
 def run(model: Model, inputs: Inputs, *, hidden: bool = False) -> Outputs:
-    """Run the model forward, with a graph of the losses."""
+    """Run the model forward, with a graph of the losses. Raises ModelError where hidden states do not come by."""
     with _logits_only_at(inputs, model, hidden=hidden) as seen:
         logits = model(input_ids=inputs.input_ids, use_cache=False).logits
+    if hidden and seen.hidden is None:
+        raise ModelError(
+            f"the output layer of {type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__} "
+            "does not get every token's hidden state: ask for other kinds than hidden"
+        )
     logits = logits.flatten(0, 1)
     if not seen.reduced:
         logits = logits.index_select(0, inputs.positions)
