@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,26 @@ def test_a_plan_covers_every_example_once_within_the_budget(lengths: list[int], 
 
 def test_a_plan_fills_its_batches() -> None:
     assert plan([4] * 10, token_budget=12) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_no_plan_of_sorted_examples_costs_less(lengths: list[int]) -> None:
+    """Against all ways to cut the sorted examples; a batch counts as one token at this budget."""
+    lengths.sort(reverse=True)
+    prices = []
+    for cuts in product([False, True], repeat=len(lengths) - 1):
+        starts = [0, *(place for place, cut in enumerate(cuts, start=1) if cut)]
+        sizes = [stop - start for start, stop in pairwise([*starts, len(lengths)])]
+        if all(size == 1 or size * lengths[start] <= 30 for start, size in zip(starts, sizes, strict=True)):
+            prices.append(sum(size * lengths[start] + 1 for start, size in zip(starts, sizes, strict=True)))
+    batches = plan(lengths, token_budget=30)
+    assert sum(len(batch) * lengths[batch[0]] + 1 for batch in batches) == min(prices)
+
+
+def test_a_plan_pads_little_where_lengths_are_mixed() -> None:
+    lengths = [round(20 * 1.01**row) for row in range(400)]
+    padded = sum(len(batch) * lengths[batch[0]] for batch in plan(lengths, token_budget=8192))
+    assert padded < 1.08 * sum(lengths)
 
 
 def test_examples_are_padded_on_the_right() -> None:

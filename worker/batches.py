@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from datastore.rows import Example
 from worker.templates import Segment, Unsupervised, prompt, render, special_names, wants_special_tokens
 
@@ -31,6 +33,8 @@ __all__ = [
 
 IGNORED = -100
 """Label of a token that is not learnt from."""
+
+BATCH_PRICE = 32  # a batch costs as much as this part of the token budget, beside its tokens
 
 
 @dataclass(frozen=True)
@@ -88,19 +92,36 @@ def encode_prompt(
 def plan(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     """Group indices into batches of at most `token_budget` padded tokens, longest first.
 
-    An example longer than the budget is a batch of its own. Examples of like length share a batch, so that little is
-    padded, and the largest batch comes first: what does not fit into memory fails at once.
+    Examples of like length share a batch. Of all such plans this is the one with the least padded tokens, a batch
+    itself counting as much as 1/32 of the budget: full batches of mixed lengths pad a lot, and many small ones cost
+    their calls. An example longer than the budget is a batch of its own.
 
     >>> plan([3, 9, 2, 3], token_budget=9)
     [[1], [0, 3, 2]]
     """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    stops = _best_stops([lengths[index] for index in order], token_budget=token_budget)
+    batches = []
+    start = 0
+    while start < len(order):
+        batches.append(order[start : stops[start]])
+        start = stops[start]
     return batches
+
+
+def _best_stops(lengths: Sequence[int], *, token_budget: int) -> list[int]:
+    """Return where the batch that starts at each place stops, from lengths that do not grow (dynamic programming)."""
+    count = len(lengths)
+    stops = [0] * count
+    rest = np.zeros(count + 1, dtype=np.int64)  # the price of all from a place on
+    for start in reversed(range(count)):
+        most = max(1, min(count - start, token_budget // max(1, lengths[start])))
+        sizes = np.arange(most, 0, -1)  # largest first, which is taken where prices are equal
+        prices = sizes * lengths[start] + rest[start + sizes]
+        best = int(prices.argmin())
+        stops[start] = start + int(sizes[best])
+        rest[start] = prices[best] + max(1, token_budget // BATCH_PRICE)
+    return stops
 
 
 def collate(encoded: Sequence[Encoded], *, pad_id: int) -> Batch:
