@@ -21,9 +21,10 @@ Every message says what to do next.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from gradstore.types import ProblemItem
+from gradstore.types import Problem, ProblemItem
 
 
 class GradstoreError(Exception):
@@ -121,3 +122,28 @@ class Ambiguous(Conflict):
     def __init__(self, detail: str, *, choices: Sequence[str]) -> None:
         super().__init__(detail)
         self.choices = list(choices)
+
+
+class UnexpectedError(Exception):
+    """What nobody foresaw, in the words that the user is told."""
+
+
+def problem_of(
+    error: Exception, *, status: int, instance: str | None, errors: Sequence[ProblemItem] = (), total_errors: int = 0
+) -> Problem:
+    """An error as RFC 9457 has it, its type and title made from its name; which status it has, the caller knows.
+
+    `errors` are the places it names; those of an `InvalidInput` need not be given.
+    """
+    if isinstance(error, InvalidInput) and not errors:
+        errors, total_errors = error.errors, error.total_errors
+    words = re.findall("[A-Z][a-z]*", type(error).__name__)
+    return Problem(
+        type="-".join(words).lower(),
+        title=" ".join(words).capitalize(),
+        status=status,
+        detail=str(error),
+        instance=instance,
+        errors=list(errors),
+        total_errors=total_errors,
+    )

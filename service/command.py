@@ -7,14 +7,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import uvicorn
 from fastapi import FastAPI
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from datastore import logs
+from datastore.options import configured
 from datastore.settings import Settings
 from service.app import create_app
 from service.dependencies import Backend
@@ -85,6 +86,7 @@ def serve(
         device=device,
         api_key=SecretStr(api_key) if api_key else None,
     )
+    _refuse_strangers(settings)
     logs.configure()
     _refuse_unusable(settings.data)
     worker_beside = EmbeddedWorker(settings) if settings.embedded_worker else None
@@ -92,22 +94,13 @@ def serve(
         Server(create_app(settings), worker_beside).run(sockets=[listener])
 
 
-def configured(**given: Any) -> Settings:
-    """The settings of the environment, with those in their place that were given on the command line.
-
-    Raises typer.BadParameter where they cannot be, or would let anybody in.
-    """
-    try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise typer.BadParameter(reasons) from error
+def _refuse_strangers(settings: Settings) -> None:
+    """Raise typer.BadParameter where the settings would let anybody in."""
     if settings.api_key is None and not is_loopback(settings.host):
         raise typer.BadParameter(
             f"on {settings.host} anybody on the network could use the store: "
             "set GRADSTORE_API_KEY, or listen on 127.0.0.1"
         )
-    return settings
 
 
 def _refuse_unusable(data: Path) -> None:

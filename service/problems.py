@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -36,6 +35,7 @@ from datastore.errors import (
     NotEnoughSpace,
     NotFound,
     TooLarge,
+    problem_of,
 )
 
 log = logging.getLogger(__name__)
@@ -96,19 +96,10 @@ def respond(problem: Problem, headers: Mapping[str, str] | None = None) -> Respo
 
 
 def describe(error: GradstoreError | Refused, *, request_id: str | None, base_url: str = "") -> Problem:
-    """A foreseen error as a problem, its type and title made from the error's name."""
+    """A foreseen error as a problem."""
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     items, total = _places(error, base_url)
-    words = re.findall("[A-Z][a-z]*", type(error).__name__)
-    return Problem(
-        type="-".join(words).lower(),
-        title=" ".join(words).capitalize(),
-        status=status,
-        detail=str(error),
-        instance=request_id,
-        errors=items[:SHOWN],
-        total_errors=total,
-    )
+    return problem_of(error, status=status, instance=request_id, errors=items[:SHOWN], total_errors=total)
 
 
 def of_status(status: int, detail: str, *, request_id: str | None, errors: Sequence[ProblemItem] = ()) -> Problem:

@@ -7,9 +7,9 @@ import threading
 import time
 from secrets import token_hex
 
-from gradstore.types import JobKind, Problem
+from gradstore.types import JobKind
 
-from datastore.errors import GradstoreError
+from datastore.errors import GradstoreError, UnexpectedError, problem_of
 from datastore.leases import Claim, Jobs
 from datastore.scoring import Scoring
 
@@ -87,13 +87,9 @@ class ScoringWorker:
         except _Dropped:
             self._jobs.release(claim)
         except GradstoreError as error:
-            self._jobs.fail(claim, _problem(422, str(error)), permanent=True)
+            self._jobs.fail(claim, problem_of(error, status=422, instance=None), permanent=True)
         except Exception:  # a job's failure is recorded on the job
             id = token_hex(8)
             log.exception("scoring failed", extra={"job": claim.job, "error_id": id})
-            detail = f"an unexpected error; its traceback is in the service's log under {id}"
-            self._jobs.fail(claim, _problem(500, detail, instance=id), permanent=False)
-
-
-def _problem(status: int, detail: str, instance: str | None = None) -> Problem:
-    return Problem(type="scoring-failed", title="Scoring failed", status=status, detail=detail, instance=instance)
+            told = UnexpectedError(f"an unexpected error; its traceback is in the service's log under {id}")
+            self._jobs.fail(claim, problem_of(told, status=500, instance=id), permanent=False)

@@ -58,6 +58,17 @@ def refused(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_a_variable_that_cannot_be_used_is_named(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gradstore", command], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "GRADSTORE_LEASE": "-1", "GRADSTORE_PORT": "many"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "GRADSTORE_LEASE: Input should be greater than 0" in done.stderr
+    assert "GRADSTORE_PORT: Input should be a valid integer" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_says_where_it_is_and_stops_when_told(tmp_path: Path, number: signal.Signals) -> None:
     with served("--no-worker", data=tmp_path / "store") as (process, url):
@@ -103,7 +114,7 @@ def test_a_store_that_cannot_be_there_is_said_in_one_line(tmp_path: Path, place:
 def test_a_wrong_setting_is_said(tmp_path: Path) -> None:
     status, message = refused("--no-worker", GRADSTORE_SHARD_ROWS="100")
     assert status == 2
-    assert "shard_rows" in message
+    assert "GRADSTORE_SHARD_ROWS" in message
 
 
 # The embedded worker ------------------------------------------------------------------------------------------------

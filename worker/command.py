@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from gradstore.types import JobKind
-from pydantic import ValidationError
 
 from datastore import logs
+from datastore.options import configured
 from datastore.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,12 +45,7 @@ def worker(
     unknown = sorted(set(kinds or ()) - set(KINDS))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is no kind of job that workers do; these are {', '.join(KINDS)}")
-    given = {"data": data, "device": device, "threads": threads}
-    try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise typer.BadParameter(reasons) from error
+    settings = configured(data=data, device=device, threads=threads)
     logs.configure()
     sys.exit(run(settings, kinds=cast("list[JobKind]", kinds) or KINDS, once=once))
 

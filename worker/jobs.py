@@ -40,7 +40,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datastore.catalog import name_if_free, record_checkpoint, record_run
 from datastore.checkpoints import run_id
 from datastore.durable import untouched_for
-from datastore.errors import Conflict, Damaged, GradstoreError, InvalidCheckpoint, InvalidInput
+from datastore.errors import (
+    Conflict,
+    Damaged,
+    GradstoreError,
+    InvalidCheckpoint,
+    InvalidInput,
+    UnexpectedError,
+    problem_of,
+)
 from datastore.gradients import Block, sound
 from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
@@ -163,19 +171,12 @@ def describe(error: Exception, id: str) -> tuple[Problem, bool]:
             "the device's memory is full: ask for fewer tokens or examples at a time (token_budget, "
             "device_batch_size), a smaller max_length, gradient_checkpointing=true, or quantisation"
         )
-    errors = error.errors if isinstance(error, InvalidInput) else []
-    if isinstance(error, (GradstoreError, ModelError, NoChatTemplate, NotFinite)):
-        name, detail, status, permanent = type(error).__name__, str(error), 422, not isinstance(error, Damaged)
-    else:
+    foreseen = isinstance(error, (GradstoreError, ModelError, NoChatTemplate, NotFinite))
+    if not foreseen:
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        name, status, permanent = "UnexpectedError", 500, False
-        detail = f"{type(error).__name__}: {first} (the traceback is in the worker's log under {id})"
-    words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).split()
-    problem = Problem(
-        type="-".join(words), title=" ".join(words).capitalize(), status=status, detail=detail, instance=id,
-        errors=errors, total_errors=len(errors),
-    )  # fmt: skip
-    return problem, permanent
+        error = UnexpectedError(f"{type(error).__name__}: {first} (the traceback is in the worker's log under {id})")
+    problem = problem_of(error, status=422 if foreseen else 500, instance=id)
+    return problem, foreseen and not isinstance(error, Damaged)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

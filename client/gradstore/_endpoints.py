@@ -289,16 +289,10 @@ def selections_content(name: str, /, *, format: Literal["ndjson", "csv"] = "ndjs
 # Fine-tunes -------------------------------------------------------------------------------------------------------
 
 
-class FinetuneFields(TypedDict, total=False):
-    """The fields of `gradstore.types.FinetuneRequest`, which describes them and has their defaults."""
+class Training(TypedDict, total=False):
+    """How a model is trained, see `gradstore.types.FinetuneRequest`; the defaults are LESS's recipe."""
 
-    dataset: str | None
-    selection: str | None
-    fraction: float | None
-    rows: int | None
-    model: Required[str]
     revision: str | None
-    method: Method | None
     lora: LoraSettings | Mapping[str, Any] | None
     learning_rate: float | None
     scheduler: Literal["linear", "cosine", "constant"] | None
@@ -313,6 +307,22 @@ class FinetuneFields(TypedDict, total=False):
     quantisation: Quantisation | None
     gradient_checkpointing: bool | None
     seed: int | None
+
+
+class Trained(TypedDict, total=False):
+    """What is trained on what."""
+
+    dataset: str | None
+    selection: str | None
+    fraction: float | None
+    rows: int | None
+    model: Required[str]
+    method: Method | None
+
+
+class FinetuneFields(Trained, Training, total=False):
+    """The fields of `gradstore.types.FinetuneRequest`, which describes them and has their defaults."""
+
     name: str | None
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
+from gradstore._endpoints import Training
 from gradstore.results import EvaluationResult, FinetuneResult, Selection, SucceededJob
 from gradstore.types import (
     Dataset,
@@ -26,36 +27,12 @@ from gradstore.types import (
     FinetuneRequest,
     GradientsRequest,
     GradientsResult,
-    LoraSettings,
-    Precision,
-    Quantisation,
     Task,
     TaskKind,
-    TemplateName,
 )
 
 if TYPE_CHECKING:
     from gradstore.client import GradientStore
-
-
-class Training(TypedDict, total=False):
-    """How both trainings are done, see `gradstore.types.FinetuneRequest`; the defaults are LESS's recipe."""
-
-    revision: str | None
-    lora: LoraSettings | Mapping[str, Any] | None
-    learning_rate: float | None
-    scheduler: Literal["linear", "cosine", "constant"] | None
-    warmup_ratio: float | None
-    weight_decay: float | None
-    epochs: int | None
-    batch_size: int | None
-    device_batch_size: int | None
-    max_length: int | None
-    template: TemplateName | None
-    precision: Precision | Literal["auto"] | None
-    quantisation: Quantisation | None
-    gradient_checkpointing: bool | None
-    seed: int | None
 
 
 class LessResult(BaseModel):
