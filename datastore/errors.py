@@ -10,6 +10,7 @@
     ├── TooLarge
     ├── NotEnoughSpace
     ├── Damaged
+    ├── HubUnreachable
     └── Conflict
         ├── NameTaken
         ├── InUse
@@ -83,6 +84,17 @@ class NotEnoughSpace(GradstoreError):
 
 class Damaged(GradstoreError):
     """Stored bytes do not match their checksum."""
+
+
+class HubUnreachable(GradstoreError):
+    """The Hugging Face Hub does not say which commit a model's name means, and no download does."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(
+            f"the Hugging Face Hub cannot be asked which commit of {model!r} is meant ({reason}), and no download on "
+            "this machine says it: try again later, or send the commit's 40 digits as `revision`"
+        )
+        self.model = model
 
 
 class Conflict(GradstoreError):

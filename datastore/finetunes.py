@@ -87,7 +87,6 @@ class Finetunes:
     def plan(self, request: FinetuneRequest) -> FinetunePlan:
         """Resolve a request. Raises `NotFound` and `InvalidInput`."""
         model = models.resolve(request.model, roots=self.settings.allowed_roots)
-        revision = models.revision_of(model, request.revision)
         dataset = selection = None
         if request.selection is not None:
             found = self.catalog.selection(request.selection)
@@ -95,6 +94,7 @@ class Finetunes:
         else:
             pool = self.catalog.dataset(request.dataset or "")
             dataset, rows = pool.id, _drawn(request, pool.rows)
+        revision = models.revision_of(model, request.revision)  # the hub is asked when all else is well
         meant = request.model_dump(mode="json", exclude={"name", "dry_run"})
         meant |= {"model": model, "revision": revision, "dataset": dataset, "selection": selection}
         meant |= {"rows": rows, "fraction": None}
@@ -108,12 +108,13 @@ class Finetunes:
             steps=math.ceil(rows / request.batch_size) * request.epochs,
         )
 
-    def estimate(self, request: FinetuneRequest, *, lengths: models.Lengths, size: models.Size | None) -> Estimate:
+    def estimate(
+        self, request: FinetuneRequest, plan: FinetunePlan, *, lengths: models.Lengths, size: models.Size | None
+    ) -> Estimate:
         """What the request would cost; its tokens are those of one epoch.
 
         `lengths` of some of its rows and the base model's `size` are the caller's to find out.
         """
-        plan = self.plan(request)
         tokens = round(plan.rows * lengths.mean)
         time = duration(
             self.jobs,

@@ -1,7 +1,7 @@
 """Base models, as far as they can be known without torch: which may be named, how large they are, how long rows are.
 
 Sizes come from the headers of the safetensors files, lengths from `tokenizer.json` through the `tokenizers` library
-where it is installed; a model of the hub is looked up among the downloads of this machine, never fetched. Estimates
+where it is installed; of a model of the hub the downloads of this machine are looked at, nothing is fetched. Estimates
 are made from this: they are meant to be right within tens of per cent.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from gradstore.types import LoraSettings, Precision, ProblemItem, Quantisation
 
+from datastore import hub
 from datastore.archives import allowed_path
 from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
 from datastore.identity import DIGITS
@@ -59,25 +60,21 @@ def folder_of(model: str, revision: str | None) -> Path | None:
     """The folder of a model on this machine, where it has one."""
     if Path(model).is_absolute():
         return Path(model) if Path(model).is_dir() else None
-    try:
-        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - comes with the worker's packages only
-    except ImportError:
-        return None
-    config = try_to_load_from_cache(model, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
+    return hub.downloaded(model, revision)
 
 
-def revision_of(model: str, revision: str | None) -> str | None:
-    """Which version of a model is meant: a hub revision as it is, of a folder the fingerprint of its content.
+def revision_of(model: str, revision: str | None) -> str:
+    """Which version of a model is meant: of a hub model the commit, of a folder the fingerprint of its content.
 
-    Raises `InvalidInput` where a folder is missing, or its content is not the revision asked for.
+    Raises `InvalidInput` where there is no such model, or a folder's content is not the revision asked for, and
+    `HubUnreachable`.
     """
     folder = Path(model)
     if not folder.is_absolute():
         if revision is not None and not REVISION.fullmatch(revision):
             detail = f"{revision[:100]!r} is no branch, tag or commit of a model of the hub"
             raise InvalidInput(detail, errors=[ProblemItem(pointer="/revision", detail=detail)])
-        return revision
+        return hub.commit(model, revision)
     if not folder.is_dir():
         detail = f"the base model {model} is not on this machine: put the folder back"
         raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])

@@ -30,7 +30,7 @@ def of_finetune(backend: Backend, request: FinetuneRequest) -> Estimate:
     plan = backend.finetunes.plan(request)
     folder = models.folder_of(plan.model, plan.revision)
     lengths = models.lengths(_trained_on(backend, plan), folder=folder, max_length=request.max_length)
-    return backend.finetunes.estimate(request, lengths=lengths, size=models.size(plan.model, plan.revision))
+    return backend.finetunes.estimate(request, plan, lengths=lengths, size=models.size(plan.model, plan.revision))
 
 
 def _computed(backend: Backend, plan: Plan) -> Iterator[Example]:

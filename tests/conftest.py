@@ -7,12 +7,31 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub import Hub
 from tests.services import PostgresServer, RedisServer
 from tests.serving import service, shared_service
 
 __all__ = ["service", "shared_service"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HUB = pytest.StashKey[Hub]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put a hub of the tests' own in place of the real one, before anything imports huggingface_hub."""
+    config.stash[HUB] = Hub()
+    config.stash[HUB].use()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Take it away."""
+    config.stash[HUB].close()
+
+
+@pytest.fixture
+def hub(request: pytest.FixtureRequest) -> Hub:
+    """The hub that every test asks; what one publishes there stays, under names of its own."""
+    return request.config.stash[HUB]
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from datastore import models
 from datastore.errors import InvalidInput, PathNotAllowed
 from datastore.rows import Example, Message
+from tests.hub import Hub
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 EXAMPLE = Example(id=None, origin="test", messages=(Message("user", "What is 2 + 3?"), Message("assistant", "5")))
@@ -153,14 +154,10 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
         models.revision_of(str(tmp_path / "gone"), None)
 
 
-def test_a_hub_models_revision_is_left_alone() -> None:
-    assert models.revision_of("Qwen/Qwen3-0.6B", None) is None
-    assert models.revision_of("Qwen/Qwen3-0.6B", "main") == "main"
-
-
-@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "0123456789abcdef0123456789abcdef01234567"])
-def test_a_revision_of_the_hub_stays_as_it_is(revision: str) -> None:
-    assert models.revision_of("org/tiny", revision) == revision
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "refs/pr/1"])
+def test_a_hub_models_revision_is_its_commit(revision: str | None, hub: Hub) -> None:
+    commit = hub.publish("org/tiny", {"config.json": b"{}"}, branch=revision or "main")
+    assert models.revision_of("org/tiny", revision) == models.revision_of("org/tiny", commit) == commit
 
 
 @pytest.mark.parametrize("revision", ["", "../../main", "a b", "x\0", "v" * 201, "/main"])

@@ -16,6 +16,7 @@ import pytest
 from gradstore.types import Problem
 
 from service import events
+from tests.hub import Hub
 from tests.serving import Service, problem_of, serving
 
 FAILURE = Problem(type="broken", title="Broken", status=500, detail="the worker could not do it")
@@ -58,11 +59,12 @@ def test_the_same_request_is_the_same_job(service: Service, tmp_path: Path) -> N
     assert again.json()["status"] == "succeeded"
 
 
-def test_a_finetunes_plan_holds_ids_and_its_length(service: Service) -> None:
+def test_a_finetunes_plan_holds_ids_and_its_length(service: Service, hub: Hub) -> None:
+    commit = hub.publish("org/base", {"config.json": b"{}"})
     pool = service.pool(10, name="pool")
     job = service.finetune(dataset="pool", fraction=0.55, batch_size=2, device_batch_size=1, epochs=3)
     claim = service.claim()
-    plan = {"model": "org/base", "revision": None, "dataset": pool["id"], "selection": None, "row_count": 5}
+    plan = {"model": "org/base", "revision": commit, "dataset": pool["id"], "selection": None, "row_count": 5}
     assert claim.plan == plan
     assert job["progress"]["total"] == 3 * 3
 
@@ -340,7 +342,8 @@ def test_what_does_not_fit_on_the_disk_is_refused(service: Service) -> None:
 # Evaluations --------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_measures_the_last_checkpoint_of_a_finetune(service: Service, tmp_path: Path) -> None:
+def test_an_evaluation_measures_the_last_checkpoint_of_a_finetune(service: Service, hub: Hub, tmp_path: Path) -> None:
+    commit = hub.publish("org/base", {"config.json": b"{}"})
     service.pool(name="pool")
     task = service.task("target", test=5)
     job = service.finetune(dataset="pool", name="tuned")["id"]
@@ -352,7 +355,7 @@ def test_an_evaluation_measures_the_last_checkpoint_of_a_finetune(service: Servi
     assert answer.json()["id"].startswith("eval_")
     assert answer.json()["progress"]["total"] == 3 * 2
     assert service.claim().plan == {
-        "model": "org/base", "revision": None, "checkpoint": checkpoints[-1], "tasks": [task["id"]],
+        "model": "org/base", "revision": commit, "checkpoint": checkpoints[-1], "tasks": [task["id"]],
         "template": "tulu", "max_length": 2048, "precision": "float32",
     }  # fmt: skip
     problem_of(service.http.delete("/tasks/target"), 409)

@@ -139,9 +139,10 @@ def test_a_run_groups_checkpoints_in_order(service: Service) -> None:
 
 
 def test_a_run_has_one_base_model(service: Service) -> None:
-    ids = [service.checkpoint(0)["id"], service.checkpoint(1, model="org/other")["id"]]
+    found = [service.checkpoint(0), service.checkpoint(1, model="org/other")]
+    ids = [checkpoint["id"] for checkpoint in found]
     detail = problem_of(service.http.post("/runs", json={"checkpoints": ids}), 409).detail
-    told = [f"{id} was trained on {model}" for id, model in zip(ids, ["org/base", "org/other"], strict=True)]
+    told = [f"{one['id']} was trained on {one['model']} at revision {one['revision']}" for one in found]
     assert detail == f"the checkpoints of a run share one base model; {', '.join(sorted(told))}: make a run of each"
 
 

@@ -146,8 +146,6 @@ def finetune(
     home = work / attempt
     started = _take_over(work, home)
     model = _trainable_model(request, precision, device)
-    # what a hub's default revision was today is recorded, so that features are computed with the same weights
-    request = request.model_copy(update={"revision": request.revision or getattr(model.config, "_commit_hash", None)})
     trainer = _Trainer(
         model=model,
         args=_arguments(request, precision, home / "trainer", device),

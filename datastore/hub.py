@@ -1,0 +1,90 @@
+"""The Hugging Face Hub, as far as the service needs it: which commit a model's name means, and what is downloaded.
+
+A name and a branch may mean other weights tomorrow, so ids are made from the commit, and jobs record it. It is asked
+for when a request comes, in the way in which `transformers` would: a HEAD for the model's config.json, whose answer
+names the commit and says whether this server may read the model. Nothing is downloaded here. Where the hub cannot be
+asked (HF_HUB_OFFLINE, or no connection), the branch means what it meant at the last download on this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from gradstore.types import ProblemItem
+
+from datastore.errors import HubUnreachable, InvalidInput
+
+log = logging.getLogger(__name__)
+
+COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+MAIN = "main"
+CONFIG = "config.json"
+TIMEOUT = 10.0  # seconds for the hub's answer
+
+
+def commit(model: str, revision: str | None) -> str:
+    """The commit that a revision of a model means, by default its main branch's; a commit is left as it is.
+
+    Raises `InvalidInput` where there is no such model or revision that this server may read, and `HubUnreachable`.
+    """
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi, errors, hf_hub_url  # noqa: PLC0415 - heavy, for models of the hub only
+
+    try:
+        url = hf_hub_url(model, CONFIG, revision=revision or MAIN)
+        found = HfApi().get_hf_file_metadata(url=url, timeout=TIMEOUT).commit_hash
+    except errors.GatedRepoError as error:
+        raise _refused(
+            f"the hub shows {model!r} to those who have accepted its terms: accept them on its page, and start the "
+            "server with a token of that account in HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise _refused(
+            f"the hub has no model {model!r} that this server may see: check its name, or where it is private start "
+            "the server with a token in HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise _refused(f"{model!r} has no branch, tag or commit {revision!r} on the hub", field="revision") from error
+    except errors.EntryNotFoundError as error:
+        raise _refused(f"{model!r} is no model for transformers: it has no {CONFIG} on the hub") from error
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code in {401, 403}:
+            raise _refused(f"the hub refuses this server's HF_TOKEN for {model!r}: {_first_line(error)}") from error
+        return _downloaded_commit(model, revision, reason=f"it answers {error.response.status_code}")
+    except errors.OfflineModeIsEnabled:
+        return _downloaded_commit(model, revision, reason="HF_HUB_OFFLINE is set")
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, of whichever version
+        return _downloaded_commit(model, revision, reason=_first_line(error))
+    if found is None:
+        raise HubUnreachable(model, "it answers without saying which commit that is")
+    return found
+
+
+def downloaded(model: str, revision: str | None) -> Path | None:
+    """The folder of a model's download on this machine, where there is one."""
+    try:
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - see above
+    except ImportError:  # the client's packages only
+        return None
+    config = try_to_load_from_cache(model, CONFIG, revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _downloaded_commit(model: str, revision: str | None, *, reason: str) -> str:
+    """The commit that a revision meant at its last download. Raises `HubUnreachable` where there is none."""
+    folder = downloaded(model, revision)
+    if folder is None:
+        raise HubUnreachable(model, reason)
+    log.warning("the hub is not asked", extra={"model": model, "reason": reason, "commit": folder.name})
+    return folder.name
+
+
+def _refused(detail: str, *, field: str = "model") -> InvalidInput:
+    return InvalidInput(detail, errors=[ProblemItem(pointer=f"/{field}", detail=detail)])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
