@@ -36,13 +36,13 @@ class Evaluations:
         plan, uses = self._subject(request)
         plan["tasks"] = [task.id for task in tasks]
         meant = request.model_dump(mode="json", exclude={"name", "finetune"}) | plan
-        passes = 2 if plan["checkpoint"] is not None and request.baseline else 1
+        subjects = 2 if plan["checkpoint"] is not None and request.baseline else 1
         return self.jobs.create(
             id=content_id("eval", meant),
             kind="evaluation",
             request=request.model_dump(mode="json"),
             plan=plan,
-            shards=[NewShard(payload={}, units=passes * sum(_test_rows(task, request.max_rows) for task in tasks))],
+            shards=[NewShard(payload={}, units=subjects * sum(passes(task, request.max_rows) for task in tasks))],
             name=request.name,
             uses=[*uses, *plan["tasks"]],
         )
@@ -94,5 +94,12 @@ def _plan(
     }
 
 
-def _test_rows(task: Task, at_most: int | None) -> int:
-    return sum(subtask.test if at_most is None else min(subtask.test, at_most) for subtask in task.subtasks)
+def passes(task: Task, at_most: int | None) -> int:
+    """How many passes over its test rows the evaluation of a task takes: one for the loss, one more for a metric.
+
+    At most so many rows of each subtask are measured.
+    """
+    return sum(
+        (subtask.test if at_most is None else min(subtask.test, at_most)) * (1 if subtask.metric == "none" else 2)
+        for subtask in task.subtasks
+    )

@@ -51,6 +51,8 @@ class Claim:
     request: dict[str, Any]
     plan: dict[str, Any]
     owner: str
+    worked: float = 0.0
+    """Seconds that earlier attempts have worked."""
 
     @property
     def token(self) -> int:
@@ -237,7 +239,8 @@ class Jobs:
             shard, row = found
             shard.status, shard.owner, shard.error = "running", owner, None
             shard.attempt += 1
-            shard.leased_until = self.catalog.now(session) + self.lease
+            shard.claimed_at = self.catalog.now(session)
+            shard.leased_until = shard.claimed_at + self.lease
             row.status = "running"
             row.started_at = row.started_at or utc_now()
             if row.resumed_at is None:
@@ -245,6 +248,7 @@ class Jobs:
             return Claim(
                 shard=shard.id, job=row.id, kind=cast("JobKind", row.kind), number=shard.number, attempt=shard.attempt,
                 payload=shard.payload, request=row.request, plan=row.plan, owner=owner,
+                worked=shard.worked,
             )  # fmt: skip
 
     def waiting(self, *, kinds: Collection[JobKind]) -> bool:
@@ -292,7 +296,8 @@ class Jobs:
                 return False
             shard, job = found
             job.done += shard.units - shard.done
-            shard.status, shard.owner, shard.leased_until, shard.done = "succeeded", None, None, shard.units
+            _let_go(shard, self.catalog.now(session))
+            shard.status, shard.done = "succeeded", shard.units
             for chunk in chunks:
                 if session.get(ChunkRow, (chunk.segment, chunk.start)) is None:
                     session.add(_chunk_row(chunk, claim.token))
@@ -314,6 +319,7 @@ class Jobs:
             if found is None:
                 return False
             shard, job = found
+            _let_go(shard, self.catalog.now(session))
             self._put_back(job, shard, problem.model_dump(mode="json"), permanent=permanent)
             return job.status == "failed"
 
@@ -324,7 +330,8 @@ class Jobs:
             if found is not None:
                 shard, job = found
                 job.done -= shard.done
-                shard.status, shard.owner, shard.leased_until, shard.done = "queued", None, None, 0
+                _let_go(shard, self.catalog.now(session))
+                shard.status, shard.done = "queued", 0
 
     def unpublished(self, *, attempt: int | None = None) -> list[Publication]:
         """Committed chunks whose bytes do not have their key yet, of one attempt or of all."""
@@ -376,6 +383,7 @@ class Jobs:
                     type="worker-lost", title="Worker lost", status=500,
                     detail=f"the worker {shard.owner} stopped while it worked on shard {shard.number}",
                 )  # fmt: skip
+                _let_go(shard, self._last_sign_of_life(shard))
                 self._put_back(job, shard, problem.model_dump(mode="json"), permanent=False)
             return len(lost)
 
@@ -429,15 +437,17 @@ class Jobs:
         unfinished = (ShardRow.job_id == job.id, ShardRow.status != "succeeded")
         finished = (ShardRow.job_id == job.id, ShardRow.status == "succeeded")
         job.done = session.scalar(select(func.sum(ShardRow.units)).where(*finished)) or 0
-        values = {"status": "queued", "owner": None, "leased_until": None, "done": 0, "failures": 0, "error": None}
-        session.execute(update(ShardRow).where(*unfinished).values(**values))
+        for shard in session.scalars(select(ShardRow).where(*unfinished)):
+            _let_go(shard, self._last_sign_of_life(shard))
+            shard.status, shard.done, shard.failures, shard.error = "queued", 0, 0, None
+        session.flush()
         job.status, job.error, job.result, job.finished_at, job.resumed_at = "queued", None, None, None, None
         self._settle(session, job)
 
     def _put_back(self, job: JobRow, shard: ShardRow, error: dict[str, Any], *, permanent: bool) -> None:
         job.done -= shard.done
         shard.failures += 1
-        shard.owner, shard.leased_until, shard.done, shard.error = None, None, 0, error
+        shard.done, shard.error = 0, error
         if job.status in FINISHED:
             shard.status = "queued"  # for a later retry
         elif permanent or shard.failures >= self.max_attempts:
@@ -445,6 +455,9 @@ class Jobs:
             job.status, job.error, job.finished_at = "failed", error, utc_now()
         else:
             shard.status = "queued"
+
+    def _last_sign_of_life(self, shard: ShardRow) -> float:
+        return (shard.leased_until or self.lease) - self.lease
 
     def _settle(self, session: Session, job: JobRow) -> None:
         """Finish a job whose shards are all done and whose chunks are all published."""
@@ -463,7 +476,15 @@ def _shard_row(job: JobRow, number: int, shard: NewShard) -> ShardRow:
     return ShardRow(
         job_id=job.id, number=number, kind=job.kind, status="succeeded" if shard.finished else "queued",
         payload=shard.payload, units=shard.units, done=shard.units if shard.finished else 0, attempt=0, failures=0,
+        worked=0.0,
     )  # fmt: skip
+
+
+def _let_go(shard: ShardRow, at: float) -> None:
+    """Have nobody work on a shard from `at` (Unix seconds) on, and count the time that somebody has."""
+    if shard.claimed_at is not None:
+        shard.worked += max(0.0, at - shard.claimed_at)
+    shard.owner, shard.leased_until, shard.claimed_at = None, None, None
 
 
 def _chunk_row(chunk: NewChunk, attempt: int) -> ChunkRow:

@@ -179,6 +179,10 @@ class ShardRow(Table):
     owner: Mapped[str | None]
     leased_until: Mapped[float | None]
     """Unix seconds."""
+    claimed_at: Mapped[float | None]
+    """Unix seconds; null while nobody works on it."""
+    worked: Mapped[float]
+    """Seconds that its attempts have worked, the present one apart."""
     error: Mapped[dict[str, Any] | None]
 
     __table_args__ = (

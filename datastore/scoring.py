@@ -83,7 +83,7 @@ class Scoring:
                 on_rows=_counted(on_rows, before=rows, times=len(views)),
             )
             rows += views[0].rows
-        return ScoringResult(scores=claim.job, rows=rows, seconds=time.monotonic() - began)
+        return ScoringResult(scores=claim.job, rows=rows, seconds=claim.worked + time.monotonic() - began)
 
     def subtasks(self, sources: Sources) -> dict[str, tuple[str, ...]]:
         """Names of each task's subtasks, as the scores number them."""

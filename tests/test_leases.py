@@ -339,6 +339,29 @@ def test_a_passing_error_is_tried_again_and_a_lasting_one_is_not(jobs: Jobs) -> 
     assert jobs.claim("worker", kinds=["finetune"]) is None
 
 
+def test_every_attempt_knows_how_long_those_before_it_have_worked(catalog: Catalog) -> None:
+    jobs = Jobs(catalog, lease=0.6, max_attempts=9)
+    start(jobs, shards=1)
+    ends: list[Callable[[Claim], object]] = [
+        jobs.release,
+        lambda held: jobs.fail(held, PROBLEM, permanent=False),
+        lambda held: (jobs.cancel(held.job), jobs.retry(held.job)),  # before its worker has noticed
+        lambda held: (jobs.cancel(held.job), jobs.release(held), jobs.retry(held.job)),
+        lambda _: time.sleep(0.7),  # its worker is dead; its last sign of life counts
+    ]
+    for number, end in enumerate(ends):
+        held = claim(jobs)
+        assert held.worked == pytest.approx(0.2 * number, abs=0.1 * (number + 1))
+        time.sleep(0.2)
+        assert jobs.renew(held, done=1)
+        end(held)
+        jobs.sweep()
+        time.sleep(0.1)  # nobody works
+    last = claim(jobs)
+    assert 0.2 * len(ends) <= last.worked < 0.2 * len(ends) + 0.5
+    assert jobs.succeed(last, result={})
+
+
 def test_a_retry_goes_on_after_the_finished_shards(jobs: Jobs) -> None:
     start(jobs, shards=3)
     jobs.succeed(claim(jobs))

@@ -21,6 +21,7 @@ from gradstore.types import Checkpoint, EvaluationRequest, FinetuneRequest, Grad
 from numpy.typing import NDArray
 from sqlalchemy import select
 
+from datastore.evaluations import passes
 from datastore.recipes import Query, Recipes
 from datastore.schema import ChunkRow, JobRow, ShardRow
 from tests.tiny import save_tiny_model
@@ -29,6 +30,7 @@ from worker import moments
 from worker.batches import encode
 from worker.command import choose_device
 from worker.directions import Kind
+from worker.evaluate import first_rows, work
 from worker.gradients import GradientEngine
 from worker.jobs import run, tend, tidy
 from worker.loop import work_until_left
@@ -763,6 +765,25 @@ def test_a_fine_tune_records_its_run_and_checkpoints_and_cleans_up(place: Workpl
     assert len(sets["feature_sets"]) == 2
 
 
+def test_the_seconds_of_a_resumed_fine_tune_are_those_of_all_its_attempts(impatient: Workplace) -> None:
+    job = impatient.start(training(impatient, epochs=30))
+    worker = threading.Thread(target=impatient.work)
+    first = time.monotonic()
+    worker.start()
+    wait_for(lambda: impatient.job(job.id).progress.done > 3)
+    impatient.context.jobs.cancel(job.id)
+    worker.join()
+    first = time.monotonic() - first
+    time.sleep(3 * first)  # nobody works
+    impatient.context.jobs.retry(job.id)
+    second = time.monotonic()
+    assert impatient.work() == ["succeeded"]
+    second = time.monotonic() - second
+    result = impatient.job(job.id).result
+    assert result is not None
+    assert result.model_dump()["seconds"] == pytest.approx(first + second, abs=0.4 * first)
+
+
 def test_a_name_that_another_run_has_stays_where_it_is(place: Workplace) -> None:
     first = place.done(training(place, name="warm"))
     place.finetunes.jobs.rename("warm", None, kind="finetune")
@@ -811,6 +832,7 @@ def test_an_evaluation_measures_the_base_model_beside_the_tuned_one(place: Workp
     job = place.start(EvaluationRequest(finetune="tuned", tasks=["sums"], bootstrap_samples=50))
     assert place.work() == ["succeeded"]
     done = place.job(job.id)
+    assert done.progress.total == job.progress.total
     assert done.result is not None
     rows = done.result.model_dump()["rows"]
     assert [(row["model"], row["subtask"]) for row in rows] == [
@@ -835,6 +857,30 @@ def test_a_pattern_that_takes_for_ever_fails_its_evaluation_in_words(place: Work
     assert error is not None
     assert (error.type, error.status) == ("invalid-task", 422)
     assert "takes too long on a text of" in error.detail
+
+
+@pytest.mark.parametrize("at_most", [None, 1, 2])
+def test_an_evaluation_counts_from_its_start_the_passes_that_it_takes(place: Workplace, at_most: int | None) -> None:
+    folder = place.folder / "task"
+    folder.mkdir()
+    kinds = {"none": {}, "choice": {"choices": ["yes", "no"], "answer": "yes"}, "exact_match": {"answers": ["yes"]}}
+    rows = [
+        {"prompt": f"Question {number}", "completion": "yes", "subtask": metric, "metric": metric, **values}
+        for metric, values in kinds.items()
+        for number in range(3 if metric == "choice" else 1)
+    ]
+    for split in ("validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored = place.context.tasks.store("jsonl", folder)
+    task = place.context.catalog.add_task(
+        id=stored.id, name="mixed", kind="jsonl", subtasks=stored.subtasks, notes=stored.notes, replace=False
+    )
+    assert [subtask.metric for subtask in task.subtasks] == ["choice", "exact_match", "none"]
+    assert passes(task, at_most) == work(first_rows(place.context.tasks.test(task.id), at_most))
+    job = place.start(EvaluationRequest(model=str(place.model), tasks=["mixed"], max_rows=at_most))
+    assert job.progress.total == passes(task, at_most)
+    assert place.work() == ["succeeded"]
+    assert place.job(job.id).progress.total == job.progress.total
 
 
 def test_a_model_alone_is_measured_as_the_base(place: Workplace) -> None:

@@ -456,7 +456,7 @@ def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         tokens=done.tokens,
         precision=done.precision,
         loss_curve=done.loss_curve,
-        seconds=time.monotonic() - began,
+        seconds=claim.worked + time.monotonic() - began,
     )
     won = context.jobs.succeed(claim, result=result.model_dump(mode="json"), records=record)
     if won:
@@ -487,21 +487,20 @@ def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     names = {task: context.catalog.task(task).name for task in tasks}
     subjects: list[Subject] = ["base"] if claim.plan["checkpoint"] is None or request.baseline else []
     subjects += ["tuned"] if claim.plan["checkpoint"] is not None else []
-    total = len(subjects) * sum(passes_over(examples) for examples in tasks.values())
     before = 0
     rows: list[EvaluationRow] = []
     for subject in subjects:
         for task, examples in tasks.items():
-            report = partial(_report, heartbeat, before, total)
+            report = partial(_report, heartbeat, before)
             measured = _measure(context, claim.plan, request, subject, examples, report)
             before += passes_over(examples)
             rows += [_evaluation_row(subject, task, names[task], each) for each in measured]
-    result = EvaluationResult(rows=rows, seconds=time.monotonic() - began)
+    result = EvaluationResult(rows=rows, seconds=claim.worked + time.monotonic() - began)
     return context.jobs.succeed(claim, result=result.model_dump(mode="json"))
 
 
-def _report(heartbeat: Heartbeat, before: int, total: int, done: int) -> None:
-    heartbeat.report(before + done, total)
+def _report(heartbeat: Heartbeat, before: int, done: int) -> None:
+    heartbeat.report(before + done)
 
 
 def _measure(

@@ -637,6 +637,7 @@ class FinetuneResult(Body):
     precision: Precision
     loss_curve: list[LossPoint]
     seconds: float
+    """Working time of all its attempts: interruptions do not count, what was done twice does."""
 
 
 FinetuneJob = Job[FinetuneRequest, FinetuneResult]
@@ -704,6 +705,7 @@ class EvaluationResult(Body):
 
     rows: list[EvaluationRow]
     seconds: float
+    """Working time of all its attempts."""
 
 
 EvaluationJob = Job[EvaluationRequest, EvaluationResult]

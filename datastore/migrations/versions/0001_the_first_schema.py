@@ -233,6 +233,8 @@ def upgrade() -> None:
         sa.Column("failures", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("owner", sa.String(length=255), nullable=True),
         sa.Column("leased_until", sa.Double(), nullable=True),
+        sa.Column("claimed_at", sa.Double(), nullable=True),
+        sa.Column("worked", sa.Double(), nullable=False),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_shards_job_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_shards")),
