@@ -51,6 +51,7 @@ from datastore.settings import Settings
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection.py): features of two versions are never mixed."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
+USUAL_TOKEN_BUDGET = 8192  # padded tokens of a batch, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result
 
 
@@ -150,7 +151,7 @@ class Features:
         plan = self.plan(request)
         settings = plan.settings
         total = plan.rows * len({feature.checkpoint for feature in plan.feature_sets})
-        batch = max(1, round(request.token_budget / max(tokens_per_row, 1)))
+        batch = max(1, round((request.token_budget or USUAL_TOKEN_BUDGET) / max(tokens_per_row, 1)))
         model_bytes = None if size is None else size.stored_bytes(settings["quantisation"] or settings["precision"])
         time = duration(
             self.jobs,
@@ -199,10 +200,11 @@ class Features:
         wanted = [(checkpoint.id, dim) for checkpoint in checkpoints for dim in request.dims]
         with self.catalog.reading() as session:
             found = [self._planned(session, owner, rows, settings, *each) for each in wanted]
-        # The batch plan and checkpointing change no feature beyond rounding: they are recorded, and name nothing.
+        # These change no feature beyond rounding: they are recorded, and name nothing.
         name = content_id("grad", {"owner": owner, "sets": [feature.id for feature in found]})
         settings["token_budget"] = request.token_budget
         settings["gradient_checkpointing"] = request.gradient_checkpointing
+        settings["attention"] = request.attention
         return Plan(id=name, owner=owner, is_task=bool(request.task), rows=rows, settings=settings, feature_sets=found)
 
     def get(self, id: str) -> FeatureSet:
@@ -242,6 +244,7 @@ class Features:
             excluded=excluded[:MAX_REPORTED],
             total_excluded=len(excluded),
             tokens=tokens,
+            token_budget=job.plan["token_budget"],
             seconds=seconds,
         ).model_dump(mode="json")
 

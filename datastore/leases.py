@@ -278,6 +278,20 @@ class Jobs:
             shard.leased_until = self.catalog.now(session) + self.lease
             return job.status == "running"
 
+    def settle(self, claim: Claim, name: str, value: Any) -> Any:
+        """Record in the job's plan what its request left open, and return what stands there: the first worker's word.
+
+        A claim that is lost records nothing.
+        """
+        with self.catalog.transaction() as session:
+            found = _held(session, claim)
+            if found is None:
+                return value
+            job = found[1]
+            if job.plan[name] is None:
+                job.plan = {**job.plan, name: value}
+            return job.plan[name]
+
     def succeed(
         self,
         claim: Claim,

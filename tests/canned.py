@@ -261,6 +261,7 @@ RESULTS: dict[str, Any] = {
         "excluded": [],
         "total_excluded": 0,
         "tokens": 99,
+        "token_budget": 8192,
         "seconds": 1.5,
     },
     "evaluation": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -26,15 +27,16 @@ from datastore.recipes import Query, Recipes
 from datastore.schema import ChunkRow, JobRow, ShardRow
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
-from worker import moments
+from worker import budgets, moments
 from worker.batches import encode
 from worker.command import choose_device
 from worker.directions import Kind
 from worker.evaluate import first_rows, work
 from worker.gradients import GradientEngine
 from worker.jobs import run, tend, tidy
+from worker.loaded import Base
 from worker.loop import work_until_left
-from worker.models import load_adapter, load_model, load_tokenizer
+from worker.models import DTYPES, load_adapter, load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
@@ -120,7 +122,7 @@ def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workpl
         encode(row, tokenizer=tokenizer, template="tulu", max_length=64)
         for row in place.context.datasets.examples(asked.dataset or "")
     ]
-    found_by_kind = engine.features(rows, pad_id=tokenizer.pad_token_id, token_budget=asked.token_budget)  # type: ignore[arg-type]
+    found_by_kind = engine.features(rows, pad_id=tokenizer.pad_token_id, token_budget=result["token_budget"])
     expected = found_by_kind[Kind("adam")]
     for found in result["feature_sets"]:
         np.testing.assert_array_equal(place.stored(found["id"]), expected.by_dim[found["dim"]])
@@ -204,6 +206,122 @@ def test_batches_that_do_not_fit_the_memory_are_halved(place: Workplace, caplog:
     np.testing.assert_array_equal(
         place.stored(found.model_dump()["feature_sets"][0]["id"]), small.stored(result["feature_sets"][0]["id"])
     )
+
+
+def test_a_budget_that_did_not_fit_the_memory_is_not_tried_again_in_its_job(
+    place: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.start(gradients(place, 1500, token_budget=4096))
+    with device_of(tokens=3000), caplog.at_level(logging.WARNING):
+        assert place.work() == ["succeeded", "succeeded"]
+    assert [record.token_budget for record in caplog.records if hasattr(record, "token_budget")] == [2048]
+
+
+def test_a_token_budget_is_found_once_recorded_on_the_job_and_remembered_for_the_next(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+
+    def find(*arguments: Any, **options: Any) -> int | None:
+        searches.append(look(*arguments, **options))
+        return searches[-1]
+
+    look = budgets.find
+    monkeypatch.setattr(budgets, "WORTHWHILE", 2)
+    monkeypatch.setattr(budgets, "find", find)
+    asked = gradients(place, 1500)
+    job = place.start(asked)
+    assert place.context.jobs.plan(job.id)["token_budget"] is None
+    assert place.work() == ["succeeded", "succeeded"]
+    [found] = searches
+    assert found is not None
+    recorded = place.context.jobs.plan(job.id)["token_budget"]
+    result = place.job(job.id).result
+    assert result is not None
+    assert result.model_dump()["token_budget"] == recorded == found
+    again = place.done(asked.model_copy(update={"dataset": place.pool(numbered(range(10))).id}))
+    assert (again["token_budget"], len(searches)) == (found, 1)
+    same = Workplace.at(place.folder / "same", model=place.model)
+    said = same.done(gradients(same, 1500, token_budget=found))
+    np.testing.assert_array_equal(
+        same.stored(said["feature_sets"][0]["id"]), place.stored(result.model_dump()["feature_sets"][0]["id"])
+    )
+
+
+def test_of_two_workers_that_find_a_token_budget_the_first_one_counts(place: Workplace) -> None:
+    job = place.start(gradients(place, 1500))
+    first, second = place.claim(), place.another().claim()
+    settle = place.context.jobs.settle
+    assert (settle(first, "token_budget", 700), settle(second, "token_budget", 900)) == (700, 700)
+    place.context.jobs.cancel(job.id)
+    place.context.jobs.retry(job.id)
+    assert place.context.jobs.plan(job.id)["token_budget"] == 700
+
+
+def test_few_rows_get_the_usual_token_budget(place: Workplace) -> None:
+    assert place.done(gradients(place, 4))["token_budget"] == budgets.RANGES["cpu"].usual
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "flash_attention_2"}, "computes in 16 bits"),
+        ({"attention": "flash_attention_2", "precision": "bfloat16"}, "runs on a GPU"),
+        ({"quantisation": "nf4"}, "needs bitsandbytes, which is not installed"),
+        ({"quantisation": "int8"}, "needs bitsandbytes, which is not installed"),
+    ],
+)
+def test_what_this_machine_cannot_do_fails_its_job_with_the_reason(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    job = place.start(gradients(place, 2, **changes))
+    assert place.work() == ["failed"]
+    error = place.job(job.id).error
+    assert error is not None
+    assert (error.type, error.status) == ("model-error", 422)
+    assert message in error.detail
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize(("quantisation", "least"), [("int8", 0.9), ("nf4", 0.5)])
+def test_a_quantised_base_gives_nearly_the_features_of_the_whole_one(
+    tmp_path: Path, quantisation: str, least: float
+) -> None:
+    model = save_tiny_model(tmp_path / "wide", hidden_size=64, num_key_value_heads=4)
+    place = Workplace.at(tmp_path, model=model)
+    asked = gradients(place, 6, kind="sgd")
+    results = [place.done(asked.model_copy(update={"quantisation": each})) for each in (None, quantisation)]
+    expected, found = (place.stored(result["feature_sets"][0]["id"]) for result in results)
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert not np.array_equal(found, expected)
+    assert (cosines >= least).all(), cosines
+
+
+def test_attention_checkpointing_and_precision_are_those_asked_for_and_the_features_nearly_the_same(
+    place: Workplace,
+) -> None:
+    asked = gradients(place, 6, kind="sgd")
+    expected = place.stored(place.done(asked)["feature_sets"][0]["id"])
+    ways: tuple[tuple[dict[str, Any], float], ...] = (
+        ({"attention": "eager"}, 0.99999),
+        ({"gradient_checkpointing": True}, 0.99999),
+        ({"precision": "bfloat16"}, 0.98),
+        ({"precision": "float16"}, 0.999),
+    )
+    for changes, least in ways:
+        [name] = changes
+        own = Workplace.at(place.folder / str(least) / name, model=place.model)
+        own.checkpoint()
+        own.pool(numbered(range(6)))
+        found = own.stored(own.done(asked.model_copy(update=changes))["feature_sets"][0]["id"])
+        cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+        assert (cosines >= least).all(), changes
+        base = own.context.loaded.base(Base(str(place.model), **changes))
+        assert base.config._attn_implementation == changes.get("attention", "sdpa")
+        assert base.is_activation_checkpointing == changes.get("gradient_checkpointing", False)
+        assert base.dtype == DTYPES[changes.get("precision", "float32")]
 
 
 def test_an_example_that_does_not_fit_the_memory_fails_its_job_with_advice(place: Workplace) -> None:

@@ -22,6 +22,7 @@ from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
 from datastore.settings import Settings
 from datastore.tasks import Tasks
+from worker.budgets import Budgets
 from worker.loaded import Loaded
 
 
@@ -43,6 +44,7 @@ class Context:
     store: FeatureStore
     answers: Answers
     loaded: Loaded
+    budgets: Budgets = field(default_factory=Budgets)
     owner: str = field(default_factory=worker_name)
     leaving: threading.Event = field(default_factory=threading.Event)
     """Set when the worker is asked to stop: the shard at hand is given back."""

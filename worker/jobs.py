@@ -54,8 +54,9 @@ from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
-from worker import moments
+from worker import budgets, moments
 from worker.batches import Encoded, Unsupervised, encode
+from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows
@@ -159,14 +160,14 @@ def _record(error: Exception, claim: Claim, context: Context) -> None:
     id = f"log_{token_hex(6)}"
     problem, permanent = describe(error, id)
     log.error("shard raised", exc_info=error, extra={**_labels(claim), "id": id, "permanent": permanent})
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         context.loaded.clear()
     context.jobs.fail(claim, problem, permanent=permanent)
 
 
 def describe(error: Exception, id: str) -> tuple[Problem, bool]:
     """An error as the job's user reads it, and whether trying again is pointless; `id` is the log's."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         error = OutOfMemory(
             "the device's memory is full: ask for fewer tokens or examples at a time (token_budget, "
             "device_batch_size), a smaller max_length, gradient_checkpointing=true, or quantisation"
@@ -177,11 +178,6 @@ def describe(error: Exception, id: str) -> tuple[Problem, bool]:
         error = UnexpectedError(f"{type(error).__name__}: {first} (the traceback is in the worker's log under {id})")
     problem = problem_of(error, status=422 if foreseen else 500, instance=id)
     return problem, foreseen and not isinstance(error, Damaged)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # on a CPU torch raises a plain RuntimeError
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _labels(claim: Claim) -> dict[str, Any]:
@@ -207,11 +203,20 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         revision=checkpoint.revision,
         precision=plan["precision"],
         quantisation=plan["quantisation"],
+        attention=plan["attention"],
         gradient_checkpointing=plan["gradient_checkpointing"],
     )
     engine = _engine(context, base, checkpoint.id, plan, [output["dim"] for output in payload["outputs"]])
-    budget = int(plan["token_budget"])
-    features = _features(engine, rows, pad_id=int(tokenizer.pad_token_id), budget=budget, heartbeat=heartbeat)
+    pad_id = int(tokenizer.pad_token_id)
+    find = partial(budgets.find, engine, rows.encoded, pad_id=pad_id, check=heartbeat.check)
+    features = _features(
+        engine,
+        rows,
+        pad_id=pad_id,
+        budget=context.budgets.within_limit(claim.job, _budget(claim, context, base, engine, find)),
+        on_less=partial(context.budgets.limit, claim.job),
+        heartbeat=heartbeat,
+    )
     heartbeat.check()
     # What is written from here on is left where it is when anything fails, since a commit may have been made whose
     # answer was lost; `tidy` knows later.
@@ -288,7 +293,13 @@ def _kind(plan: dict[str, Any]) -> Kind:
 
 
 def _features(
-    engine: GradientEngine, rows: _Rows, *, pad_id: int, budget: int, heartbeat: Heartbeat
+    engine: GradientEngine,
+    rows: _Rows,
+    *,
+    pad_id: int,
+    budget: int,
+    on_less: Callable[[int], None],
+    heartbeat: Heartbeat,
 ) -> dict[Kind, Features] | None:
     """The features of the encoded rows, by kind, or None where no row could be encoded."""
     if not rows.encoded:
@@ -304,7 +315,25 @@ def _features(
         budget=budget,
         least=max(len(row.input_ids) for row in rows.encoded),
         device=engine.device,
+        on_less=on_less,
     )
+
+
+def _budget(claim: Claim, context: Context, base: Base, engine: GradientEngine, find: Callable[[], int | None]) -> int:
+    """The job's token budget: asked for, found by the worker of another shard, or found now and recorded for all."""
+    plan = claim.plan if claim.plan["token_budget"] is not None else context.jobs.plan(claim.job)
+    if plan["token_budget"] is not None:
+        return int(plan["token_budget"])
+    sizes = tuple(parameter.shape for parameter in engine.parameters.values())
+    dims = tuple(output["dim"] for output in claim.payload["outputs"])
+    budget = context.budgets.found(
+        (base, sizes, dims, *(plan[key] for key in ("kind", "projection", "max_length"))),
+        find,
+        usual=budgets.range_of(engine.device).usual,
+    )
+    recorded = int(context.jobs.settle(claim, "token_budget", budget))
+    log.info("token budget", extra={**_labels(claim), "found": budget, "recorded": recorded})
+    return recorded
 
 
 def _write(claim: Claim, context: Context, output: dict[str, Any], rows: _Rows, features: Features | None) -> NewChunk:
@@ -390,16 +419,24 @@ def _discard(context: Context, segment: str, *, start: int, attempt: int) -> Non
         log.info("attempt is being published", extra={"segment": segment, "start": start})
 
 
-def _within_memory(work: Callable[[int], T], *, budget: int, least: int, device: torch.device) -> T:
+def _within_memory(
+    work: Callable[[int], T],
+    *,
+    budget: int,
+    least: int,
+    device: torch.device,
+    on_less: Callable[[int], None] = lambda _: None,
+) -> T:
     """Do the work in batches of `budget` tokens; where these do not fit the memory, of half as many, down to `least`.
 
-    Another batch plan changes results by rounding only. Raises `OutOfMemory` where even `least` tokens do not fit.
+    Another batch plan changes results by rounding only. `on_less` gets each smaller budget. Raises `OutOfMemory` where
+    even `least` tokens do not fit.
     """
     while True:
         try:
             return work(budget)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if budget <= least:
                 raise OutOfMemory(
@@ -407,6 +444,7 @@ def _within_memory(work: Callable[[int], T], *, budget: int, least: int, device:
                     "gradient_checkpointing=true (for gradients), or quantisation"
                 ) from error
             budget = max(least, budget // 2)
+            on_less(budget)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning("out of memory: smaller batches", extra={"token_budget": budget})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gradstore.types import Precision, Quantisation
+from gradstore.types import Attention, Precision, Quantisation
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ class Base:
     revision: str | None = None
     precision: Precision = "float32"
     quantisation: Quantisation | None = None
+    attention: Attention | None = None
     gradient_checkpointing: bool = False
 
 
@@ -66,6 +67,7 @@ class Loaded:
                 precision=base.precision,
                 quantisation=base.quantisation,
                 device=self.device,
+                attention=base.attention,
             )
             if base.gradient_checkpointing:
                 use_gradient_checkpointing(model)

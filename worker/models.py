@@ -94,6 +94,8 @@ def load_model(
     ModelError where the weights are not safetensors, bitsandbytes is missing, or nothing can be loaded.
     """
     _refuse_pickled_weights(Path(model))
+    if attention == "flash_attention_2":
+        _refuse_flash_attention(precision, torch.device(device))
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -182,6 +184,17 @@ def _refuse_pickled_weights(folder: Path) -> None:
             f"the folder {str(folder)!r} holds no safetensors weights{beside}; "
             "save the model again with save_pretrained(..., safe_serialization=True)"
         )
+
+
+def _refuse_flash_attention(precision: Precision, device: torch.device) -> None:
+    reasons = (
+        (precision == "float32", "computes in 16 bits: ask for precision='bfloat16' or 'float16'"),
+        (device.type != "cuda", f"runs on a GPU, and this worker has the device {str(device)!r}"),
+        (importlib.util.find_spec("flash_attn") is None, "needs the package flash-attn, which is not installed"),
+    )
+    for refused, reason in reasons:
+        if refused:
+            raise ModelError(f"attention='flash_attention_2' {reason}; attention='sdpa' works everywhere")
 
 
 def _quantised(quantisation: Quantisation, precision: Precision) -> BitsAndBytesConfig:

@@ -21,6 +21,7 @@ from gradstore.types import (
     AdamForm,
     Aggregate,
     AnyJob,
+    Attention,
     Checkpoint,
     Estimate,
     FeatureDtype,
@@ -205,6 +206,7 @@ class GradientsFields(TypedDict, total=False):
     max_length: int | None
     precision: Precision | None
     quantisation: Quantisation | None
+    attention: Attention | None
     gradient_checkpointing: bool | None
     token_budget: int | None
     name: str | None

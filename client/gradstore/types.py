@@ -21,6 +21,7 @@ ProjectionName = Literal["blocks", "rademacher", "none"]
 FeatureDtype = Literal["float16", "float32"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantisation = Literal["int8", "nf4"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 TemplateName = Literal["tulu", "chat"]
 Aggregate = Literal["less", "avg", "max", "min"]
 TaskKind = str  # the server has a reader for each: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl
@@ -385,9 +386,12 @@ class GradientsRequest(Request):
     precision: Precision | None = None
     """Precision of the base model; by default the one the run was trained in."""
     quantisation: Quantisation | None = None
+    attention: Attention | None = None
+    """How the base model computes attention; by default as transformers chooses, `sdpa` where the model has it."""
     gradient_checkpointing: bool = False
-    token_budget: int = Field(8192, ge=1)
-    """Padded tokens per batch; recorded, since it fixes the batch plan."""
+    token_budget: int | None = Field(None, ge=1)
+    """Padded tokens per batch. Left out, the job's first worker finds what its device does best; either way it is
+    recorded, since it fixes the batch plan."""
     name: Name | None = None
     dry_run: bool = False
 
@@ -447,6 +451,8 @@ class GradientsResult(Body):
     """The first rows without a feature, with reasons."""
     total_excluded: int
     tokens: int
+    token_budget: int | None
+    """Padded tokens per batch, asked for or found; null where nothing had to be computed."""
     seconds: float
 
 

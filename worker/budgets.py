@@ -1,0 +1,189 @@
+"""How many padded tokens share a batch: found on the shard at hand, once for a model on a device, and remembered.
+
+More tokens keep a device busier up to a point, and take memory without end. So the budget is doubled while a doubling
+still pays and fits, timing two batches of real rows each time, and what they computed is thrown away: 2 % of a shard
+of 1,024 rows of 371 tokens on a CPU, which gains nothing beyond some 1,024 tokens. Rows that would not pay for the
+search get the usual budget.
+
+What is found depends on the machine and its load: it is recorded on the job (worker/jobs.py), whose batch plans follow
+from its record, and changes features by rounding only.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from worker.batches import Encoded, plan
+from worker.gradients import GradientEngine
+
+GAIN = 1.03  # a doubling that is not at least so much faster is the last
+MEMORY_SHARE = 0.85  # of the memory that torch can get; the next shard may hold longer rows
+LONGEST_TRIAL = 10.0  # seconds: after a trial that took longer, no larger one is tried
+WORTHWHILE = 16  # a search is for rows that make so many batches of the usual budget
+
+Measure = Callable[[int], "Trial"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The budgets that come into question on a device, in padded tokens."""
+
+    least: int
+    usual: int
+    most: int
+
+
+RANGES: dict[Literal["cpu", "cuda"], Range] = {
+    "cpu": Range(least=512, usual=2048, most=8192),
+    "cuda": Range(least=2048, usual=8192, most=65536),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some batches of a budget took."""
+
+    tokens: int
+    seconds: float
+    memory: int = 0
+    """Bytes at the highest, beyond what was taken before."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The budgets that a worker has found, and those that were too large for its memory."""
+
+    _found: dict[Hashable, int] = field(default_factory=dict)
+    _limits: dict[str, int] = field(default_factory=dict)
+
+    def found(self, key: Hashable, find: Callable[[], int | None], *, usual: int) -> int:
+        """The budget remembered for a model as it is used, else the one that `find` finds, else the usual one."""
+        if key not in self._found:
+            budget = find()
+            if budget is None:
+                return usual
+            self._found[key] = budget
+        return self._found[key]
+
+    def limit(self, job: str, budget: int) -> None:
+        """Remember that a larger budget than this does not fit the memory in this job."""
+        self._limits[job] = budget
+
+    def within_limit(self, job: str, budget: int) -> int:
+        """The budget, or what of it fits the memory."""
+        return min(budget, self._limits.get(job, budget))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device's memory was full."""
+    # on a CPU torch raises a plain RuntimeError
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def range_of(device: torch.device) -> Range:
+    """The budgets that come into question on a device."""
+    return RANGES["cuda" if device.type == "cuda" else "cpu"]
+
+
+def find(
+    engine: GradientEngine, rows: Sequence[Encoded], *, pad_id: int, check: Callable[[], None] = lambda: None
+) -> int | None:
+    """Find the budget that the engine does these rows fastest with; None where there are too few to tell.
+
+    `check` is called between batches; its exception ends the search.
+    """
+    limits, total = range_of(engine.device), sum(len(row.input_ids) for row in rows)
+    if total < WORTHWHILE * limits.usual:
+        return None
+    check()
+    measure = _Measure(engine, rows, pad_id, check)
+    least = max(limits.least, *(len(row.input_ids) for row in rows))
+    try:
+        measure(least)  # the first batch of a process is slow
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return least
+    return search(measure, least=least, most=min(limits.most, total // 2), memory=_memory(engine.device))
+
+
+def search(measure: Measure, *, least: int, most: int, memory: int | None) -> int:
+    """Double the budget from `least` while that is faster, fits `memory` bytes (None: not known) and stays in bounds.
+
+    >>> search(lambda tokens: Trial(tokens, 0.1 + tokens / 10_000), least=500, most=64_000, memory=None)
+    32000
+    >>> search(lambda tokens: Trial(tokens, 1, memory=tokens), least=500, most=64_000, memory=3000)
+    2000
+    """
+    budget, trial = least, measure(least)
+    while 2 * budget <= most and trial.seconds <= LONGEST_TRIAL:
+        # A batch's memory is some part that is always there and one that grows with its tokens: at most twice as much.
+        if memory is not None and 2 * trial.memory > memory:
+            break
+        try:
+            larger = measure(2 * budget)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if larger.rate < GAIN * trial.rate:
+            break
+        budget, trial = 2 * budget, larger
+    return budget
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Times the first batch of a plan, that of the longest rows, and the one in its middle."""
+
+    engine: GradientEngine
+    rows: Sequence[Encoded]
+    pad_id: int
+    check: Callable[[], None]
+
+    def __call__(self, budget: int) -> Trial:
+        """Do the two batches."""
+        batches = plan([len(row.input_ids) for row in self.rows], token_budget=budget)
+        chosen = [[self.rows[index] for index in batch] for batch in (batches[0], batches[len(batches) // 2])]
+        device = self.engine.device
+        before = _start(device)
+        began = time.perf_counter()
+        for rows in chosen:
+            self.engine.features(rows, pad_id=self.pad_id, token_budget=budget)
+            self.check()
+        seconds = time.perf_counter() - began  # the features are on the host: nothing is left to wait for
+        tokens = sum(len(row.input_ids) for rows in chosen for row in rows)
+        return Trial(tokens, seconds, memory=_peak(device) - before)
+
+
+def _start(device: torch.device) -> int:
+    """Begin to watch the device's memory; returns the bytes in use."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _memory(device: torch.device) -> int | None:
+    """The bytes that batches may take; None where that cannot be known: a CPU's memory is not torch's alone."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(MEMORY_SHARE * (free + cached))
