@@ -102,3 +102,11 @@ def test_the_gradient_engine_needs_torch_transformers_peft_and_numpy_only(tmp_pa
     environment.link(["torch", "transformers", "peft", "numpy"])
     environment.see(REPOSITORY, REPOSITORY / "client")
     environment.run(environment.bin / "python", "-c", f"import {', '.join(ENGINE)}")
+
+
+def test_the_benchmark_of_gradients_needs_torch_transformers_peft_and_numpy_only(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "environment")
+    environment.link(["torch", "transformers", "peft", "numpy"])
+    environment.see(REPOSITORY)  # and not the client: a bare GPU machine has no pydantic
+    run = ["-m", "benchmarks.gradients", "--preset", "tiny", "--rounds", "1", "--only", "less blocks", "--no-memory"]
+    environment.run(environment.bin / "python", *run, "--device", "cpu")

@@ -1,0 +1,1 @@
+"""Programs that measure what a feature costs and what it keeps."""

@@ -1,0 +1,484 @@
+"""Side by side: what a feature costs, measured against the plain training step, and how much of the gradient it keeps.
+
+    python -m benchmarks.gradients --preset 256x6 --rounds 5 --json out.json
+
+Needs torch, transformers, peft and numpy alone; bergson and dattri-llm take part where they are installed. Contestants
+take turns in an order drawn anew each time, each on the same share of the rows. A ratio is always that of two rates of
+one round; what is printed is the median over the rounds, with the smallest and the largest. Those much slower than the
+plain step get fewer rows, of all lengths. A rate is in tokens, given as examples of the mean length. On a CPU with one
+thread the clock is the process's CPU time, which neighbours on the machine disturb least; else it is the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import peers
+from benchmarks.contestants import ADAM, Contestant, Exact, Less, Ours, Plain, exact_gradients, exact_of
+from benchmarks.counting import PeakMemory, operations, product_rate, projection_bytes
+from benchmarks.stages import shares
+from benchmarks.workload import PRESETS, Workload, draw_lengths, make_workload, read_lengths
+from worker.batches import Encoded
+from worker.directions import Kind
+from worker.projection import ProjectionName
+
+DEFAULT = "gradstore adam less blocks"
+"""The engine as it is used unless asked otherwise."""
+
+PARTS = 2
+"""Turns of a contestant in a round."""
+
+BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16_384, 32_768, 65_536, 131_072)}
+SEARCH_ROWS = {"cpu": 32, "cuda": 512}
+FEWEST = 16
+"""Rows of a turn: as many gradients as LESS projects together."""
+
+EXACT_BYTES = 16 << 30
+"""Room for the unprojected gradients that fidelity is measured against."""
+
+TARGETS: dict[str, dict[str, float]] = {
+    "256x6": {"plain": 0.97, "LESS's loop": 20, "bergson global": 7},
+    "512x8": {"plain": 0.96, "LESS's loop": 16, "bergson global": 5.3},
+    "qwen3-0.6b": {"plain": 0.95},
+    "llama-3.2-1b": {"plain": 0.95},
+    "llama-2-7b": {"plain": 0.95},
+}
+"""How many times each contestant's rate the engine's must be."""
+
+Make = Callable[[], Contestant]
+
+
+@dataclass
+class Measured:
+    """What is known of a contestant."""
+
+    contestant: Contestant
+    stride: int = 1
+    """It gets every so many-th row."""
+    rates: list[float] = field(default_factory=list)
+    """Tokens per second of each round."""
+    pearson: float | None = None
+    memory: int | None = None
+    """Bytes above the loaded model."""
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table."""
+
+    name: str
+    examples_per_second: float
+    ratio_to_plain: float
+    lowest_ratio: float
+    highest_ratio: float
+    pearson: float | None
+    token_budget: int | None
+    rows: int
+    memory_mib: float | None
+    memory_to_plain: float | None
+    flops: float
+    """Floating-point operations per second, by the count of `counting.operations`."""
+    share_of_product: float
+    """Those over what a large product reaches on the device."""
+    projection_mb: float | None
+    """Megabytes that the projection moves for each example."""
+    stages: dict[str, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 1 where `--target-check` finds a target missed, else 0."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if options.memory_of:
+        print(_memory_alone(options, device))
+        return 0
+    workload = _workload(options, device)
+    print(_heading(options, workload), flush=True)
+    field_ = _field(workload, options)
+    rate = product_rate(device)
+    _find_budgets(field_, workload)
+    _find_strides(field_, workload, options.turn_seconds)
+    for number in range(options.rounds):
+        _round(field_, workload, random.Random(number))  # noqa: S311
+        print(f"round {number + 1}/{options.rounds}: {_ratio_of(field_)}", flush=True)
+    if options.fidelity:
+        _measure_fidelity(field_, workload, options.fidelity)
+    if options.memory:
+        _measure_memory(field_, workload, options)
+    if options.profile:
+        _profile(field_, workload)
+    lines = _lines(field_, workload, rate)
+    print(_table(lines, rate))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
+    missed = _missed(options.preset, lines) if options.target_check else []
+    for fault in missed:
+        print(f"target missed: {fault}")
+    return 1 if missed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradients", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="256x6")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--examples", type=int, help="rows; the preset's own number without it")
+    parser.add_argument("--lengths", type=Path, metavar="FILE.jsonl", help="take the rows' lengths from this file's")
+    parser.add_argument("--mean-tokens", type=float, help="scale the lengths of --lengths to this mean")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser.add_argument("--adapter", choices=["float32", "model"], default="float32", help="type of LoRA's weights")
+    parser.add_argument("--only", action="append", metavar="NAME", help="contestants whose name holds this; repeatable")
+    parser.add_argument("--turn-seconds", type=float, default=8.0, help="longest turn of a side contestant")
+    parser.add_argument("--fidelity", type=int, default=64, metavar="ROWS", help="rows compared with exact; 0: none")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks")
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="measure the stages")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as a list")
+    parser.add_argument(
+        "--target-check", action="store_true", help="exit with 1 where a target of the preset is missed"
+    )
+    parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--token-budget", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _workload(options: argparse.Namespace, device: torch.device, *, train: bool = True) -> Workload:
+    preset = PRESETS[options.preset]
+    examples = options.examples or preset.examples
+    if options.lengths is None:
+        lengths = draw_lengths(preset, examples=examples)
+    else:
+        lengths = read_lengths(options.lengths, examples=examples, mean_tokens=options.mean_tokens)
+    return make_workload(preset, device=device, lengths=lengths, adapter=options.adapter, train=train)
+
+
+def _heading(options: argparse.Namespace, workload: Workload) -> str:
+    device = torch.cuda.get_device_name() if workload.device.type == "cuda" else f"CPU, {options.threads} thread(s)"
+    clock = "CPU time" if _cpu_clock(workload.device) else "wall time"
+    return (
+        f"{options.preset} on {device}; torch {torch.__version__}; {len(workload.rows)} rows of "
+        f"{workload.mean_tokens:.0f} tokens on average; {workload.parameters:,} trainable numbers to "
+        f"{workload.dims:,} dims; clock: {clock}"
+    )
+
+
+# Who takes part ------------------------------------------------------------------------------------------------------
+
+
+def _field(workload: Workload, options: argparse.Namespace) -> list[Measured]:
+    """Make the contestants; the plain step comes first and always takes part."""
+    contestants: list[Contestant] = []
+    for name, make in _makers(workload):
+        if name == "plain" or not options.only or any(part in name for part in options.only):
+            made = make()
+            assert made.name == name, (made.name, name)
+            contestants.append(made)
+    for peer in peers.NEEDED:
+        if lacking := peers.missing(peer):
+            print(f"{peer} is left out: {', '.join(lacking)} not installed")
+    return [Measured(contestant) for contestant in contestants]
+
+
+def _makers(workload: Workload) -> Iterator[tuple[str, Make]]:
+    """Name the contestants that can run here, with how to make each."""
+    yield "plain", lambda: Plain(workload)
+    yield DEFAULT, lambda: Ours(workload, ADAM, projection="blocks")
+    for kind in (Kind("adam", "exact"), Kind("sgd"), Kind("sign")):
+        yield f"gradstore {exact_of(kind)} blocks", partial(Ours, workload, kind, projection="blocks")
+    yield (
+        f"{DEFAULT.removesuffix(' blocks')} + sgd blocks",
+        partial(Ours, workload, ADAM, Kind("sgd"), projection="blocks"),
+    )
+    for projection in get_args(ProjectionName):
+        fits = projection != "none" or workload.parameters * len(workload.rows) * 4 <= EXACT_BYTES
+        if projection != "blocks" and fits:
+            yield (
+                f"gradstore adam less {projection}",
+                partial(Ours, workload, ADAM, projection=projection),
+            )
+    yield "LESS's loop", lambda: Less(workload)
+    if not peers.missing("bergson"):
+        yield "bergson global", lambda: peers.Bergson(workload, "global")
+        yield "bergson per-module", lambda: peers.Bergson(workload, "per-module")
+        yield "bergson global adam", lambda: peers.Bergson(workload, "global", adam=True)
+    if not peers.missing("dattri-llm"):
+        yield "dattri-llm dense", lambda: peers.DattriLlm(workload, "dense")
+        yield "dattri-llm mask", lambda: peers.DattriLlm(workload, "mask")
+        yield "dattri-llm dense adam", lambda: peers.DattriLlm(workload, "dense", adam=True)
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def _cpu_clock(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def _seconds(contestant: Contestant, rows: Sequence[Encoded], device: torch.device) -> float:
+    """Time a run over `rows`."""
+    clock = time.process_time if _cpu_clock(device) else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = clock()
+    contestant.run(rows)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - started
+
+
+def _spread(rows: Sequence[Encoded], stride: int, start: int = 0) -> list[Encoded]:
+    """Take every `stride`-th of the rows by length: a share with the lengths of all."""
+    return sorted(rows, key=lambda row: len(row.input_ids))[start::stride]
+
+
+def _find_budgets(field_: Sequence[Measured], workload: Workload) -> None:
+    """Give the plain step and the engine each its own best batch; the engine's others and the peers get the same."""
+    kind = "cuda" if workload.device.type == "cuda" else "cpu"
+    rows = _spread(workload.rows, max(1, len(workload.rows) // SEARCH_ROWS[kind]))
+    plain = _best_budget(field_[0].contestant, rows, workload.device)
+    ours: int | None = None
+    for entry in field_:
+        if isinstance(entry.contestant, Ours):
+            ours = ours or _best_budget(entry.contestant, rows, workload.device)
+            entry.contestant.token_budget = ours
+        elif not isinstance(entry.contestant, Less):
+            entry.contestant.token_budget = plain
+    print(f"batches of at most {plain:,} tokens (plain step), {ours or 0:,} (engine)", flush=True)
+
+
+def _best_budget(contestant: Contestant, rows: Sequence[Encoded], device: torch.device) -> int:
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    times: dict[int, float] = {}
+    total = sum(len(row.input_ids) for row in rows)
+    for _ in range(3):  # the first pass warms up
+        for budget in BUDGETS[kind]:
+            if budget > 2 * total and times:
+                break  # one batch holds them all already
+            contestant.token_budget = budget
+            try:
+                times[budget] = min(times.get(budget, math.inf), _seconds(contestant, rows, device))
+            except torch.OutOfMemoryError:
+                times.pop(budget, None)
+                torch.cuda.empty_cache()
+                break
+    return min(times, key=times.__getitem__)
+
+
+def _find_strides(field_: list[Measured], workload: Workload, turn_seconds: float) -> None:
+    """Let those that are slow have fewer rows; the plain step and the engine's default get them all."""
+    few = _spread(workload.rows, max(1, len(workload.rows) // FEWEST))
+    for entry in list(field_):
+        try:
+            entry.contestant.run(few[:2])
+            seconds = _seconds(entry.contestant, few, workload.device) * len(workload.rows) / len(few)
+        except torch.OutOfMemoryError:
+            print(f"{entry.contestant.name} is left out: out of memory")
+            field_.remove(entry)
+            continue
+        if entry.contestant.name not in {"plain", DEFAULT}:
+            at_most = max(1, len(workload.rows) // (PARTS * FEWEST))
+            entry.stride = min(at_most, max(1, math.ceil(seconds / PARTS / turn_seconds)))
+
+
+def _round(field_: Sequence[Measured], workload: Workload, order: random.Random) -> None:
+    """Give every contestant its turns, and note its rate."""
+    tokens = dict.fromkeys(range(len(field_)), 0)
+    seconds = dict.fromkeys(range(len(field_)), 0.0)
+    for part in range(PARTS):
+        rows = _spread(workload.rows, PARTS, part)
+        gc.collect()
+        for index in order.sample(range(len(field_)), len(field_)):
+            share = _spread(rows, field_[index].stride, field_[index].stride // 2)
+            seconds[index] += _seconds(field_[index].contestant, share, workload.device)
+            tokens[index] += sum(len(row.input_ids) for row in share)
+    for index, entry in enumerate(field_):
+        entry.rates.append(tokens[index] / seconds[index])
+
+
+def _ratio_of(field_: Sequence[Measured]) -> str:
+    plain = field_[0]
+    return ", ".join(f"{entry.contestant.name} {entry.rates[-1] / plain.rates[-1]:.3f}" for entry in field_[1:])
+
+
+# Fidelity, memory, stages --------------------------------------------------------------------------------------------
+
+
+def _measure_fidelity(field_: Sequence[Measured], workload: Workload, rows: int) -> None:
+    """Compare the cosines of all pairs of rows with those of the unprojected gradients of the same kind."""
+    size = workload.parameters * 4
+    chosen = _spread(workload.rows, max(1, len(workload.rows) // min(rows, len(workload.rows))))[: EXACT_BYTES // size]
+    if len(chosen) < 8:
+        print(f"fidelity is not measured: {len(chosen)} unprojected gradients fit into {EXACT_BYTES >> 30} GiB")
+        return
+    exact: dict[Exact, NDArray[np.float64]] = {}
+    for entry in field_:
+        kind = entry.contestant.exact
+        if kind is None:
+            continue
+        if kind not in exact:
+            exact[kind] = _cosines(torch.stack([row.cpu() for row in exact_gradients(workload, chosen, kind)]))
+        cosines = _cosines(torch.from_numpy(entry.contestant.features(chosen)))
+        entry.pearson = float(np.corrcoef(cosines, exact[kind])[0, 1])
+
+
+def _cosines(features: torch.Tensor) -> NDArray[np.float64]:
+    """Return the cosines of all pairs of rows."""
+    unit = torch.nn.functional.normalize(features, dim=1)
+    pairs = np.triu_indices(len(features), 1)
+    cosines: NDArray[np.float64] = (unit @ unit.T).double().numpy()[pairs]
+    return cosines
+
+
+def _measure_memory(field_: Sequence[Measured], workload: Workload, options: argparse.Namespace) -> None:
+    """Measure every contestant's peak: on a CPU in a process of its own, where nothing was freed before."""
+    for entry in field_:
+        if workload.device.type == "cuda":
+            entry.memory = _memory(entry.contestant, workload, entry.stride)
+            continue
+        command = [
+            *(sys.executable, "-m", "benchmarks.gradients", "--preset", options.preset, "--device", "cpu"),
+            *("--threads", str(options.threads), "--adapter", options.adapter, "--examples", str(len(workload.rows))),
+            *("--memory-of", entry.contestant.name),
+        ]
+        if entry.contestant.token_budget is not None:
+            command += ["--token-budget", str(entry.contestant.token_budget)]
+        if options.lengths is not None:
+            command += ["--lengths", str(options.lengths)]
+        if options.mean_tokens is not None:
+            command += ["--mean-tokens", str(options.mean_tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        entry.memory = int(done.stdout.split()[-1])
+
+
+def _memory_alone(options: argparse.Namespace, device: torch.device) -> int:
+    """Return the peak of one contestant, made and run in this process alone."""
+    workload = _workload(options, device, train=False)
+    make = dict(_makers(workload))[options.memory_of]
+
+    def run(rows: int | None) -> None:
+        contestant = make()
+        contestant.token_budget = options.token_budget
+        contestant.run(_longest(workload, contestant)[:rows])
+
+    run(2)  # what is imported on the way is no part of the peak
+    gc.collect()
+    peak = PeakMemory(device)
+    peak.start()
+    run(None)
+    return peak.above()
+
+
+def _memory(contestant: Contestant, workload: Workload, stride: int) -> int:
+    peak = PeakMemory(workload.device)
+    peak.start()
+    contestant.run(_longest(workload, contestant) if stride == 1 else _longest(workload, contestant)[:FEWEST])
+    return peak.above()
+
+
+def _longest(workload: Workload, contestant: Contestant) -> list[Encoded]:
+    """Return the rows of the two largest batches."""
+    if contestant.token_budget is None:
+        return _spread(workload.rows, 1)[-FEWEST:]
+    batches = list(workload.batches(workload.rows, contestant.token_budget))[:2]
+    return [workload.rows[index] for batch in batches for index in batch]
+
+
+def _profile(field_: Sequence[Measured], workload: Workload) -> None:
+    rows = _spread(workload.rows, max(1, len(workload.rows) // 64))
+    for entry in field_:
+        if isinstance(entry.contestant, Ours) and entry.stride <= 2:
+            entry.shares = shares(entry.contestant, rows)
+
+
+# What comes out ------------------------------------------------------------------------------------------------------
+
+
+def _lines(field_: Sequence[Measured], workload: Workload, rate: float) -> list[Line]:
+    plain = field_[0]
+    each = operations(workload)
+    return [_line(entry, plain, workload, each, rate) for entry in field_]
+
+
+def _line(entry: Measured, plain: Measured, workload: Workload, each: float, rate: float) -> Line:
+    ratios = [own / other for own, other in zip(entry.rates, plain.rates, strict=True)]
+    examples = median(entry.rates) / workload.mean_tokens
+    moved = projection_bytes(entry.contestant.projection, workload) if isinstance(entry.contestant, Ours) else None
+    return Line(
+        name=entry.contestant.name,
+        examples_per_second=examples,
+        ratio_to_plain=median(ratios),
+        lowest_ratio=min(ratios),
+        highest_ratio=max(ratios),
+        pearson=entry.pearson,
+        token_budget=entry.contestant.token_budget,
+        rows=math.ceil(len(workload.rows) / entry.stride),
+        memory_mib=None if entry.memory is None else entry.memory / 2**20,
+        memory_to_plain=None if entry.memory is None or not plain.memory else entry.memory / plain.memory,
+        flops=examples * each,
+        share_of_product=examples * each / rate,
+        projection_mb=None if moved is None else moved / 1e6,
+        stages=entry.shares,
+    )
+
+
+def _table(lines: Sequence[Line], rate: float) -> str:
+    out = [
+        "",
+        "| what | examples/s | ÷ plain (min–max) | Pearson | tokens a batch | rows | peak MiB (÷ plain) "
+        "| TFLOP/s (share) | MB moved |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        memory = "–" if line.memory_mib is None else f"{line.memory_mib:,.0f} ({line.memory_to_plain or 0:.2f})"
+        moved = "–" if line.projection_mb is None else f"{line.projection_mb:.1f}"
+        out.append(
+            f"| {line.name} | {line.examples_per_second:.3g} | {line.ratio_to_plain:.3f} "
+            f"({line.lowest_ratio:.3f}–{line.highest_ratio:.3f}) | {_number(line.pearson)} "
+            f"| {line.token_budget or '–'} | {line.rows} | {memory} "
+            f"| {line.flops / 1e12:.3g} ({line.share_of_product:.0%}) | {moved} |"
+        )
+    out += ["", f"A large product reaches {rate / 1e12:.3g} TFLOP/s here. Peaks are those above the loaded model.", ""]
+    for line in lines:
+        if line.stages:
+            parts = ", ".join(f"{stage} {share:.1%}" for stage, share in line.stages.items())
+            out.append(f"{line.name}: {parts}")
+    return "\n".join(out)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _missed(preset: str, lines: Sequence[Line]) -> list[str]:
+    """Say which targets of the preset are missed, by the medians."""
+    ratios = {line.name: line.ratio_to_plain for line in lines}
+    if DEFAULT not in ratios:
+        return [f"{DEFAULT} took no part"]
+    faults = []
+    for name, wanted in TARGETS.get(preset, {}).items():
+        reached = ratios[DEFAULT] / ratios[name] if name in ratios else None
+        if reached is not None and reached < wanted:
+            faults.append(f"{DEFAULT} is {reached:.3f} times {name}, not {wanted}")
+    return faults
+
+
+if __name__ == "__main__":
+    sys.exit(main())

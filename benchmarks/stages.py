@@ -1,0 +1,74 @@
+"""Where the engine's time goes: its parts marked from outside, and one pass under torch's profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.contestants import Ours
+from worker.batches import Encoded
+
+FORWARD, BACKWARD, OUTER, MAP, PROJECTION = "forward", "backward", "outer products", "Adam's map", "projection"
+_MARK = "stage: "
+
+
+def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
+    """Return the share of each stage in a pass over `rows`; they add up to 1.
+
+    `backward` is what is left of it without the engine's own stages; `rest` the batches' making and keeping, the
+    losses' sum, norms and checks. Times are the GPU's where there is one.
+    """
+    on_gpu = contestant.engine.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with _marked(contestant), profile(activities=activities) as profiler, record_function(_MARK + "all"):
+        contestant.run(rows)
+        if on_gpu:
+            torch.cuda.synchronize()
+    spent = {
+        event.key.removeprefix(_MARK): float(event.device_time_total if on_gpu else event.cpu_time_total)
+        for event in profiler.key_averages()
+        if event.key.startswith(_MARK)
+    }
+    own = sum(spent[stage] for stage in (OUTER, MAP, PROJECTION))
+    parts = {stage: spent[stage] for stage in (FORWARD, BACKWARD, OUTER, MAP, PROJECTION)}
+    parts[BACKWARD] -= own
+    parts["rest"] = spent["all"] - spent[FORWARD] - spent[BACKWARD]
+    return {stage: value / spent["all"] for stage, value in parts.items()}
+
+
+@contextmanager
+def _marked(contestant: Ours) -> Iterator[None]:
+    """Mark the stages: the seams of the engine, and the two functions of torch that it calls for a stage alone."""
+    engine: Any = contestant.engine
+    seams: list[tuple[Any, str, str]] = [
+        (engine.model, "forward", FORWARD),
+        (torch.Tensor, "backward", BACKWARD),
+        (torch, "bmm", OUTER),
+        (engine._projection, "add", PROJECTION),
+    ]
+    directions = dict(engine._directions)
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in seams]
+    try:
+        for owner, name, stage in seams:
+            setattr(owner, name, _timed(getattr(owner, name), stage))
+        engine._directions.update({kind: _timed(direction, MAP) for kind, direction in directions.items()})
+        yield
+    finally:
+        engine._directions.update(directions)
+        for owner, name, value in before:
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+def _timed(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+    def timed(*arguments: Any, **named: Any) -> Any:
+        with record_function(_MARK + stage):
+            return function(*arguments, **named)
+
+    return timed
