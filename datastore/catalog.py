@@ -109,11 +109,11 @@ class Catalog:
         bytes: int,
         origins: dict[str, int],
         prefix: str | None,
-        source: DatasetSource,
+        sources: Sequence[DatasetSource],
         name: str | None,
         replace: bool,
     ) -> Dataset:
-        """Record a dataset, or one more source of a dataset that exists. Raises `NameTaken`."""
+        """Record a dataset, or more sources of a dataset that exists. Raises `NameTaken`."""
         with self.transaction() as session:
             row = session.get(DatasetRow, id)
             if row is None:
@@ -124,8 +124,9 @@ class Catalog:
                 )
                 session.add(row)
                 session.flush()
-            if session.get(SourceRow, (id, source.sha256)) is None:
-                session.add(SourceRow(dataset_id=id, **source.model_dump()))
+            for source in sources:
+                if session.get(SourceRow, (id, source.sha256)) is None:
+                    session.add(SourceRow(dataset_id=id, **source.model_dump()))
             if name is not None:
                 _give_name(session, DatasetRow, row, name, replace=replace)
             session.flush()

@@ -65,6 +65,9 @@ class Ingested:
     prefix: str | None
     """The longest known dataset with fewer rows that begins this one."""
     source: DatasetSource
+    """This upload."""
+    sources: list[DatasetSource]
+    """The uploads that brought the rows, those of the dataset appended to among them, oldest first."""
     report: UploadReport
     created: bool
     """False where the same rows were stored already."""
@@ -183,7 +186,8 @@ class Datasets:
             sync_folder(self._root)
         else:
             source = add_source(home, source)
-        stored = DatasetFolder(home).manifest
+        folder = DatasetFolder(home)
+        stored = folder.manifest
         return Ingested(
             id=stored.id,
             rows=stored.rows,
@@ -191,6 +195,7 @@ class Datasets:
             origins=stored.origins,
             prefix=intake.prefix,
             source=source,
+            sources=folder.sources(),
             report=intake.report(),
             created=created,
         )

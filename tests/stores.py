@@ -71,7 +71,7 @@ class Store:
             bytes=found.bytes,
             origins=found.origins,
             prefix=found.prefix,
-            source=found.source,
+            sources=found.sources,
             name=name,
             replace=False,
         )

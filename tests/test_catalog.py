@@ -30,7 +30,7 @@ def catalog(tmp_path: Path) -> Catalog:
 
 def dataset(catalog: Catalog, id: str, *, name: str | None = None, rows: int = 1, replace: bool = False) -> None:
     catalog.add_dataset(
-        id=id, rows=rows, bytes=10, origins={"pool": rows}, prefix=None, source=SOURCE, name=name, replace=replace
+        id=id, rows=rows, bytes=10, origins={"pool": rows}, prefix=None, sources=[SOURCE], name=name, replace=replace
     )
 
 

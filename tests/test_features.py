@@ -147,10 +147,9 @@ def test_a_deleted_first_version_leaves_nothing_to_begin_with(store: Store) -> N
 
 def test_a_prefix_that_is_deleted_during_the_upload_is_not_recorded(store: Store) -> None:
     first = store.pool(10)
-    source = first.sources[0]
     store.catalog.remove(DatasetRow, first.id)
     late = store.catalog.add_dataset(
-        id="ds_late", rows=20, bytes=10, origins={}, prefix=first.id, source=source, name=None, replace=False
+        id="ds_late", rows=20, bytes=10, origins={}, prefix=first.id, sources=first.sources, name=None, replace=False
     )
     assert late.prefix is None
 

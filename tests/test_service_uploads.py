@@ -75,6 +75,19 @@ def test_appended_rows_make_a_dataset_that_knows_its_prefix(service: Service) ->
     assert service.upload(jsonl(6)).json()["id"] == grown["id"]
 
 
+def test_appended_rows_keep_the_uploads_of_the_rows_before_them(service: Service) -> None:
+    """Also when the dataset appended to is deleted, and nothing else needs its upload."""
+    service.upload(jsonl(4), "first.jsonl", name="pool")
+    grown = service.upload(jsonl(2, first=4), "second.jsonl", append_to="pool").json()
+    assert [source["filename"] for source in grown["sources"]] == ["first.jsonl", "second.jsonl"]
+    service.http.delete("/datasets/pool")
+    contents = [
+        service.http.get(f"/datasets/{grown['id']}/content", params={"source": source["sha256"]}).content
+        for source in grown["sources"]
+    ]
+    assert contents == [jsonl(4), jsonl(2, first=4)]
+
+
 def test_appending_to_nothing_is_not_found(service: Service) -> None:
     problem_of(service.upload(jsonl(1), append_to="nothing"), 404)
 

@@ -112,7 +112,7 @@ class Workplace:
         )
         return self.context.catalog.add_dataset(
             id=found.id, rows=found.rows, bytes=found.bytes, origins=found.origins, prefix=found.prefix,
-            source=found.source, name=name, replace=False,
+            sources=found.sources, name=name, replace=False,
         )  # fmt: skip
 
     def task(self, rows: int = 3, *, name: str = "target", **fields: object) -> Task:

@@ -62,7 +62,7 @@ def upload_dataset(backend: BackendDep, request: Request, response: Response) ->
             bytes=stored.bytes,
             origins=stored.origins,
             prefix=stored.prefix,
-            source=stored.source,
+            sources=stored.sources,
             name=fields.name,
             replace=fields.replace,
         )
