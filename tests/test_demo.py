@@ -1,11 +1,13 @@
-"""The demo's pool: labels that are right, and skills that nobody could tell by length."""
+"""The demo: labels that are right, skills that nobody could tell by length, and a verdict that can be a bad one."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 
 import pytest
+from gradstore.types import EvaluationRow
 
+from examples.demo.__main__ import Outcome, _report
 from examples.demo.skills import LONGEST, SHORTEST, SKILLS, pool, target
 
 ANSWERS = {
@@ -53,3 +55,43 @@ def test_target_rows_and_pool_rows_are_drawn_apart() -> None:
     seen = {row["messages"][0]["content"] for row in target("mirror", 50, seed=1)}
     other = {row["messages"][0]["content"] for row in target("mirror", 50, seed=2)}
     assert len(seen & other) < 5
+
+
+def outcome(*, selected: float, drawn: float, share: float) -> Outcome:
+    """What a seed gives whose trainings end with these target losses, and whose selection has this share."""
+    losses = {"base": 1.0, "selected 5 %": selected, "random 5 %": drawn, "all rows": 0.1}
+    return Outcome(
+        share=share,
+        pool_share=0.1,
+        rows=dict.fromkeys(list(losses)[1:], 100),
+        measured={
+            label: EvaluationRow(
+                model="tuned", task="task_0", task_name="mirror", subtask=None, examples=200, loss=loss,
+                loss_interval=None, metric="exact_match", value=0.5, interval=None, unparsed=0,
+            )
+            for label, loss in losses.items()
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        pytest.param([outcome(selected=0.7, drawn=0.9, share=0.6)] * 3, 0, id="better and of the right kind"),
+        pytest.param([outcome(selected=0.9, drawn=0.9, share=0.6)] * 3, 1, id="no better than random"),
+        pytest.param(
+            [outcome(selected=0.7, drawn=0.9, share=0.2)] * 3, 1, id="twice the pool's share, not three times"
+        ),
+        pytest.param([outcome(selected=float("nan"), drawn=0.9, share=0.6)] * 3, 1, id="a loss that is no number"),
+        pytest.param(
+            [outcome(selected=0.7, drawn=0.9, share=0.6), outcome(selected=1.4, drawn=0.9, share=0.6)],
+            1,
+            id="worse in the mean over seeds",
+        ),
+    ],
+)
+def test_the_demo_fails_unless_the_selection_has_proven_itself(
+    outcomes: list[Outcome], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _report(outcomes, seconds=1.0) == status
+    assert ("NOT proven" in capsys.readouterr().out) == bool(status)
