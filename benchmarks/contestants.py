@@ -29,7 +29,8 @@ Exact = Literal["adam less", "adam exact", "sgd", "sign"]
 ADAM = Kind("adam")
 
 LESS_INTERVAL = 16  # gradients that LESS collects before it projects them
-LESS_BLOCK = 128  # columns of its random matrix at a time
+LESS_BLOCK = 128  # columns of its random matrix at a time, or as many as LESS_ELEMENTS allow
+LESS_ELEMENTS = 1 << 32  # 16 GiB as float32
 
 
 class Contestant(ABC):
@@ -144,10 +145,11 @@ class Less(Contestant):
         dims = self._workload.dims
         generator = torch.Generator(gradients.device).manual_seed(0)
         result = torch.empty(len(gradients), dims, device=gradients.device)
-        for start in range(0, dims, LESS_BLOCK):
-            shape = (gradients.shape[1], min(LESS_BLOCK, dims - start))
+        block = min(LESS_BLOCK, LESS_ELEMENTS // gradients.shape[1])
+        for start in range(0, dims, block):
+            shape = (gradients.shape[1], min(block, dims - start))
             matrix = torch.empty(shape, device=gradients.device).bernoulli_(0.5, generator=generator)
-            result[:, start : start + LESS_BLOCK] = gradients @ matrix.mul_(2).sub_(1)
+            result[:, start : start + block] = gradients @ matrix.mul_(2).sub_(1)
         return result.div_(dims**0.5).to(torch.float16).cpu()
 
 

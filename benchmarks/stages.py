@@ -12,7 +12,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.contestants import Ours
 from worker.batches import Encoded
 
-FORWARD, BACKWARD, OUTER, MAP, PROJECTION = "forward", "backward", "outer products", "Adam's map", "projection"
+FORWARD, BACKWARD, OUTER, MAP, PROJECTION, REST = STAGES = (
+    "forward",
+    "backward",
+    "outer products",
+    "Adam's map",
+    "projection",
+    "rest",
+)
 _MARK = "stage: "
 
 
@@ -20,7 +27,8 @@ def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
     """Return the share of each stage in a pass over `rows`; they add up to 1.
 
     `backward` is what is left of it without the engine's own stages; `rest` the batches' making and keeping, the
-    losses' sum, norms and checks. Times are the GPU's where there is one.
+    losses' sum, norms and checks. On a GPU the shares are those of its time at work, and `rest` is part of `backward`:
+    kernels are known by the thread that launched them, and the backward pass has one of its own.
     """
     on_gpu = contestant.engine.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -28,16 +36,21 @@ def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
         contestant.run(rows)
         if on_gpu:
             torch.cuda.synchronize()
+    events = profiler.key_averages()
     spent = {
         event.key.removeprefix(_MARK): float(event.device_time_total if on_gpu else event.cpu_time_total)
-        for event in profiler.key_averages()
-        if event.key.startswith(_MARK)
+        for event in events
+        if event.key.startswith(_MARK) and event.device_type.name == "CPU"
     }
-    own = sum(spent[stage] for stage in (OUTER, MAP, PROJECTION))
-    parts = {stage: spent[stage] for stage in (FORWARD, BACKWARD, OUTER, MAP, PROJECTION)}
-    parts[BACKWARD] -= own
-    parts["rest"] = spent["all"] - spent[FORWARD] - spent[BACKWARD]
-    return {stage: value / spent["all"] for stage, value in parts.items()}
+    parts = {stage: spent[stage] for stage in (FORWARD, OUTER, MAP, PROJECTION)}
+    if on_gpu:
+        total = sum(float(event.self_device_time_total) for event in events if not event.key.startswith(_MARK))
+        parts[BACKWARD] = total - sum(parts.values())
+    else:
+        total = spent["all"]
+        parts[BACKWARD] = spent[BACKWARD] - sum(spent[stage] for stage in (OUTER, MAP, PROJECTION))
+        parts[REST] = total - spent[FORWARD] - spent[BACKWARD]
+    return {stage: parts[stage] / total for stage in STAGES if stage in parts}
 
 
 @contextmanager

@@ -134,18 +134,24 @@ def test_a_share_has_the_lengths_of_all(workload: Workload) -> None:
     assert [len(row.input_ids) for row in share] == sizes[1::3]
 
 
-def _line(name: str, ratio: float) -> Line:
-    return Line(name, ratio, ratio, ratio, ratio, None, 1, 1, None, None, 1, 1, None, {})
+def _line(name: str, ratio: float, share: float = 0.7, rate: float = 50) -> Line:
+    return Line(name, rate, ratio, ratio, ratio, None, 1, 1, None, None, 1, share, None, {})
 
 
 @pytest.mark.parametrize(
     ("ours", "less", "faults"),
     [(0.98, 0.04, []), (0.96, 0.04, ["plain"]), (0.98, 0.06, ["LESS's loop"]), (0.5, 0.05, ["plain", "LESS's loop"])],
 )
-def test_a_missed_target_is_named(ours: float, less: float, faults: list[str]) -> None:
+def test_a_missed_ratio_is_named(ours: float, less: float, faults: list[str]) -> None:
     missed = _missed("256x6", [_line("plain", 1), _line(DEFAULT, ours), _line("LESS's loop", less)])
     assert len(missed) == len(faults)
     assert all(f"times {name}, not" in fault for name, fault in zip(faults, missed, strict=True))
+
+
+@pytest.mark.parametrize(("share", "rate", "missed"), [(0.6, 45, 0), (0.59, 45, 1), (0.6, 44, 1), (0.5, 40, 2)])
+def test_a_missed_rate_is_named(share: float, rate: float, missed: int) -> None:
+    lines = [_line("plain", 1, share), _line(DEFAULT, 0.99, share, rate)]
+    assert len(_missed("llama-2-7b", lines)) == missed
 
 
 @pytest.mark.parametrize(
