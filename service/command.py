@@ -66,14 +66,21 @@ class Server(uvicorn.Server):
 
 def serve(
     *,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; beyond this machine it needs a key.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on, else 127.0.0.1; beyond this machine it needs a key.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on, else 8000; 0 takes a free one.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the store, else gradstore-data.")] = None,
     allow: Annotated[
-        list[Path] | None, typer.Option(help="Folder whose models, tasks and checkpoints may be named; repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="<path>", help="Folder whose models, tasks and checkpoints may be named; repeatable."),
     ] = None,
     worker: Annotated[bool | None, typer.Option("--worker/--no-worker", help="Start a worker beside the API.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device of the worker: auto, cpu, cuda, cuda:1.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device of the worker: auto (the default), cpu, cuda, cuda:1.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key every request must carry; better as a variable.")] = None,
 ) -> None:
     """Serve the API, and start a worker beside it. What is left out comes from the environment (GRADSTORE_…)."""

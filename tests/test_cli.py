@@ -22,6 +22,7 @@ from gradstore import _cli_options, cli
 from tests import canned
 from tests.canned import Answerer, Asked, CannedServer, Said, in_turn
 from tests.services import free_port
+from tests.serving import Service, jsonl
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,53 @@ def test_a_refusal_is_exit_code_1_with_its_reason_on_stderr(run: Run) -> None:
     refusal = canned.problem(422, "pct: 5 % is 0.05", errors=[{"parameter": "pct", "detail": "5 % is 0.05"}])
     ran, _ = asked_by(run, Said(refusal, status=422), "select", "--task", "mmlu", "--pct", "5")
     assert ran == Ran(1, "", "pct: 5 % is 0.05\n")
+
+
+ADVICE = {
+    "no task is called 'm'; GET /tasks lists what there is":
+        "no task is called 'm'; `gradstore tasks list` shows what there is",
+    "choose another, or send replace=true to move it": "choose another, or say --replace to move it",
+    "correct the file, or send on_error=skip": "correct the file, or say --on-error skip",
+    "ft_1 is running: POST /jobs/ft_1/cancel first": "ft_1 is running: gradstore jobs cancel ft_1 first",
+    "it is deleted with what it made: DELETE /finetunes/ft_1":
+        "it is deleted with what it made: gradstore finetunes delete ft_1",
+    'POST /gradients {"dataset": "<dataset>", "checkpoints": ["a", "b"], "max_length": 64} computes them':
+        "gradstore gradients create --dataset '<dataset>' --checkpoint a --checkpoint b --max-length 64 computes them",
+    "/fraction: 5 % is 0.05": "fraction: 5 % is 0.05",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("detail", ADVICE)
+def test_what_the_service_advises_is_said_as_commands(run: Run, detail: str) -> None:
+    ran, _ = asked_by(run, Said(canned.problem(409, detail), status=409), "datasets", "show", "pool")
+    assert ran == Ran(1, "", f"{ADVICE[detail]}\n")
+
+
+def test_of_several_answers_those_options_are_shown_that_differ(run: Run) -> None:
+    asked = "http://gpu:8000/select?task=mmlu&pct=0.05&dim=8192&run="
+    detail = f"2 sets of features fit; say which one is meant (run, dim), for example {asked}run_1"
+    choices = [{"detail": f"{asked}{end}"} for end in ("run_1", "run_2&checkpoint=ck_1&checkpoint=ck_2")]
+    problem = canned.problem(409, detail, errors=choices) | {"type": "ambiguous"}
+    ran, _ = asked_by(run, Said(problem, status=409), "select", "--task", "mmlu", "--pct", "0.05")
+    assert ran.err.splitlines() == [
+        "2 sets of features fit: say which one is meant",
+        "  --run run_1",
+        "  --run run_2 --checkpoint ck_1 --checkpoint ck_2",
+    ]
+
+
+def test_a_new_users_mistakes_are_told_as_commands(run: Run, shared_service: Service, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n" + '{"prompt": "a", "completion": "b"}\n')
+    url = shared_service.url
+    assert "`gradstore tasks list`" in run("select", "--task", "mmlu", "--pct", "0.05", url=url).err
+    assert "--on-error skip" in run("datasets", "upload", str(tmp_path / "bad.jsonl"), url=url).err
+    assert f"{tmp_path} is a folder" in run("datasets", "upload", str(tmp_path), url=url).err
+    shared_service.pool(2, name="mine")
+    (tmp_path / "good.jsonl").write_bytes(jsonl(3))
+    taken = run("datasets", "upload", str(tmp_path / "good.jsonl"), "--name", "mine", url=url)
+    assert "say --replace to move it" in taken.err
+    there = run("datasets", "content", "mine", "-o", str(tmp_path / "no" / "where"), url=url)
+    assert (there.code, there.err) == (1, f"{tmp_path}/no/where.part: No such file or directory\n")
 
 
 def test_an_error_of_the_server_is_printed_with_its_request(run: Run) -> None:
@@ -583,7 +631,7 @@ def test_less_uploads_what_lies_on_this_machine(run: Run, tmp_path: Path) -> Non
     assert not [one for one in asked if one.path == "/evaluations"]
     ran, asked = asked_by(run, Flow(), *words)
     assert ran.code == 2
-    assert "task_kind" in ran.err
+    assert "--task-kind" in ran.err
     missing, _ = asked_by(run, Flow(), "less", str(tmp_path / "nowhere.jsonl"), *LESS[2:])
     assert missing.code == 1
 

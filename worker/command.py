@@ -33,11 +33,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def worker(
     *,
-    data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = None,
-    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: all cores.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the store, else gradstore-data.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto (the default), cpu, cuda or cuda:1.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0, the default: all cores.")] = None,
     kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help=f"Kind of job to do ({', '.join(KINDS)}); repeatable.")
+        list[str] | None,
+        typer.Option("--kind", metavar="<kind>", help=f"Kind of job to do ({', '.join(KINDS)}), else all; repeatable."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Do what waits, then leave.")] = False,
 ) -> None:

@@ -37,6 +37,7 @@ from gradstore._cli_output import (
     say,
     say_lost_rows,
 )
+from gradstore._cli_words import in_commands
 from gradstore.types import (
     Checkpoint,
     EvaluationRequest,
@@ -59,6 +60,10 @@ SERVER_COMMANDS = {
 ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "evaluations"),
     *("checkpoints", "runs", "jobs", "health"),
+)
+VERBS = (
+    *("upload", "register", "create", "list", "show", "rows", "content", "download"),
+    *("wait", "watch", "cancel", "retry", "rename", "delete"),
 )
 MISSING = "Not installed: pip install 'gradstore-server[service,worker]'"
 REFUSED, USAGE, FAILED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
@@ -91,6 +96,14 @@ class Commands(TyperGroup):
         if args and args[0] in SERVER_COMMANDS:
             return args[0], _loaded(args[0]), args[1:]
         return super().resolve_command(ctx, args)
+
+
+class Verbs(TyperGroup):
+    """The commands of a noun, in the order of their use."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names."""
+        return sorted(super().list_commands(ctx), key=VERBS.index)
 
 
 @contextmanager
@@ -139,7 +152,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # they would print the key
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 3 the job failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 3 the job failed, 130 interrupted, 141 the reader of stdout "
+    "went away.",
 )
 
 
@@ -187,15 +201,15 @@ def _session(ctx: typer.Context) -> Iterator[GradientStore]:
         with gradstore.GradientStore(target.url, api_key=target.api_key) as store:
             yield store
     except errors.JobFailed as error:
-        _end(FAILED, str(error), error)
+        _end(FAILED, in_commands(error), error)
     except errors.ServerError as error:
-        _end(REFUSED, f"{error}\n(request {error.request_id})", error)
+        _end(REFUSED, f"{in_commands(error)}\n(request {error.request_id})", error)
     except errors.GradstoreError as error:
-        _end(REFUSED, str(error), error)
+        _end(REFUSED, in_commands(error), error)
     except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        _end(REFUSED, str(error), error)
+        _end(REFUSED, in_commands(error), error)
     except ValueError as error:
-        _end(USAGE, str(error), error)
+        _end(USAGE, in_commands(error), error)
     except KeyboardInterrupt as error:
         _end(INTERRUPTED, "interrupted", error)
 
@@ -336,7 +350,7 @@ def _groups() -> dict[str, typer.Typer]:
     """A group of commands for each noun, with those that all nouns have."""
     made = {}
     for noun, text in HELP.items():
-        made[noun] = typer.Typer(no_args_is_help=True, help=text)
+        made[noun] = typer.Typer(cls=Verbs, no_args_is_help=True, help=text)
         app.add_typer(made[noun], name=noun)
         if noun != "jobs":
             _add_list(made[noun], noun)
@@ -380,7 +394,7 @@ def _add_delete(group: typer.Typer, noun: str) -> None:
     @group.command("delete", help=text)
     def delete(
         ctx: typer.Context,
-        references: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids or names.")],
+        references: Annotated[list[str], typer.Argument(metavar="ID", help="Ids or names.")],
     ) -> None:
         with _session(ctx) as store:
             for reference in references:
@@ -422,12 +436,12 @@ def upload_dataset(
     as_json: Json = False,
     **fields: Any,
 ) -> None:
-    """Upload a pool of examples and print its id; the same rows again give the same id."""
+    """Upload a pool of examples and print its id. The same rows again give the same id."""
     piped = str(file) == "-"
     if piped and filename is None:
         raise typer.BadParameter("stdin needs a name, such as --filename pool.jsonl")
     if not piped and not file.is_file():
-        raise typer.BadParameter(f"there is no file {file}")
+        raise typer.BadParameter(f"{file} is a folder: name a file in it" if file.is_dir() else f"there is no {file}")
     sent = sys.stdin.buffer if piped else file
     with _session(ctx) as store:
         stored = store.datasets.upload(sent, filename=filename, progress=is_terminal(), **given(fields))
@@ -464,7 +478,7 @@ def dataset_content(
 @groups["tasks"].command("upload")
 @takes(endpoints.tasks_upload, without=["progress"], texts={"kind": KINDS})
 def upload_task(ctx: typer.Context, path: LocalPath, *, as_json: Json = False, **fields: Any) -> None:
-    """Upload a task's files and print its id; a folder is sent as a zip."""
+    """Upload a task's files and print its id. A folder is sent as a zip."""
     with _session(ctx) as store:
         _stored_task(store.tasks.upload(path, progress=is_terminal(), **given(fields)), as_json=as_json)
 
@@ -472,7 +486,7 @@ def upload_task(ctx: typer.Context, path: LocalPath, *, as_json: Json = False, *
 @groups["tasks"].command("register")
 @takes(endpoints.tasks_register, texts={"kind": KINDS})
 def register_task(ctx: typer.Context, path: ServerPath, *, as_json: Json = False, **fields: Any) -> None:
-    """Register a task that lies on the server and print its id."""
+    """Register a task that lies on the server. Prints its id."""
     with _session(ctx) as store:
         _stored_task(store.tasks.register(path, **given(fields)), as_json=as_json)
 
@@ -493,7 +507,7 @@ def _stored_task(task: Task, *, as_json: bool) -> None:
 @groups["checkpoints"].command("upload")
 @takes(endpoints.checkpoints_upload, without=["progress"])
 def upload_checkpoint(ctx: typer.Context, path: LocalPath, *, as_json: Json = False, **fields: Any) -> None:
-    """Upload an adapter folder (PEFT, HF Trainer or LESS layout) or a zip of one, and print its id."""
+    """Upload an adapter folder, or a zip of one. PEFT, HF Trainer or LESS layout; prints its id."""
     with _session(ctx) as store:
         _stored_checkpoint(store.checkpoints.upload(path, progress=is_terminal(), **given(fields)), as_json=as_json)
 
@@ -501,7 +515,7 @@ def upload_checkpoint(ctx: typer.Context, path: LocalPath, *, as_json: Json = Fa
 @groups["checkpoints"].command("register")
 @takes(endpoints.checkpoints_register)
 def register_checkpoint(ctx: typer.Context, path: ServerPath, *, as_json: Json = False, **fields: Any) -> None:
-    """Register an adapter folder that lies on the server and print its id."""
+    """Register an adapter folder of the server. Prints its id."""
     with _session(ctx) as store:
         _stored_checkpoint(store.checkpoints.register(path, **given(fields)), as_json=as_json)
 
@@ -530,7 +544,7 @@ def download_checkpoint(
 @takes(endpoints.runs_create)
 def create_run(
     ctx: typer.Context,
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoints by id, in order.")],
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT", help="Checkpoints by id, in order.")],
     *,
     as_json: Json = False,
     **fields: Any,
@@ -552,9 +566,10 @@ def create_run(
 def create_gradients(
     ctx: typer.Context, *, wait: Wait = False, dry_run: DryRun = False, as_json: Json = False, **fields: Any
 ) -> None:
-    """Compute the projected gradients of a dataset, or of a task's validation rows, and print the job's id.
+    """Compute the gradients of a dataset, or of a task's rows.
 
-    Name a dataset or a task, and a run or checkpoints. What exists already is not computed again.
+    Prints the job's id. Of a task these are the validation rows. Name a dataset or a task, and a run or checkpoints.
+    What exists already is not computed again.
     """
     with _session(ctx) as store:
         if dry_run:
@@ -568,9 +583,10 @@ def create_gradients(
 def create_finetune(
     ctx: typer.Context, *, wait: Wait = False, dry_run: DryRun = False, as_json: Json = False, **fields: Any
 ) -> None:
-    """Train a model on a dataset, a random part of one, or a selection, and print the job's id.
+    """Train a model on a dataset, a random part, or a selection.
 
-    The defaults are LESS's recipe. The checkpoints of all epochs form a run, which gradients are computed for.
+    Prints the job's id. The defaults are LESS's recipe. The checkpoints of all epochs form a run, which gradients are
+    computed for.
     """
     with _session(ctx) as store:
         if dry_run:
@@ -585,7 +601,7 @@ def download_finetune(
     reference: Reference,
     path: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make; a path in .zip gets the zip.")],
 ) -> None:
-    """Save the last checkpoint as a PEFT folder; of a full fine-tune, the model."""
+    """Save the last checkpoint as a PEFT folder. Of a full fine-tune, the model."""
     with _session(ctx) as store:
         typer.echo(store.finetunes.download(reference, path, progress=is_terminal()))
 
@@ -597,9 +613,9 @@ def download_finetune(
     texts={**AS_TRAINED, "checkpoint": "Checkpoint by id or name."},
 )
 def create_evaluation(ctx: typer.Context, *, wait: Wait = False, as_json: Json = False, **fields: Any) -> None:
-    """Measure a fine-tune, a checkpoint or a model on the test rows of tasks.
+    """Measure a model on the test rows of tasks.
 
-    Prints the job's id, or with --wait what was measured.
+    The model is a fine-tune, a checkpoint or a base model. Prints the job's id, or with --wait what was measured.
     """
     with _session(ctx) as store:
         _started(store, "evaluations", store.evaluations.create(**given(fields)), wait=wait, as_json=as_json)
@@ -607,7 +623,7 @@ def create_evaluation(ctx: typer.Context, *, wait: Wait = False, as_json: Json =
 
 @groups["evaluations"].command("show")
 def show_evaluation(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
-    """Print what was measured; before that, everything known about the job."""
+    """Print what was measured. Before that, everything known about the job."""
     with _session(ctx) as store:
         job = store.evaluations.get(reference)
         if as_json or job.result is None:
@@ -632,7 +648,7 @@ def list_jobs(
 
 @groups["jobs"].command("wait")
 def wait_for_job(ctx: typer.Context, job: JobReference, *, timeout: Timeout = None, as_json: Json = False) -> None:
-    """Wait until a job has succeeded and print its id; exit code 3 where it fails."""
+    """Wait until a job has succeeded. Prints its id; exit code 3 where it fails."""
     with _session(ctx) as store:
         done = store.jobs.wait(job, progress=is_terminal(), timeout=timeout)
         if as_json:
@@ -643,7 +659,7 @@ def wait_for_job(ctx: typer.Context, job: JobReference, *, timeout: Timeout = No
 
 @groups["jobs"].command("watch")
 def watch_job(ctx: typer.Context, job: JobReference, *, as_json: Json = False) -> None:
-    """Print a line whenever a job's state changes, until it is finished; exit code 3 where it fails."""
+    """Print a line whenever a job changes. Ends when it is finished; exit code 3 where it fails."""
     with _session(ctx) as store:
         for state in store.jobs.events(job):
             if as_json:
