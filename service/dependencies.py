@@ -10,41 +10,18 @@ from fastapi import Depends, Path, Request
 from gradstore.types import Request as RequestBody
 from pydantic import ConfigDict, Field
 
-from datastore.answers import Answers
 from datastore.catalog import Catalog
-from datastore.checkpoints import Checkpoints
-from datastore.datasets import Datasets
-from datastore.evaluations import Evaluations
-from datastore.features import Features
-from datastore.finetunes import Finetunes
-from datastore.gradients import FeatureStore
-from datastore.leases import Jobs
-from datastore.recipes import Recipes
-from datastore.scores import ScoreCache
-from datastore.scoring import Scoring
 from datastore.settings import Settings
-from datastore.tasks import Tasks
+from datastore.store import OpenStore, open_store
 from service.queue import Queue
 from service.scoring import ScoringWorker
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(OpenStore):
     """Everything behind the API."""
 
-    settings: Settings
-    catalog: Catalog
     queue: Queue
-    jobs: Jobs
-    datasets: Datasets
-    tasks: Tasks
-    checkpoints: Checkpoints
-    features: Features
-    finetunes: Finetunes
-    evaluations: Evaluations
-    recipes: Recipes
-    scoring: Scoring
-    answers: Answers
     scorer: ScoringWorker
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is asked to stop: streams that would never end, end."""
@@ -52,29 +29,9 @@ class Backend:
     @classmethod
     def of(cls, settings: Settings, catalog: Catalog, queue: Queue) -> Self:
         """Put the parts together."""
-        jobs = Jobs(catalog, lease=settings.lease, max_attempts=settings.max_attempts)
-        store, tasks = FeatureStore(settings.features), Tasks(settings.tasks)
-        features = Features(catalog, jobs, store, settings)
-        jobs.results["gradients"] = features.result
-        datasets, checkpoints = Datasets(settings.datasets), Checkpoints(settings.checkpoints)
-        finetunes = Finetunes(catalog, jobs, checkpoints, settings)
-        scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
-        return cls(
-            settings=settings,
-            catalog=catalog,
-            queue=queue,
-            jobs=jobs,
-            datasets=datasets,
-            tasks=tasks,
-            checkpoints=checkpoints,
-            features=features,
-            finetunes=finetunes,
-            evaluations=Evaluations(catalog, jobs, finetunes, settings),
-            recipes=Recipes(catalog, features),
-            scoring=scoring,
-            answers=Answers(catalog, datasets, scoring, settings.selections),
-            scorer=ScoringWorker(jobs, scoring, poll_interval=settings.poll_interval),
-        )
+        store = open_store(settings, catalog)
+        scorer = ScoringWorker(store.jobs, store.scoring, poll_interval=settings.poll_interval)
+        return cls(**vars(store), queue=queue, scorer=scorer)
 
 
 def backend_of(request: Request) -> Backend:

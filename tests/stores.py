@@ -13,51 +13,27 @@ import numpy as np
 from gradstore.types import Checkpoint, Dataset, Task
 from numpy.typing import NDArray
 
-from datastore.answers import Answers
 from datastore.catalog import Catalog, utc_now
-from datastore.datasets import Datasets
-from datastore.features import Features
-from datastore.gradients import Block, FeatureStore
-from datastore.leases import Claim, Jobs, NewChunk
-from datastore.recipes import Recipes
-from datastore.scores import ScoreCache
-from datastore.scoring import Scoring
+from datastore.gradients import Block
+from datastore.leases import Claim, NewChunk
 from datastore.settings import Settings
-from datastore.tasks import Tasks
+from datastore.store import OpenStore, open_store
 
 Numbers = Callable[[str, int, int, int], NDArray[np.float32]]
 """(checkpoint, first row, last row, dim) → features (n, dim)."""
 
 
 @dataclass(frozen=True)
-class Store:
+class Store(OpenStore):
     """Everything below the service."""
-
-    settings: Settings
-    catalog: Catalog
-    jobs: Jobs
-    datasets: Datasets
-    tasks: Tasks
-    features: Features
-    store: FeatureStore
-    recipes: Recipes
-    scoring: Scoring
-    answers: Answers
 
     @classmethod
     def at(cls, folder: Path, *, catalog: str = "") -> Store:
         """Open a store, made where there is none."""
         settings = Settings(data=folder, catalog=catalog)
-        catalog = Catalog(settings.catalog_url)
-        catalog.migrate()
-        jobs, store, tasks = Jobs(catalog), FeatureStore(settings.features), Tasks(settings.tasks)
-        features = Features(catalog, jobs, store, settings)
-        jobs.results["gradients"] = features.result
-        datasets = Datasets(settings.datasets)
-        scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
-        answers = Answers(catalog, datasets, scoring, settings.selections)
-        recipes = Recipes(catalog, features)
-        return cls(settings, catalog, jobs, datasets, tasks, features, store, recipes, scoring, answers)
+        opened = Catalog(settings.catalog_url)
+        opened.migrate()
+        return cls(**vars(open_store(settings, opened)))
 
     def pool(self, rows: int, *, name: str | None = None, first: int = 0) -> Dataset:
         """A dataset of numbered rows; a longer one begins with a shorter one."""

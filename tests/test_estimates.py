@@ -186,7 +186,9 @@ def test_the_bytes_of_a_full_fine_tune_come_true(tmp_path: Path, precision: Any)
         dataset="pool", model=str(place.model), method="full", epochs=2, batch_size=2, device_batch_size=2,
         precision=precision, max_length=64,
     )  # fmt: skip
-    plan = place.finetunes.plan(asked)
-    cost = place.finetunes.estimate(asked, plan, lengths=Lengths(10, 10), size=models.size(plan.model, plan.revision))
+    plan = place.context.finetunes.plan(asked)
+    cost = place.context.finetunes.estimate(
+        asked, plan, lengths=Lengths(10, 10), size=models.size(plan.model, plan.revision)
+    )
     kept = [place.context.catalog.checkpoint(id) for id in place.done(asked)["checkpoints"]]
     assert cost.bytes == pytest.approx(sum(checkpoint.bytes for checkpoint in kept), rel=0.05)

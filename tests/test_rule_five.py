@@ -94,7 +94,7 @@ def result_of(place: Workplace, job: str) -> FeatureView:
     assert done.status == "succeeded", done.error
     assert done.result is not None
     [found] = done.result.model_dump()["feature_sets"]
-    return place.context.store.view(place.features.segments(found["id"]))
+    return place.context.store.view(place.context.features.segments(found["id"]))
 
 
 @pytest.fixture(scope="module")

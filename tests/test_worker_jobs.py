@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 
 from datastore.evaluations import passes
-from datastore.recipes import Query, Recipes
+from datastore.recipes import Query
 from datastore.schema import ChunkRow, JobRow, ShardRow
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
@@ -126,7 +126,7 @@ def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workpl
     expected = found_by_kind[Kind("adam")]
     for found in result["feature_sets"]:
         np.testing.assert_array_equal(place.stored(found["id"]), expected.by_dim[found["dim"]])
-    view = place.context.store.view(place.features.segments(result["feature_sets"][0]["id"]))
+    view = place.context.store.view(place.context.features.segments(result["feature_sets"][0]["id"]))
     np.testing.assert_array_equal(view.norms, expected.norms)
     np.testing.assert_array_equal(view.losses, expected.losses)
     np.testing.assert_array_equal(view.tokens, expected.tokens)
@@ -441,7 +441,7 @@ def test_a_stalled_fine_tune_that_wakes_late_records_nothing(impatient: Workplac
     stalled, other = impatient.claim(), impatient.another()
     wait_for(lambda: bool(other.context.jobs.sweep()))
     other.work()
-    other.finetunes.remove(job.id)
+    other.context.finetunes.remove(job.id)
     assert run(stalled, impatient.context) in {"lost", "stopped"}
     assert impatient.context.catalog.all_runs() == []
     assert impatient.context.catalog.checkpoints(limit=10).data == []
@@ -523,7 +523,7 @@ def test_rows_whose_bytes_are_lost_before_their_publication_are_computed_again(
     found = done.result.model_dump()["feature_sets"][0]["id"]
     np.testing.assert_array_equal(other.stored(found), peace.stored(expected))
     np.testing.assert_array_equal(
-        *(each.context.store.view(each.features.segments(expected)).norms for each in (other, peace))
+        *(each.context.store.view(each.context.features.segments(expected)).norms for each in (other, peace))
     )
 
 
@@ -560,7 +560,7 @@ def test_bytes_that_are_lost_with_their_deleted_job_concern_nobody(place: Workpl
     committed_only(place)
     waiting = tend(place.context)
     place.context.jobs.cancel(job.id)
-    place.features.remove(job.id)
+    place.context.features.remove(job.id)
     assert tend(place.context, waiting) == []
     assert place.context.jobs.page(limit=1).data == []
 
@@ -694,7 +694,7 @@ def test_a_deleted_segment_that_a_stalled_worker_makes_again_is_removed_after_an
     job = place.start(asked)
     stalled = place.claim()
     place.context.jobs.cancel(job.id)
-    place.features.remove(job.id)
+    place.context.features.remove(job.id)
     [output] = stalled.payload["outputs"]
     place.context.store.create(
         output["segment"], rows=output["rows"], dim=32, dtype="float32", attributes=output["attributes"]
@@ -703,7 +703,7 @@ def test_a_deleted_segment_that_a_stalled_worker_makes_again_is_removed_after_an
     assert len(folders(place)["seg"]) == 2
     age_everything(place)
     tidy(place.context)
-    assert folders(place)["seg"] == set(place.features.segments(feature_set_of(place, kept.id)))
+    assert folders(place)["seg"] == set(place.context.features.segments(feature_set_of(place, kept.id)))
     again = place.start(asked)
     assert place.work() == ["succeeded"]
     assert place.job(again.id).status == "succeeded"
@@ -730,7 +730,7 @@ def test_what_a_training_left_is_removed_with_its_job(place: Workplace) -> None:
     tidy(place.context)
     assert left.is_dir()
     place.context.jobs.cancel(job.id)
-    place.finetunes.remove(job.id)
+    place.context.finetunes.remove(job.id)
     left.mkdir(parents=True)
     age_everything(place)
     tidy(place.context)
@@ -904,7 +904,7 @@ def test_the_seconds_of_a_resumed_fine_tune_are_those_of_all_its_attempts(impati
 
 def test_a_name_that_another_run_has_stays_where_it_is(place: Workplace) -> None:
     first = place.done(training(place, name="warm"))
-    place.finetunes.jobs.rename("warm", None, kind="finetune")
+    place.context.finetunes.jobs.rename("warm", None, kind="finetune")
     second = place.done(training(place, name="warm", seed=1))
     assert place.context.catalog.run("warm").id == first["run"] != second["run"]
     assert place.context.catalog.run(second["run"]).name is None
@@ -928,10 +928,8 @@ def test_a_selection_is_trained_on_whole(place: Workplace) -> None:
     for owner in ({"dataset": pool.id}, {"task": task.id}):
         place.done(GradientsRequest.model_validate({**owner, "run": run_found, "dims": [32]}))
     context = place.context
-    recipe, sources = Recipes(context.catalog, place.features).resolve(
-        Query(tasks=[task.id], datasets=[pool.id], k=5), path="/select"
-    )
-    scoring = context.answers.scoring
+    recipe, sources = context.recipes.resolve(Query(tasks=[task.id], datasets=[pool.id], k=5), path="/select")
+    scoring = context.scoring
     job = scoring.start(recipe, sources)
     claim = context.jobs.claim("test", kinds=["scoring"])
     assert claim is not None

@@ -21,9 +21,6 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from datastore.checkpoints import MOMENTS, Description
-from datastore.evaluations import Evaluations
-from datastore.features import Features
-from datastore.finetunes import Finetunes
 from datastore.leases import Claim
 from datastore.settings import Settings
 from tests.conftest import REPOSITORY
@@ -88,22 +85,6 @@ class Workplace:
         """A second worker over the same store."""
         return Workplace(Context.open(self.context.settings, CPU), self.folder, self.model)
 
-    @property
-    def features(self) -> Features:
-        """Plans of gradients."""
-        return Features(self.context.catalog, self.context.jobs, self.context.store, self.context.settings)
-
-    @property
-    def finetunes(self) -> Finetunes:
-        """Plans of fine-tunes."""
-        context = self.context
-        return Finetunes(context.catalog, context.jobs, context.checkpoints, context.settings)
-
-    @property
-    def evaluations(self) -> Evaluations:
-        """Plans of evaluations."""
-        return Evaluations(self.context.catalog, self.context.jobs, self.finetunes, self.context.settings)
-
     def pool(self, rows: Iterable[Mapping[str, Any]], *, name: str | None = None) -> Dataset:
         """A dataset of these rows."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -144,10 +125,10 @@ class Workplace:
     def start(self, request: GradientsRequest | FinetuneRequest | EvaluationRequest) -> AnyJob:
         """Start a job."""
         if isinstance(request, GradientsRequest):
-            return self.features.start(request)[0]
+            return self.context.features.start(request)[0]
         if isinstance(request, FinetuneRequest):
-            return self.finetunes.start(request)[0]
-        return self.evaluations.start(request)[0]
+            return self.context.finetunes.start(request)[0]
+        return self.context.evaluations.start(request)[0]
 
     def claim(self) -> Claim:
         """Take the oldest waiting shard."""
@@ -178,7 +159,7 @@ class Workplace:
 
     def stored(self, feature_set: str) -> NDArray[np.float32]:
         """The features of a feature set, as they were stored: (rows, dim)."""
-        view = self.context.store.view(self.features.segments(feature_set))
+        view = self.context.store.view(self.context.features.segments(feature_set))
         return view.features(0, view.rows)
 
 

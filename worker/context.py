@@ -11,17 +11,9 @@ from typing import Self
 
 import torch
 
-from datastore.answers import Answers
 from datastore.catalog import Catalog
-from datastore.checkpoints import Checkpoints
-from datastore.datasets import Datasets
-from datastore.features import Features
-from datastore.gradients import FeatureStore
-from datastore.leases import Jobs
-from datastore.scores import ScoreCache
-from datastore.scoring import Scoring
 from datastore.settings import Settings
-from datastore.tasks import Tasks
+from datastore.store import OpenStore, open_store
 from worker.budgets import Budgets
 from worker.loaded import Loaded
 
@@ -32,17 +24,9 @@ def worker_name() -> str:
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(OpenStore):
     """Everything a shard may need."""
 
-    settings: Settings
-    catalog: Catalog
-    jobs: Jobs
-    datasets: Datasets
-    tasks: Tasks
-    checkpoints: Checkpoints
-    store: FeatureStore
-    answers: Answers
     loaded: Loaded
     budgets: Budgets = field(default_factory=Budgets)
     owner: str = field(default_factory=worker_name)
@@ -54,23 +38,7 @@ class Context:
         """Open the store and the catalog, whose schema is brought up to date."""
         catalog = Catalog(settings.catalog_url)
         catalog.migrate()
-        jobs = Jobs(catalog, lease=settings.lease, max_attempts=settings.max_attempts)
-        store = FeatureStore(settings.features)
-        features = Features(catalog, jobs, store, settings)
-        jobs.results["gradients"] = features.result
-        datasets, tasks = Datasets(settings.datasets), Tasks(settings.tasks)
-        scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
-        return cls(
-            settings=settings,
-            catalog=catalog,
-            jobs=jobs,
-            datasets=datasets,
-            tasks=tasks,
-            checkpoints=Checkpoints(settings.checkpoints),
-            store=store,
-            answers=Answers(catalog, datasets, scoring, settings.selections),
-            loaded=Loaded(device),
-        )
+        return cls(**vars(open_store(settings, catalog)), loaded=Loaded(device))
 
     @property
     def device(self) -> torch.device:

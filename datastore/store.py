@@ -1,0 +1,65 @@
+"""The store, opened: all its parts over one folder and one catalog. Service, worker and tests add what is theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datastore.answers import Answers
+from datastore.catalog import Catalog
+from datastore.checkpoints import Checkpoints
+from datastore.datasets import Datasets
+from datastore.evaluations import Evaluations
+from datastore.features import Features
+from datastore.finetunes import Finetunes
+from datastore.gradients import FeatureStore
+from datastore.leases import Jobs
+from datastore.recipes import Recipes
+from datastore.scores import ScoreCache
+from datastore.scoring import Scoring
+from datastore.settings import Settings
+from datastore.tasks import Tasks
+
+
+@dataclass(frozen=True)
+class OpenStore:
+    """Everything that the datastore has, tied together."""
+
+    settings: Settings
+    catalog: Catalog
+    jobs: Jobs
+    datasets: Datasets
+    tasks: Tasks
+    checkpoints: Checkpoints
+    store: FeatureStore
+    features: Features
+    finetunes: Finetunes
+    evaluations: Evaluations
+    recipes: Recipes
+    scoring: Scoring
+    answers: Answers
+
+
+def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
+    """Open the store that the settings name, over a catalog that is migrated before it is first asked."""
+    jobs = Jobs(catalog, lease=settings.lease, max_attempts=settings.max_attempts)
+    store, checkpoints = FeatureStore(settings.features), Checkpoints(settings.checkpoints)
+    datasets, tasks = Datasets(settings.datasets), Tasks(settings.tasks)
+    features = Features(catalog, jobs, store, settings)
+    jobs.results["gradients"] = features.result
+    finetunes = Finetunes(catalog, jobs, checkpoints, settings)
+    scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
+    return OpenStore(
+        settings=settings,
+        catalog=catalog,
+        jobs=jobs,
+        datasets=datasets,
+        tasks=tasks,
+        checkpoints=checkpoints,
+        store=store,
+        features=features,
+        finetunes=finetunes,
+        evaluations=Evaluations(catalog, jobs, finetunes, settings),
+        recipes=Recipes(catalog, features),
+        scoring=scoring,
+        answers=Answers(catalog, datasets, scoring, settings.selections),
+    )
