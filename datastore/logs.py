@@ -32,6 +32,10 @@ def configure() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # On import it gives itself a handler, and passes its lines on as well: they would be written twice.
+    hub = logging.getLogger("huggingface_hub")
+    hub.handlers.clear()
+    hub.addHandler = hub.removeHandler  # type: ignore[method-assign]  # it may be imported only later
     for noisy in ("uvicorn", "httpx", "alembic", "celery", "kombu"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
