@@ -288,7 +288,10 @@ def _base_model(source: Path, model: str | None, revision: str | None) -> tuple[
             f"the adapter was trained on the base model {named!r}, a folder that is not on this machine; "
             "say where it is, or its hub id, with `model`"
         )
-    return named, revision or (None if Path(named).is_absolute() else config.get("revision"))
+    of_adapter = config.get("revision")
+    if Path(named).is_absolute() or not isinstance(of_adapter, str):
+        return named, revision
+    return named, revision or of_adapter
 
 
 def _config(source: Path) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from gradstore import types
 
-from tests.serving import Service, jsonl, problem_of
+from tests.serving import Service, form_files, jsonl, peft_files, problem_of
 
 NOUNS = ["datasets", "tasks", "checkpoints", "runs", "gradients", "selections", "finetunes", "evaluations"]
 POSTS = ["/runs", "/gradients", "/finetunes", "/evaluations"]
@@ -286,3 +288,41 @@ def test_bad_rows_come_with_their_lines(shared_service: Service) -> None:
     assert problem.type == "invalid-dataset"
     assert [item.line for item in problem.errors] == [2, 3]
     assert problem.total_errors == 2
+
+
+UNBOUNDED = {"targets", "kind", "source"}
+"""Texts that no column of the catalog holds: they are compared, or kept in a record without a limit."""
+
+
+def strings(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schemas of the texts that a field may be or hold."""
+    if schema.get("type") == "string" and not schema.keys() & {"enum", "const"}:
+        yield schema
+    for part in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else [])):
+        yield from strings(part)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [*types.Request.__subclasses__()],
+    ids=lambda model: model.__name__,
+)
+def test_every_text_of_a_request_has_a_longest(model: type[types.Request]) -> None:
+    for name, schema in model.model_json_schema()["properties"].items():
+        unbounded = [one for one in strings(schema) if "maxLength" not in one]
+        assert not unbounded or name in UNBOUNDED, name
+
+
+def test_what_is_too_long_is_refused(shared_service: Service) -> None:
+    long = "x" * 5000
+    for path, body in (
+        ("/finetunes", {"dataset": "pool", "model": long}),
+        ("/finetunes", {"dataset": long, "model": "org/base"}),
+        ("/evaluations", {"model": "org/base", "revision": long, "tasks": ["t"]}),
+        ("/checkpoints", {"path": long}),
+    ):
+        problem = problem_of(shared_service.http.post(path, json=body), 422)
+        assert "at most" in problem.detail
+    for fields in ({"model": long}, {"revision": long}):
+        answer = shared_service.http.post("/checkpoints", data=fields, files=form_files(peft_files(0)))
+        assert [item.parameter for item in problem_of(answer, 422).errors] == list(fields)

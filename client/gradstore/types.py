@@ -70,6 +70,14 @@ Name = Annotated[
 ]
 
 
+Named = Annotated[str, Field(max_length=255)]
+"""An id or a name."""
+ServerPath = Annotated[str, Field(max_length=4096)]
+ModelName = Annotated[str, Field(max_length=4096)]
+"""Hub id, or a folder of the server inside an allowed root."""
+Revision = Annotated[str, Field(max_length=200)]
+
+
 class Body(BaseModel):
     """Base of every answer: unknown keys are kept out of sight, so that an older client reads a newer server."""
 
@@ -288,7 +296,7 @@ class TaskRegister(Request):
 
     name: Name
     kind: TaskKind
-    path: str
+    path: ServerPath
     replace: bool = False
 
 
@@ -333,11 +341,11 @@ class Checkpoint(Body):
 class CheckpointRegister(Request):
     """Register an adapter folder of the server (inside an allowed root): PEFT, HF Trainer or LESS layout."""
 
-    path: str
+    path: ServerPath
     name: Name | None = None
-    model: str | None = None
+    model: ModelName | None = None
     """Base model; by default the one named in the adapter's own configuration."""
-    revision: str | None = None
+    revision: Revision | None = None
     learning_rate: float | None = Field(None, gt=0)
     step: int | None = Field(None, ge=0, lt=1 << 53)
     precision: Precision = "float32"
@@ -358,7 +366,7 @@ class Run(Body):
 class RunCreate(Request):
     """Group registered checkpoints of one base model into a run."""
 
-    checkpoints: list[str] = Field(min_length=1)
+    checkpoints: list[Named] = Field(min_length=1)
     name: Name | None = None
 
 
@@ -368,10 +376,10 @@ class RunCreate(Request):
 class GradientsRequest(Request):
     """Compute the projected gradient of every example of a dataset or of a task's validation rows."""
 
-    dataset: str | None = None
-    task: str | None = None
-    run: str | None = None
-    checkpoints: list[str] | None = None
+    dataset: Named | None = None
+    task: Named | None = None
+    run: Named | None = None
+    checkpoints: list[Named] | None = None
     kind: GradientKind | None = None
     """`adam` for a dataset and `sgd` for a task, unless said otherwise."""
     adam: AdamForm = "less"
@@ -574,15 +582,15 @@ ScoringJob = Job[ScoringRequest, ScoringResult]
 class FinetuneRequest(Request):
     """Fine-tune a model on a selection, a dataset or a random fraction of it; the defaults are LESS's recipe."""
 
-    dataset: str | None = None
-    selection: str | None = None
+    dataset: Named | None = None
+    selection: Named | None = None
     fraction: Fraction | None = None
     """Random fraction of the dataset's rows, drawn with `seed`."""
     rows: int | None = Field(None, ge=1)
     """Random number of the dataset's rows, drawn with `seed`."""
-    model: str
+    model: ModelName
     """Hub id, or a folder of the server inside an allowed root."""
-    revision: str | None = None
+    revision: Revision | None = None
     method: Method = "lora"
     lora: LoraSettings = LoraSettings()
     learning_rate: float = Field(2e-5, gt=0)
@@ -655,11 +663,11 @@ FinetuneJob = Job[FinetuneRequest, FinetuneResult]
 class EvaluationRequest(Request):
     """Measure a model on the test rows of tasks."""
 
-    finetune: str | None = None
-    checkpoint: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    tasks: list[str] = Field(min_length=1)
+    finetune: Named | None = None
+    checkpoint: Named | None = None
+    model: ModelName | None = None
+    revision: Revision | None = None
+    tasks: list[Named] = Field(min_length=1)
     baseline: bool = True
     """Measure the base model beside it."""
     max_rows: int | None = Field(None, ge=1)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Query, Response
 from fastapi.responses import StreamingResponse
-from gradstore.types import Checkpoint, CheckpointRegister, Name, Page, Precision, Rename
+from gradstore.types import Checkpoint, CheckpointRegister, ModelName, Name, Page, Precision, Rename, Revision
 from gradstore.types import Request as RequestBody
 from pydantic import Field
 
@@ -30,9 +30,9 @@ class CheckpointForm(RequestBody):
     """The fields beside the files."""
 
     name: Name | None = None
-    model: str | None = None
+    model: ModelName | None = None
     """Base model; by default the one named in the adapter's own configuration."""
-    revision: str | None = None
+    revision: Revision | None = None
     learning_rate: float | None = Field(None, gt=0)
     """Mean learning rate of the epoch, the checkpoint's weight in the influence."""
     step: int | None = Field(None, ge=0, lt=1 << 53)

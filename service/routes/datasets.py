@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse
-from gradstore.types import Dataset, Name, Page, Rename, UploadedDataset
+from gradstore.types import Dataset, Name, Named, Page, Rename, UploadedDataset
 from gradstore.types import Request as RequestBody
 
 from datastore.datasets import Ingested
@@ -29,7 +29,7 @@ class DatasetForm(RequestBody):
     name: Name | None = None
     on_error: Literal["fail", "skip"] = "fail"
     """`skip` takes the good rows and reports the others."""
-    append_to: str | None = None
+    append_to: Named | None = None
     """Dataset whose rows come before those of the file."""
     replace: bool = False
     """Take the name from the dataset that has it."""

@@ -20,6 +20,7 @@ from gradstore.types import (
     FeatureDtype,
     Fraction,
     GradientKind,
+    Named,
     Precision,
     ProjectionName,
     Quantisation,
@@ -51,10 +52,10 @@ router = Router(tag="selections")
 class ScoresQuery(RequestBody):
     """Whose scores are asked for; what is left out must be the only one there is."""
 
-    task: list[str] = Field(min_length=1, max_length=100)
-    dataset: list[str] = Field([], max_length=100)
-    run: str | None = None
-    checkpoint: list[str] = Field([], max_length=1000)
+    task: list[Named] = Field(min_length=1, max_length=100)
+    dataset: list[Named] = Field([], max_length=100)
+    run: Named | None = None
+    checkpoint: list[Named] = Field([], max_length=1000)
     kind: GradientKind | None = None
     adam: AdamForm | None = None
     dim: int | None = Field(None, ge=1)
@@ -112,7 +113,7 @@ class SelectQuery(ScoresQuery):
 
     pct: Fraction | None = None
     k: int | None = Field(None, ge=1)
-    exclude: list[str] = Field([], max_length=100)
+    exclude: list[Named] = Field([], max_length=100)
     """Datasets and selections whose examples are left out."""
 
     @model_validator(mode="after")
