@@ -1,8 +1,8 @@
 """Idempotency-Key: a POST that is sent again with its key gets the first one's answer, and nothing is done twice.
 
 The key lives a day in the catalog, with a hash of the request. While the first request is at work, the second waits
-for it. A refused request gives its key back. What makes a repeated POST harmless even without a key is that ids are
-made from content; the key makes its answer the same too.
+for it. A request that is refused, or cancelled while the server stops, gives its key back. What makes a repeated POST
+harmless even without a key is that ids are made from content; the key makes its answer the same too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import TypeVar, cast
 
 from anyio import CancelScope
 from anyio.to_thread import run_sync
@@ -26,6 +26,8 @@ MAX_KEY = 255  # characters
 WAIT = 30.0  # seconds for the answer of the first request
 KEPT_HEADERS = ("location", "retry-after", "content-type")
 
+T = TypeVar("T")
+
 
 async def once(
     request: Request, catalog: Catalog, *, content: bytes, answer: Callable[[], Awaitable[Response]]
@@ -37,31 +39,52 @@ async def once(
     if not 0 < len(key) <= MAX_KEY:
         detail = f"a key has 1 to {MAX_KEY} characters"
         raise InvalidInput(f"{HEADER}: {detail}", errors=[ProblemItem(parameter=HEADER, detail=detail)])
-    first = await _reserve(catalog, key, _fingerprint(request, content))
-    if first is not None:
-        return _again(first)
+    fingerprint = _fingerprint(request, content)
+    mine = False
+
+    def take() -> IdempotencyRow | None:
+        nonlocal mine
+        row = catalog.reserve_key(key, fingerprint)
+        mine = row is None
+        return row
+
     try:
+        first = await _reserve(take)
+        if first is not None:
+            return _again(first)
         response = await answer()
+        headers = {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
+        body = bytes(response.body).decode()
+        await _to_its_end(lambda: catalog.remember_answer(key, status=response.status_code, headers=headers, body=body))
     except BaseException:  # also when the request is cancelled
-        with CancelScope(shield=True):
-            await run_sync(catalog.free_key, key)
+        if mine:
+            await _to_its_end(lambda: catalog.free_key(key))  # which leaves an answer that is remembered by now
         raise
-    headers = {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
-    body = bytes(response.body).decode()
-    await run_sync(lambda: catalog.remember_answer(key, status=response.status_code, headers=headers, body=body))
     return response
 
 
-async def _reserve(catalog: Catalog, key: str, fingerprint: str) -> IdempotencyRow | None:
+async def _reserve(take: Callable[[], IdempotencyRow | None]) -> IdempotencyRow | None:
     """Take the key, or wait for the answer of the request that has it."""
     pause, waited = 0.05, 0.0
-    while (row := await run_sync(catalog.reserve_key, key, fingerprint)) is not None and row.status is None:
+    while (row := await _to_its_end(take)) is not None and row.status is None:
         if waited >= WAIT:
             raise Conflict(f"a request with this {HEADER} is still at work; send this again in a while")
         await asyncio.sleep(pause)
         waited += pause
         pause = min(2 * pause, 1.0)
     return row
+
+
+async def _to_its_end(step: Callable[[], T]) -> T:
+    """Run a step in a thread, and wait for its end even where the request is cancelled meanwhile."""
+    thread = asyncio.ensure_future(run_sync(step))
+    with CancelScope(shield=True):  # from anyio's cancellation; asyncio's is another
+        try:
+            await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            await asyncio.wait([thread])
+            raise
+    return thread.result()
 
 
 def _fingerprint(request: Request, content: bytes) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import update
+from anyio import move_on_after
+from fastapi import Request, Response
+from sqlalchemy import select, update
 
 from datastore import catalog
 from datastore.schema import IdempotencyRow
@@ -120,3 +128,101 @@ def test_a_key_whose_server_died_is_free_after_a_while(service: Service) -> None
 def test_a_key_that_is_none_is_refused(service: Service, key: str) -> None:
     answer = service.http.post("/runs", json={"checkpoints": ["x"]}, headers={"Idempotency-Key": key})
     assert [item.parameter for item in problem_of(answer, 422).errors] == ["Idempotency-Key"]
+
+
+# Whoever goes away ---------------------------------------------------------------------------------------------------
+
+
+def half_taken(known: catalog.Catalog) -> list[str]:
+    """Keys without an answer."""
+    with known.reading() as session:
+        return list(session.scalars(select(IdempotencyRow.key).where(IdempotencyRow.status.is_(None))))
+
+
+def send_and_leave(service: Service, head: str, body: bytes, *, after: Callable[[], bool]) -> None:
+    """Send a POST over a socket of its own, and close it before the answer comes."""
+    address = httpx.URL(service.url)
+    with socket.create_connection((address.host, address.port or 80)) as connection:
+        connection.sendall(f"POST {head}\r\nHost: {address.netloc.decode()}\r\n\r\n".encode() + body)
+        while not after():
+            time.sleep(0.01)
+
+
+def test_a_client_that_goes_away_before_its_answer_gets_it_by_its_key(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.pool(name="pool")
+    body = b'{"dataset": "pool", "model": "org/base"}'
+    begun, go_on = threading.Event(), threading.Event()
+    create = type(service.backend.jobs).create
+
+    def slow(*args: Any, **options: Any) -> Any:
+        begun.set()
+        go_on.wait(10)
+        return create(*args, **options)
+
+    monkeypatch.setattr(type(service.backend.jobs), "create", slow)
+    head = f"/finetunes HTTP/1.1\r\nIdempotency-Key: my-key\r\nContent-Length: {len(body)}"
+    send_and_leave(service, f"{head}\r\nContent-Type: application/json", body, after=begun.is_set)
+    go_on.set()
+    headers = KEY | {"Content-Type": "application/json"}
+    answer = service.http.post("/finetunes", content=body, headers=headers)
+    assert answer.status_code == 202
+    assert answer.headers["idempotent-replayed"] == "true"
+    assert half_taken(service.backend.catalog) == []
+
+
+def test_a_client_that_goes_away_within_its_upload_leaves_no_key(service: Service, tmp_path: Path) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + jsonl(3)
+    incoming = tmp_path / "store" / "incoming"
+    head = "/datasets HTTP/1.1\r\nIdempotency-Key: my-key\r\nContent-Length: 1000000"
+    content_type = "Content-Type: multipart/form-data; boundary=x"
+    send_and_leave(service, f"{head}\r\n{content_type}", part, after=lambda: any(incoming.glob("form-*")))
+    while any(incoming.glob("form-*")):
+        time.sleep(0.01)
+    assert half_taken(service.backend.catalog) == []
+    assert service.http.post("/datasets", files={"file": ("a", jsonl(1))}, headers=KEY).status_code == 201
+
+
+@pytest.mark.parametrize("how", ["asyncio", "anyio"])
+@pytest.mark.parametrize("during", ["reserve_key", "answer", "remember_answer"])
+def test_a_cancelled_request_leaves_no_key_half_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str, how: str
+) -> None:
+    known = catalog.Catalog(f"sqlite:///{tmp_path}/catalog.sqlite3")
+    known.migrate()
+    begun = threading.Event()
+    if during != "answer":
+        step = getattr(catalog.Catalog, during)
+
+        def slow(*args: Any, **options: Any) -> Any:
+            begun.set()
+            time.sleep(0.3)
+            return step(*args, **options)
+
+        monkeypatch.setattr(catalog.Catalog, during, slow)
+
+    async def answer() -> Response:
+        if during == "answer":
+            begun.set()
+            await asyncio.sleep(10)
+        return Response("{}", status_code=202)
+
+    scope = {"type": "http", "method": "POST", "path": "/runs", "query_string": b"", "server": ("localhost", 80)}
+    request = Request(scope | {"headers": [(b"idempotency-key", b"my-key")]})
+
+    async def ask() -> None:
+        with move_on_after(0.1 if how == "anyio" else 10):
+            await idempotency.once(request, known, content=b"", answer=answer)
+
+    async def main() -> None:
+        task = asyncio.create_task(ask())
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        if how == "asyncio":
+            task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    assert half_taken(known) == []
+    known.close()
