@@ -38,7 +38,7 @@ from datastore.catalog import utc_now
 from datastore.durable import place, sweep, sync_folder, unfinished, write_file
 from datastore.errors import InvalidCheckpoint, NotFound
 from datastore.identity import content_id
-from datastore.tensors import Header, read_header
+from datastore.tensors import Header, check_finite, read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -171,6 +171,8 @@ class Checkpoints:
         parameters = _check_lora(partial) if description.method == "lora" else _check_model(partial / "model")
         if not (partial / MOMENTS).exists() and description.moments_note is None:
             raise InvalidCheckpoint(f"{MOMENTS} is missing, and nothing says why")
+        for path in sorted(partial.rglob("*.safetensors")):
+            check_finite(path)
         files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
         content = {"format": FORMAT_VERSION, **asdict(description), "parameters": parameters}
         content["files"] = {name: _sha256(path) for name, path in files.items()}

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read without torch: names, types and shapes, and whether the bytes are all there.
+"""Safetensors files, read without torch: names, types and shapes, whether the bytes are all there, and all finite.
 
 The format: 8 bytes little-endian with the header's length, the header as JSON, then the tensors' bytes one after the
 other (https://github.com/huggingface/safetensors, "Format"). Nothing in it can run code.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datastore.errors import InvalidCheckpoint
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -22,6 +24,13 @@ _ITEM_BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 
+_NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80), "F8_E5M2": (np.uint8, 0x7C), "F8_E4M3": (np.uint8, 0x7F),
+}  # fmt: skip
+"""By type, the bits that are all set in a NaN or an infinity, and in no other number."""
+STEP = 1 << 22  # bytes read at once; a multiple of every number's size
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -30,6 +39,8 @@ class TensorInfo:
     dtype: str
     """As safetensors writes it: F32, BF16 and so on."""
     shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin, behind the header."""
 
     @property
     def size(self) -> int:
@@ -43,6 +54,8 @@ class Header:
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    bytes: int
+    """Bytes before the first tensor."""
 
 
 def read_header(path: Path) -> Header:
@@ -61,14 +74,36 @@ def read_header(path: Path) -> Header:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _broken(path, f"its header cannot be read ({type(error).__name__}: {error})") from error
     _check_spans(path, spans, tensors, stored=size - 8 - length)
-    return Header(tensors, {str(key): str(value) for key, value in metadata.items()})
+    return Header(tensors, {str(key): str(value) for key, value in metadata.items()}, bytes=8 + length)
+
+
+def check_finite(path: Path) -> None:
+    """Read a safetensors file, a step at a time. Raises `InvalidCheckpoint` naming a tensor with a NaN or infinity."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        for name, tensor in header.tensors.items():
+            if tensor.dtype not in _NOT_FINITE:
+                continue
+            number, mask = _NOT_FINITE[tensor.dtype]
+            left = tensor.size * np.dtype(number).itemsize
+            file.seek(header.bytes + tensor.start)
+            while left > 0:
+                read = file.read(min(left, STEP))
+                if not read:
+                    raise _broken(path, f"the bytes of {name!r} end early")
+                left -= len(read)
+                if bool(((np.frombuffer(read, number) & number(mask)) == mask).any()):
+                    raise InvalidCheckpoint(
+                        f"{name!r} in {path.name} holds a number that is not finite: its training has diverged, or the "
+                        "file is damaged; send an earlier checkpoint"
+                    )
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorInfo:
     shape = tuple(int(side) for side in entry["shape"])
     if min(shape, default=0) < 0:
         raise ValueError("a side of a tensor is negative")
-    return TensorInfo(dtype=str(entry["dtype"]), shape=shape)
+    return TensorInfo(dtype=str(entry["dtype"]), shape=shape, start=int(entry["data_offsets"][0]))
 
 
 def _check_spans(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from datastore.checkpoints import Checkpoints, base_model, file_key, parameter_name, run_id
 from datastore.errors import InvalidCheckpoint, NotFound
-from datastore.tensors import read_header
+from datastore.tensors import STEP, check_finite, read_header
 from tests.tiny import save_tiny_model
 from tests.workplace import random_moments, tiny_adapter
 from worker import moments
@@ -376,6 +380,66 @@ def test_a_header_tells_names_types_and_shapes(tmp_path: Path) -> None:
         "a": ("F32", (2, 3), 6), "b": ("BF16", (4,), 4), "c": ("F32", (0,), 0),
     }  # fmt: skip
     assert header.metadata == {"step": "7"}
+
+
+def _hold(path: Path, value: float, *, at: int = -1, dtype: torch.dtype | None = None) -> str:
+    """Put a number into the last tensor of a file, and return the tensor's name."""
+    tensors = load_file(path)
+    name = list(tensors)[-1]
+    found = tensors[name].to(dtype or tensors[name].dtype)
+    found.view(-1)[at] = value
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors | {name: found}, path, metadata=metadata)
+    return name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_an_adapter_with_a_number_that_is_not_finite_is_refused(
+    checkpoints: Checkpoints, adapter: Path, value: float, dtype: torch.dtype
+) -> None:
+    _hold(adapter / "adapter_model.safetensors", torch.finfo(dtype).max, dtype=dtype)
+    assert checkpoints.register(adapter)
+    name = _hold(adapter / "adapter_model.safetensors", value, dtype=dtype)
+    with pytest.raises(InvalidCheckpoint, match=f"'{re.escape(name)}' in adapter_model.safetensors holds a number"):
+        checkpoints.register(adapter)
+
+
+def test_moments_and_models_with_a_number_that_is_not_finite_are_refused(
+    checkpoints: Checkpoints, adapter: Path, model: Path, tmp_path: Path
+) -> None:
+    moments.write(adapter / "moments.safetensors", random_moments(tiny_adapter(model)))
+    assert checkpoints.register(adapter)
+    name = _hold(adapter / "moments.safetensors", math.nan)
+    with pytest.raises(InvalidCheckpoint, match=f"'{re.escape(name)}' in moments.safetensors"):
+        checkpoints.register(adapter)
+    shutil.copytree(model, tmp_path / "whole")
+    name = _hold(tmp_path / "whole" / "model.safetensors", math.inf)
+    with pytest.raises(InvalidCheckpoint, match=f"'{re.escape(name)}' in model.safetensors"):
+        checkpoints.register(tmp_path / "whole", model=str(model))
+
+
+@pytest.mark.parametrize("at", [0, STEP // 4 - 1, STEP // 4, -1])
+def test_a_large_file_is_looked_through_to_its_end(tmp_path: Path, at: int) -> None:
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(STEP // 4 + 5), "c": torch.ones(2).int()}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    check_finite(path)
+    tensors["b"][at] = math.nan
+    save_file(tensors, path)
+    with pytest.raises(InvalidCheckpoint, match="'b' in x"):
+        check_finite(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_number_of_eight_bits_is_told_apart(tmp_path: Path, dtype: torch.dtype) -> None:
+    for bits in range(256):
+        value = torch.tensor([bits], dtype=torch.uint8).view(dtype)
+        save_file({"a": value}, tmp_path / "x.safetensors")
+        finite = bool(torch.isfinite(value.float()))
+        with nullcontext() if finite else pytest.raises(InvalidCheckpoint):
+            check_finite(tmp_path / "x.safetensors")
 
 
 def _save_optimizer(path: Path, found: Moments, *, named: bool = False, without: int | None = None) -> None:
