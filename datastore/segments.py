@@ -224,24 +224,6 @@ class Segment(Rows):
         """See `Rows.names`."""
         return [(self.name, self.rows)]
 
-    def damage(self) -> dict[str, str]:
-        """Read everything: the chunks that are missing, cut short or altered, as array/key, and what is wrong."""
-        found = {}
-        for name, each in self.formats.items():
-            for chunk, start in enumerate(range(0, self.rows, CHUNK_ROWS)):
-                try:
-                    self._chunks.read(name, start, min(start + CHUNK_ROWS, self.rows), check=True)
-                except Damaged as error:
-                    found[f"{name}/{each.key(chunk)}"] = str(error)
-        return found
-
-    def verify(self) -> None:
-        """Read everything; raises `Damaged` naming the chunks that are missing, cut short or altered."""
-        found = self.damage()
-        if found:
-            shown = "; ".join(list(found.values())[:5]) + (" …" if len(found) > 5 else "")
-            raise Damaged(f"{len(found)} chunks of {self.name} are damaged: {shown}")
-
 
 class FeatureView(Rows):
     """The segments of a feature set as one: a grown dataset's rows lie in its prefix's segments and a new one."""
