@@ -1,7 +1,7 @@
 """A segment of features as it is read: memory-mapped chunks, checked columns, and nothing that was never written.
 
-An uncompressed chunk file is the raw block of numbers followed by its crc32c, so it is mapped and used in place:
-3.7-4.3 GB/s warm and 8-10 ms for 256 random rows, where zarr's own reading gives 2.5 GB/s and 380 ms.
+An uncompressed chunk file is the raw block of numbers followed by its crc32c, so it is mapped and used in place,
+several times faster than zarr's own reading (docs/on-disk-format.md, "Measured").
 Groups that some other tool has rewritten (compressed, other chunks) are read through zarr at its speed. Files are
 opened anew at each access, so that a store of any size needs no more than a few descriptors.
 """
@@ -108,7 +108,7 @@ class Rows(ABC):
     def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
         """Rows `start:stop` as they are stored, (n, dim) in the stored dtype, read-only, in place within a chunk.
 
-        `check` compares the checksums of all chunks met first (16 GB/s). Raises `Damaged` where bytes are missing.
+        `check` compares the checksums of all chunks met first. Raises `Damaged` where bytes are missing.
         """
 
     @abstractmethod
