@@ -44,9 +44,12 @@ class Settings(BaseSettings):
     shard_rows: int = Field(1024, ge=1024, multiple_of=1024)
     """Rows of a shard: a whole number of 1,024-row chunks."""
     device: str = "auto"
-    """Device of a worker: `auto`, `cpu`, `cuda` or `cuda:0`."""
+    """Device of a worker: `auto`, `cpu`, `cuda` or `cuda:0`; `all`, or several with commas: a worker for each;
+    `spread`: one worker, whose models lie over all GPUs."""
+    processes: int = Field(1, ge=1)
+    """Workers for each device, on one machine."""
     threads: int = Field(0, ge=0)
-    """CPU threads of a worker; 0: all cores."""
+    """CPU threads of a worker; 0: its part of the cores."""
 
     @field_validator("allowed_roots", mode="before")
     @classmethod

@@ -16,10 +16,10 @@ from pydantic import SecretStr
 
 from datastore import logs
 from datastore.options import configured
+from datastore.processes import KeptProcess, environment
 from datastore.settings import Settings
 from service.app import create_app
 from service.dependencies import Backend
-from service.embedded import EmbeddedWorker
 from service.middleware import is_loopback
 
 DRAIN = 10  # seconds that requests at work have when the server is asked to stop
@@ -28,7 +28,7 @@ DRAIN = 10  # seconds that requests at work have when the server is asked to sto
 class Server(uvicorn.Server):
     """uvicorn with what has to happen when it is ready and when it is asked to stop."""
 
-    def __init__(self, app: FastAPI, worker: EmbeddedWorker | None = None) -> None:
+    def __init__(self, app: FastAPI, worker: KeptProcess | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -79,7 +79,7 @@ def serve(
     ] = None,
     worker: Annotated[bool | None, typer.Option("--worker/--no-worker", help="Start a worker beside the API.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="Device of the worker: auto (the default), cpu, cuda, cuda:1.")
+        str | None, typer.Option(help="Device of the worker: auto (the default), cpu, cuda:1, all, spread.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key every request must carry; better as a variable.")] = None,
 ) -> None:
@@ -96,9 +96,13 @@ def serve(
     _refuse_strangers(settings)
     logs.configure()
     _refuse_unusable(settings.data)
-    worker_beside = EmbeddedWorker(settings) if settings.embedded_worker else None
+    worker_beside = _worker_beside(settings) if settings.embedded_worker else None
     with listen(settings) as listener, suppress(KeyboardInterrupt):
         Server(create_app(settings), worker_beside).run(sockets=[listener])
+
+
+def _worker_beside(settings: Settings) -> KeptProcess:
+    return KeptProcess("worker.command", name="embedded worker", environment=environment(settings))
 
 
 def _refuse_strangers(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -28,39 +29,44 @@ def rows(count: int, length: int = 64) -> list[Encoded]:
     return [Encoded(ids, (-100, *ids[1:]))] * count
 
 
-def device(*, rate: Callable[[int], float], fits: int = 1 << 30) -> tuple[Callable[[int], Trial], list[int]]:
-    """A device that does so many tokens a second in batches of a budget, and one whose memory is full beyond `fits`."""
+def device(
+    *, rate: Callable[[int], float], memory: float = math.inf, fits: int = 1 << 30
+) -> tuple[Callable[[int], Trial], list[int]]:
+    """A device that does so many tokens a second in batches of a budget, and what was tried on it.
+
+    Its memory holds `memory` tokens, as far as can be told beforehand; beyond `fits` it is full.
+    """
     tried: list[int] = []
 
     def measure(budget: int) -> Trial:
         tried.append(budget)
         if budget > fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return Trial(budget, budget / rate(budget), memory=budget)
+        return Trial(budget, budget / rate(budget), share=budget / memory)
 
     return measure, tried
 
 
 def test_the_budget_stops_growing_where_the_device_gets_no_faster() -> None:
     measure, tried = device(rate=lambda budget: 1e6 * min(budget, 4096))
-    assert search(measure, least=512, most=1 << 16, memory=None) == 4096
+    assert search(measure, least=512, most=1 << 16) == 4096
     assert tried == [512, 1024, 2048, 4096, 8192]
 
 
 def test_the_budget_stops_growing_where_the_next_would_not_fit() -> None:
-    measure, tried = device(rate=lambda budget: 1e6 * budget)
-    assert search(measure, least=512, most=1 << 16, memory=5000) == 4096
+    measure, tried = device(rate=lambda budget: 1e6 * budget, memory=9_000)
+    assert search(measure, least=512, most=1 << 16) == 4096
     assert max(tried) == 4096, "what will not fit is not tried"
 
 
 def test_a_trial_that_does_not_fit_against_the_forecast_is_the_last() -> None:
     measure, _ = device(rate=lambda budget: 1e6 * budget, fits=2048)
-    assert search(measure, least=512, most=1 << 16, memory=None) == 2048
+    assert search(measure, least=512, most=1 << 16) == 2048
 
 
 def test_a_slow_device_is_not_kept_from_its_work() -> None:
     measure, tried = device(rate=lambda budget: budget / 20)
-    assert search(measure, least=512, most=1 << 16, memory=None) == 512
+    assert search(measure, least=512, most=1 << 16) == 512
     assert tried == [512]
 
 
@@ -71,7 +77,7 @@ def test_an_error_that_is_no_lack_of_memory_is_not_swallowed() -> None:
         return Trial(budget, 1e-3)
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        search(measure, least=512, most=1 << 16, memory=None)
+        search(measure, least=512, most=1 << 16)
 
 
 def test_a_real_engine_finds_a_budget_within_its_devices_range(engine: GradientEngine) -> None:

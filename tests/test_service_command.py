@@ -7,24 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from pydantic import SecretStr
 
-from datastore.settings import Settings
-from service import embedded
-from service.embedded import EmbeddedWorker, environment
 from tests.conftest import REPOSITORY
-from tests.services import free_port
 
 SERVE = "import typer; from service.command import serve; typer.run(serve)"
-STAND_IN = ("http.server", ["--bind", "127.0.0.1", "0"])
-"""A program that runs until it is told to stop, in place of a worker."""
 
 
 @contextmanager
@@ -115,118 +107,3 @@ def test_a_wrong_setting_is_said(tmp_path: Path) -> None:
     status, message = refused("--no-worker", GRADSTORE_SHARD_ROWS="100")
     assert status == 2
     assert "GRADSTORE_SHARD_ROWS" in message
-
-
-# The embedded worker ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[EmbeddedWorker]:
-    """A stand-in that is kept running."""
-    kept = EmbeddedWorker(Settings(data=tmp_path), module=STAND_IN[0], arguments=STAND_IN[1])
-    kept.start()
-    eventually(lambda: kept.pid is not None)
-    yield kept
-    kept.stop()
-
-
-def test_a_worker_that_dies_is_started_again(worker: EmbeddedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = worker.pid
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
-    eventually(lambda: worker.pid not in {None, first})
-
-
-def test_a_worker_that_keeps_dying_is_started_ever_more_slowly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(embedded, "FIRST_PAUSE", 0.05)
-    worker = EmbeddedWorker(Settings(data=tmp_path), module="no_such_module")
-    worker.start()
-    eventually(lambda: len(caplog.records) >= 3)
-    worker.stop()
-    assert [vars(record)["again_in_seconds"] for record in caplog.records][:3] == [0.05, 0.1, 0.2]
-
-
-def test_a_worker_is_told_to_stop(worker: EmbeddedWorker) -> None:
-    pid = worker.pid
-    assert pid is not None
-    worker.stop()
-    assert worker.pid is None
-    assert not alive(pid)
-
-
-def test_a_worker_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "GRACE", 0.5)
-    ready = tmp_path / "ready"
-    deaf = f"import signal, time, pathlib; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(ready)!r}).touch()"
-    (tmp_path / "deaf.py").write_text(f"{deaf}; time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
-    worker = EmbeddedWorker(Settings(data=tmp_path), module="deaf")
-    worker.start()
-    eventually(ready.exists)
-    pid = worker.pid
-    assert pid is not None
-    began = time.monotonic()
-    worker.stop()
-    assert time.monotonic() - began < 10
-    assert not alive(pid)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's kernel ends a child with its parent")
-def test_a_killed_server_takes_its_worker_with_it(tmp_path: Path) -> None:
-    program = f"""
-import time
-from pathlib import Path
-from datastore.settings import Settings
-from service.embedded import EmbeddedWorker
-worker = EmbeddedWorker(Settings(data=Path({str(tmp_path)!r})), module={STAND_IN[0]!r}, arguments={STAND_IN[1]!r})
-worker.start()
-while worker.pid is None:
-    time.sleep(0.01)
-print(worker.pid, flush=True)
-time.sleep(60)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    eventually(lambda: b"http.server" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"))
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    eventually(lambda: not alive(child))
-
-
-def test_a_worker_gets_the_servers_settings_and_not_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(
-        data=tmp_path,
-        allowed_roots=(tmp_path / "a", tmp_path / "b"),
-        lease=7.5,
-        port=free_port(),
-        embedded_worker=False,
-        api_key=SecretStr("secret"),
-        broker="redis://127.0.0.1/0",
-    )
-    given = environment(settings)
-    assert "secret" not in given.values()
-    for name in [name for name in os.environ if name.startswith("GRADSTORE_")]:
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert Settings() == settings.model_copy(update={"api_key": None})
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for is dead."""
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from gradstore.types import Checkpoint, EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
 from numpy.typing import NDArray
 from sqlalchemy import select
@@ -29,7 +28,6 @@ from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
 from worker import budgets, moments
 from worker.batches import encode
-from worker.command import choose_device
 from worker.directions import Kind
 from worker.evaluate import first_rows, work
 from worker.gradients import GradientEngine
@@ -860,12 +858,6 @@ def test_a_job_planned_for_other_projections_says_which_versions_meet(place: Wor
         row.plan = {**row.plan, "projection_version": 99}
     assert place.work() == ["failed"]
     assert "version 99 of the projections and this worker has version" in failed(place, job.id).detail
-
-
-def test_a_gpu_that_is_not_there_is_refused_before_any_work() -> None:
-    with pytest.raises(typer.BadParameter, match="is no device; there are auto, cpu, cuda"):
-        choose_device("tpu")
-    assert choose_device("cpu").type == "cpu"
 
 
 # Fine-tunes and evaluations -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from worker.batches import Encoded, plan
 from worker.gradients import GradientEngine
 
 GAIN = 1.03  # a doubling that is not at least so much faster is the last
-MEMORY_SHARE = 0.85  # of the memory that torch can get; the next shard may hold longer rows
+MEMORY_SHARE = 0.85  # of the memory that torch can get: the next shard may hold longer rows
 LONGEST_TRIAL = 10.0  # seconds: after a trial that took longer, no larger one is tried
 WORTHWHILE = 16  # a search is for rows that make so many batches of the usual budget
 
@@ -51,8 +51,8 @@ class Trial:
 
     tokens: int
     seconds: float
-    memory: int = 0
-    """Bytes at the highest, beyond what was taken before."""
+    share: float = 0.0
+    """What it took at the highest of the memory that torch could get, on the device that is fullest; 0: not known."""
 
     @property
     def rate(self) -> float:
@@ -115,21 +115,21 @@ def find(
         if not is_out_of_memory(error):
             raise
         return least
-    return search(measure, least=least, most=min(limits.most, total // 2), memory=_memory(engine.device))
+    return search(measure, least=least, most=min(limits.most, total // 2))
 
 
-def search(measure: Measure, *, least: int, most: int, memory: int | None) -> int:
-    """Double the budget from `least` while that is faster, fits `memory` bytes (None: not known) and stays in bounds.
+def search(measure: Measure, *, least: int, most: int) -> int:
+    """Double the budget from `least` while that is faster, fits the memory and stays in bounds.
 
-    >>> search(lambda tokens: Trial(tokens, 0.1 + tokens / 10_000), least=500, most=64_000, memory=None)
+    >>> search(lambda tokens: Trial(tokens, 0.1 + tokens / 10_000), least=500, most=64_000)
     32000
-    >>> search(lambda tokens: Trial(tokens, 1, memory=tokens), least=500, most=64_000, memory=3000)
+    >>> search(lambda tokens: Trial(tokens, 1, share=tokens / 3000), least=500, most=64_000)
     2000
     """
     budget, trial = least, measure(least)
     while 2 * budget <= most and trial.seconds <= LONGEST_TRIAL:
         # A batch's memory is some part that is always there and one that grows with its tokens: at most twice as much.
-        if memory is not None and 2 * trial.memory > memory:
+        if 2 * trial.share > MEMORY_SHARE:
             break
         try:
             larger = measure(2 * budget)
@@ -156,34 +156,33 @@ class _Measure:
         """Do the two batches."""
         batches = plan([len(row.input_ids) for row in self.rows], token_budget=budget)
         chosen = [[self.rows[index] for index in batch] for batch in (batches[0], batches[len(batches) // 2])]
-        device = self.engine.device
-        before = _start(device)
+        memory = _Memory(self.engine)
         began = time.perf_counter()
         for rows in chosen:
             self.engine.features(rows, pad_id=self.pad_id, token_budget=budget)
             self.check()
         seconds = time.perf_counter() - began  # the features are on the host: nothing is left to wait for
         tokens = sum(len(row.input_ids) for rows in chosen for row in rows)
-        return Trial(tokens, seconds, memory=_peak(device) - before)
+        return Trial(tokens, seconds, share=memory.share())
 
 
-def _start(device: torch.device) -> int:
-    """Begin to watch the device's memory; returns the bytes in use."""
-    if device.type != "cuda":
-        return 0
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+class _Memory:
+    """The memory of the model's GPUs from now on; a CPU's is not torch's alone, and not watched."""
+
+    def __init__(self, engine: GradientEngine) -> None:
+        gc.collect()
+        places = {parameter.device for parameter in engine.model.parameters()}
+        self._gpus = [place for place in places if place.type == "cuda"]
+        self._before = [torch.cuda.memory_allocated(gpu) for gpu in self._gpus]
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+
+    def share(self) -> float:
+        """The largest share of what torch could get that was taken since."""
+        return max(map(_share, self._gpus, self._before), default=0.0)
 
 
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _memory(device: torch.device) -> int | None:
-    """The bytes that batches may take; None where that cannot be known: a CPU's memory is not torch's alone."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(MEMORY_SHARE * (free + cached))
+def _share(gpu: torch.device, before: int) -> float:
+    free, _ = torch.cuda.mem_get_info(gpu)
+    reachable = free + torch.cuda.memory_reserved(gpu) - before
+    return (torch.cuda.max_memory_allocated(gpu) - before) / max(reachable, 1)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from gradstore.types import JobKind
@@ -19,23 +19,28 @@ from gradstore.types import JobKind
 from datastore import logs
 from datastore.options import configured
 from datastore.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
+from worker.devices import SPREAD, choose_device, workers
+from worker.several import STOP_SIGNALS, supervise
 
 log = logging.getLogger("worker.command")  # its own name when run with -m, too
 
 KINDS: tuple[JobKind, ...] = tuple(kind for kind in get_args(JobKind) if kind != "scoring")
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 def worker(
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the store, else gradstore-data.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device: auto (the default), cpu, cuda or cuda:1.")] = None,
-    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0, the default: all cores.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device: auto (the default), cpu, cuda:1; cuda:0,cuda:1 or all: a worker for each; "
+            "spread: one worker, with models over all GPUs."
+        ),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Workers for each device, else 1.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="CPU threads of each worker; 0, the default: its part of the cores.")
+    ] = None,
     kinds: Annotated[
         list[str] | None,
         typer.Option("--kind", metavar="<kind>", help=f"Kind of job to do ({', '.join(KINDS)}), else all; repeatable."),
@@ -46,24 +51,31 @@ def worker(
     unknown = sorted(set(kinds or ()) - set(KINDS))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is no kind of job that workers do; these are {', '.join(KINDS)}")
-    settings = configured(data=data, device=device, threads=threads)
+    settings = configured(data=data, device=device, processes=processes, threads=threads)
     logs.configure()
     sys.exit(run(settings, kinds=cast("list[JobKind]", kinds) or KINDS, once=once))
 
 
 def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
-    """Be a worker until asked to stop; returns the exit status."""
-    by_celery = bool(settings.broker) and not once
+    """Be a worker, or several, until asked to stop; returns the exit status."""
+    names = workers(settings.device, settings.processes)
+    several = len(names) > 1
+    by_celery = bool(settings.broker) and not once and not several
     if not by_celery:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before there are threads, which take it over
-    device = choose_device(settings.device)  # before torch looks for devices
+    if several:
+        return supervise(settings, names, kinds=kinds, once=once)
+    spread = settings.device == SPREAD
+    if spread:  # the Trainer would copy a model that lies on one GPU to all the others
+        kinds = [kind for kind in kinds if kind != "finetune"]
+    device = choose_device(names[0])  # before torch looks for devices
     from worker.context import Context  # noqa: PLC0415 - heavy
     from worker.loop import Caretaker, work_until_left  # noqa: PLC0415
     from worker.models import use_cpu_threads  # noqa: PLC0415
 
     _use_one_log()
     use_cpu_threads(settings.threads or None)
-    context = Context.open(settings, device)
+    context = Context.open(settings, device, spread=spread)
     if by_celery:
         from worker.celery_app import Doorbell  # noqa: PLC0415 - only where there is a broker
 
@@ -86,30 +98,6 @@ def _leave_when_asked(leaving: threading.Event) -> None:
     leaving.set()
     number = signal.sigwait(STOP_SIGNALS)
     os._exit(128 + number)
-
-
-def choose_device(asked: str) -> torch.device:
-    """The device of this worker, which sees no other: `auto` is the first GPU, else the CPU.
-
-    The Trainer would split batches over all GPUs that it sees. Raises typer.BadParameter for a GPU that is not there.
-    """
-    name, _, number = asked.partition(":")
-    if name not in {"auto", "cpu", "cuda"} or (number and not (name == "cuda" and number.isdigit())):
-        raise typer.BadParameter(f"{asked!r} is no device; there are auto, cpu, cuda, cuda:0 and so on")
-    index = int(number or 0)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = [one for one in visible.split(",") if one.strip()] if visible is not None else None
-    if name != "cpu" and (shown is None or index < len(shown)):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if shown is None else shown[index]
-    import torch  # noqa: PLC0415 - it reads the variable above
-
-    if name == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available() and (shown is None or index < len(shown)):
-        return torch.device("cuda", 0)
-    if name == "cuda":
-        raise typer.BadParameter(f"there is no GPU {asked!r} that torch {torch.__version__} can use")
-    return torch.device("cpu")
 
 
 def _use_one_log() -> None:

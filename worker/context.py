@@ -34,11 +34,11 @@ class Context(OpenStore):
     """Set when the worker is asked to stop: the shard at hand is given back."""
 
     @classmethod
-    def open(cls, settings: Settings, device: torch.device) -> Self:
-        """Open the store and the catalog, whose schema is brought up to date."""
+    def open(cls, settings: Settings, device: torch.device, *, spread: bool = False) -> Self:
+        """Open the store and the catalog, whose schema is brought up to date; `spread`: models lie over all GPUs."""
         catalog = Catalog(settings.catalog_url)
         catalog.migrate()
-        return cls(**vars(open_store(settings, catalog)), loaded=Loaded(device))
+        return cls(**vars(open_store(settings, catalog)), loaded=Loaded(device, spread=spread))
 
     @property
     def device(self) -> torch.device:

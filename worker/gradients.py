@@ -107,7 +107,7 @@ class GradientEngine:
             raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError("features are those of causal language models; this one is an encoder-decoder")
-        self.device = next(iter(self.parameters.values())).device
+        self.device = next(model.get_input_embeddings().parameters()).device  # its layers may be on others
         self._kinds = tuple(kinds)
         self._directions = {
             kind: make_direction(kind, moments=moments, parameters=self.parameters, device=self.device)
@@ -350,7 +350,7 @@ class _Batch:
 
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
         """Take in the flat gradients (examples, size) of one parameter; they may be overwritten."""
-        gradients = gradients.to(torch.float32)
+        gradients = gradients.to(self._peaks.device, torch.float32)
         if self._unscale != 1:
             gradients = gradients * self._unscale
         self.seen.add(name)

@@ -36,8 +36,9 @@ class Base:
 class Loaded:
     """The models in a worker's memory."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, spread: bool = False) -> None:
         self.device = device
+        self._spread = spread
         self._base: PreTrainedModel | None = None
         self._base_key: Hashable = None
         self._adapted: PeftModel | None = None
@@ -68,6 +69,7 @@ class Loaded:
                 quantisation=base.quantisation,
                 device=self.device,
                 attention=base.attention,
+                spread=self._spread,
             )
             if base.gradient_checkpointing:
                 use_gradient_checkpointing(model)

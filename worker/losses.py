@@ -118,11 +118,12 @@ def _logits_only_at(inputs: Inputs, model: Model, *, hidden: bool) -> Iterator[_
         if states.shape[:-1] != inputs.shape:
             return None
         if hidden:
-            seen.hidden = _means(states.detach(), inputs.lengths)
+            seen.hidden = _means(states.detach(), inputs.lengths.to(states.device))
         if not frozen:
             return None
         seen.reduced = True
-        return (states.flatten(0, 1).index_select(0, inputs.positions).unsqueeze(0), *arguments[1:])
+        positions = inputs.positions.to(states.device)  # the last layer's may be another than the first one's
+        return (states.flatten(0, 1).index_select(0, positions).unsqueeze(0), *arguments[1:])
 
     handle = head.register_forward_pre_hook(reduce)
     try:

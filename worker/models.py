@@ -87,11 +87,13 @@ def load_model(
     quantisation: Quantisation | None = None,
     device: torch.device | str = "cpu",
     attention: Attention | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """Load the causal language model `model` (hub id or folder), frozen and in eval mode.
 
-    `attention` None leaves the choice to transformers: SDPA where the architecture has it, else eager. Raises
-    ModelError where the weights are not safetensors, bitsandbytes is missing, or nothing can be loaded.
+    `attention` None leaves the choice to transformers: SDPA where the architecture has it, else eager. `spread` lays
+    the layers over all GPUs that are seen, and over the CPU where there is none. Raises ModelError where the weights
+    are not safetensors, bitsandbytes is missing, or nothing can be loaded.
     """
     _refuse_pickled_weights(Path(model))
     if attention == "flash_attention_2":
@@ -101,13 +103,15 @@ def load_model(
         options["attn_implementation"] = attention
     if quantisation is not None:
         options |= {"quantization_config": _quantised(quantisation, precision), "device_map": {"": str(device)}}
+    if spread:
+        options["device_map"] = "auto"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {model!r} cannot be loaded: {_first_line(error)}") from error
-    if quantisation is None:
+    if "device_map" not in options:
         loaded.to(torch.device(device))
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
     return frozen
