@@ -37,7 +37,7 @@ class FinetunePlan:
 
     id: str
     model: str
-    revision: str | None
+    revision: str
     dataset: str | None
     selection: str | None
     rows: int
@@ -153,7 +153,7 @@ class Finetunes:
         return self.jobs.remove(reference, kind="finetune", before=delete_files)
 
     def _stored_bytes(self, request: FinetuneRequest, size: models.Size | None) -> int:
-        """Bytes of the checkpoints that are kept; 0 where the base model is not on this machine.
+        """Bytes of the checkpoints that are kept; 0 where the base model's size is not known.
 
         Of a LoRA training those of all epochs, of a full one the last model, without moments and in its precision.
         """

@@ -1,26 +1,29 @@
-"""The Hugging Face Hub, as far as the service needs it: which commit a model's name means, and what is downloaded.
+"""The Hugging Face Hub, as far as the service needs it: which commit a model's name means, and how large it is.
 
 A name and a branch may mean other weights tomorrow, so ids are made from the commit, and jobs record it. It is asked
 for when a request comes, in the way in which `transformers` would: a HEAD for the model's config.json, whose answer
-names the commit and says whether this server may read the model. Nothing is downloaded here. Where the hub cannot be
-asked (HF_HUB_OFFLINE, or no connection), the branch means what it meant at the last download on this machine.
+names the commit and says whether this server may read the model. Where the hub cannot be asked (HF_HUB_OFFLINE, or no
+connection), the branch means what it meant at the last download on this machine. For an estimate a model's
+configuration and tokenizer are fetched, and the headers of its weights; the weights are for workers to download.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from gradstore.types import ProblemItem
 
 from datastore.errors import HubUnreachable, InvalidInput
+from datastore.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 MAIN = "main"
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 TIMEOUT = 10.0  # seconds for the hub's answer
 
 
@@ -71,6 +74,34 @@ def downloaded(model: str, revision: str | None) -> Path | None:
         return None
     config = try_to_load_from_cache(model, CONFIG, revision=revision)
     return Path(config).parent if isinstance(config, str) else None
+
+
+def described(model: str, commit: str) -> tuple[Path, dict[str, TensorInfo]] | None:
+    """The folder of a model's configuration and tokenizer, fetched now, and its tensors; None where it is unknown.
+
+    The tensors come from the headers of the weights, some hundred kilobytes a file.
+    """
+    from huggingface_hub import HfApi, errors  # noqa: PLC0415 - see above
+
+    api = HfApi()
+    try:
+        folder = Path(api.hf_hub_download(model, CONFIG, revision=commit, etag_timeout=TIMEOUT)).parent
+        with suppress(errors.EntryNotFoundError):  # an older tokenizer: lengths are estimated
+            api.hf_hub_download(model, TOKENIZER, revision=commit, etag_timeout=TIMEOUT)
+        found = api.get_safetensors_metadata(model, revision=commit, timeout=TIMEOUT)
+    except (
+        errors.HTTPError,  # type: ignore[attr-defined]  # see above
+        errors.NotASafetensorsRepoError,
+        errors.SafetensorsParsingError,
+        OSError,
+    ) as error:
+        log.warning("the hub does not describe a model", extra={"model": model, "reason": _first_line(error)})
+        return None
+    return folder, {
+        name: TensorInfo(tensor.dtype, tuple(tensor.shape), start=tensor.data_offsets[0])
+        for file in found.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
 def _downloaded_commit(model: str, revision: str | None, *, reason: str) -> str:

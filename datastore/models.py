@@ -1,8 +1,8 @@
 """Base models, as far as they can be known without torch: which may be named, how large they are, how long rows are.
 
 Sizes come from the headers of the safetensors files, lengths from `tokenizer.json` through the `tokenizers` library
-where it is installed; of a model of the hub the downloads of this machine are looked at, nothing is fetched. Estimates
-are made from this: they are meant to be right within tens of per cent.
+where it is installed; of a model of the hub that is not on this machine, the hub is asked for these. Estimates are
+made from this: they are meant to be right within tens of per cent.
 """
 
 from __future__ import annotations
@@ -179,12 +179,29 @@ def size(model: str, revision: str | None) -> Size | None:
     return size_of(folder) if folder else None
 
 
+def described(model: str, revision: str | None) -> tuple[Path | None, Size | None]:
+    """The folder of a model's configuration and tokenizer, and its size, as far as this machine or the hub has them."""
+    folder = folder_of(model, revision)
+    size = size_of(folder) if folder else None
+    if size is not None or revision is None or Path(model).is_absolute():
+        return folder, size
+    found = hub.described(model, revision)
+    return (folder, None) if found is None else (found[0], _size(*found))
+
+
 def size_of(folder: Path) -> Size | None:
     """The size of the model in a folder, or None where its weights are no safetensors or not there."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
         tensors = {name: tensor for path in _weight_files(folder) for name, tensor in read_header(path).tensors.items()}
     except (OSError, ValueError, KeyError, InvalidCheckpoint):
+        return None
+    return _size(folder, tensors)
+
+
+def _size(folder: Path, tensors: dict[str, TensorInfo]) -> Size | None:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
         return None
     text: dict[str, Any] = config.get("text_config") or config
     keys = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"), ("vocab_size",))

@@ -19,18 +19,17 @@ def of_gradients(backend: Backend, request: GradientsRequest) -> Estimate:
     """Rows, tokens, bytes, seconds and memory of a request. Raises what starting it would raise."""
     plan = backend.features.plan(request)
     checkpoint = backend.catalog.checkpoint(plan.feature_sets[0].checkpoint)
-    folder = models.folder_of(checkpoint.model, checkpoint.revision)
+    folder, size = models.described(checkpoint.model, checkpoint.revision)
     lengths = models.lengths(_computed(backend, plan), folder=folder, max_length=plan.settings["max_length"])
-    size = models.size(checkpoint.model, checkpoint.revision)
     return backend.features.estimate(request, tokens_per_row=lengths.mean, size=size)
 
 
 def of_finetune(backend: Backend, request: FinetuneRequest) -> Estimate:
     """Rows, tokens, bytes, seconds and memory of a request. Raises what starting it would raise."""
     plan = backend.finetunes.plan(request)
-    folder = models.folder_of(plan.model, plan.revision)
+    folder, size = models.described(plan.model, plan.revision)
     lengths = models.lengths(_trained_on(backend, plan), folder=folder, max_length=request.max_length)
-    return backend.finetunes.estimate(request, plan, lengths=lengths, size=models.size(plan.model, plan.revision))
+    return backend.finetunes.estimate(request, plan, lengths=lengths, size=size)
 
 
 def _computed(backend: Backend, plan: Plan) -> Iterator[Example]:

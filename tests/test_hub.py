@@ -10,7 +10,7 @@ from huggingface_hub import constants
 import datastore.hub
 from datastore.errors import HubUnreachable, InvalidInput
 from tests.hub import Hub
-from tests.serving import Service, form_files, peft_files, problem_of
+from tests.serving import Service, form_files, peft_files, problem_of, serving
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered
 
@@ -162,3 +162,33 @@ def test_without_the_hub_a_branch_means_what_was_downloaded(hub: Hub, monkeypatc
     with pytest.raises(HubUnreachable, match="HF_HUB_OFFLINE is set"):
         datastore.hub.commit("org/base", None)
     assert hub.asked == []
+
+
+def test_what_training_a_model_would_cost_is_told_before_it_is_downloaded(
+    service: Service, hub: Hub, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    commit = hub.publish("org/not-here", folder)
+    service.pool(name="pool")
+    service.backend.jobs.announce("one", device="cpu", job=None, flops={"float32": 1e9})
+    body = {"dataset": "pool", "model": "org/not-here", "dry_run": True}
+    cost = service.http.post("/finetunes", json=body).json()
+    with serving(tmp_path / "other", allowed_roots=(tmp_path,)) as other:
+        other.pool(name="pool")
+        other.backend.jobs.announce("one", device="cpu", job=None, flops={"float32": 1e9})
+        here = other.http.post("/finetunes", json=body | {"model": str(folder)}).json()
+    assert cost["basis"] == "estimated"
+    assert cost | {"free_bytes": 0} == here | {"free_bytes": 0}
+    folder = Path(constants.HF_HUB_CACHE, "models--org--not-here", "snapshots", commit)
+    assert not (folder / "model.safetensors").exists()
+    checkpoint = service.checkpoint(model="org/not-here")["id"]
+    asked = {"dataset": "pool", "checkpoints": [checkpoint], "kind": "sgd", "dims": [16], "dry_run": True}
+    assert service.http.post("/gradients", json=asked).json()["seconds"] > 0
+
+
+def test_a_model_without_safetensors_has_no_size(service: Service, hub: Hub) -> None:
+    service.pool(name="pool")
+    service.backend.jobs.announce("one", device="cpu", job=None, flops={"float32": 1e9})
+    answer = service.http.post("/finetunes", json={"dataset": "pool", "model": "org/base", "dry_run": True})
+    assert answer.status_code == 200
+    assert (answer.json()["seconds"], answer.json()["memory_bytes"]) == (None, None)

@@ -193,13 +193,13 @@ class Estimate(Body):
     free_bytes: int
     """Bytes free where the store lies."""
     seconds: float | None
-    """How long it takes; null while no job like it has finished and no worker has been seen, or the base model's files
-    are not on the service's machine."""
+    """How long it takes; null while no job like it has finished and no worker has been seen, or where the base model's
+    weights are no safetensors or cannot be found."""
     basis: Basis | None = None
     """What `seconds` come from: `measured`, the rate of the last finished job of this model; `estimated`, the model's
     operations and the rate at which workers multiply matrices."""
     memory_bytes: int | None
-    """Estimated peak memory of one worker; null where the base model is not on this machine."""
+    """Estimated peak memory of one worker; null where the base model's size is not known."""
     reused_rows: int = 0
     """Rows whose features exist already, summed over checkpoints."""
 
