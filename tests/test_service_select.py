@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from datastore.errors import Damaged
+from datastore.store import OpenStore
 from tests.serving import Service, problem_of
 from tests.stores import Store
 
@@ -29,12 +31,7 @@ def numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.floa
 
 def work(service: Service) -> None:
     """Do the gradients shards that wait."""
-    parts = service.backend
-    store = Store(
-        parts.settings, parts.catalog, parts.jobs, parts.datasets, parts.tasks, parts.features, parts.features.store,
-        parts.recipes, parts.scoring, parts.answers,
-    )  # fmt: skip
-    store.work(numbers)
+    Store(**{part.name: getattr(service.backend, part.name) for part in fields(OpenStore)}).work(numbers)
 
 
 @pytest.fixture
