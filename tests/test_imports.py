@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "worker": ["gradstore.__version__", "gradstore.types*", "datastore.*"],
 }
 KNOW_CELERY = {"service/queue.py", "worker/celery_app.py"}
-ENGINE = [f"worker.{name}" for name in ("models", "batches", "losses", "taps", "directions", "projection", "gradients")]
+ENGINE = [
+    f"worker.{name}"
+    for name in ("models", "batches", "losses", "taps", "sites", "directions", "projection", "gradients")
+]
 
 
 def modules(package: str) -> Iterator[Path]:

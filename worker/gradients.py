@@ -35,6 +35,7 @@ from worker.directions import Direction, Kind, Moments, make_direction
 from worker.losses import Inputs, Model, Outputs, run
 from worker.models import use_exact_mode
 from worker.projection import Projection, ProjectionName, make_projection
+from worker.sites import find_sites, tapped
 
 Reduction = Literal["mean", "sum"]
 
@@ -125,7 +126,7 @@ class GradientEngine:
             )
         self._reduction = reduction
         self._hidden_size = _hidden_size(model) if len(self._directions) < len(self._kinds) else None
-        self._sites, self.one_at_a_time = taps.find_sites(model, self.parameters)
+        self._sites, self.one_at_a_time = find_sites(model, self.parameters)
         self._in_order = False
         self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         self._drop_gradients()
@@ -193,7 +194,7 @@ class GradientEngine:
     def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch | None:
         inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
         batch = self._batch(len(rows))
-        with taps.tapped(self._sites, inputs.shape, batch.take) as recorder:
+        with tapped(self._sites, inputs.shape, batch.take) as recorder:
             outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
             self._objective(outputs, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         batch.take_outputs(outputs, slice(0, len(rows)))

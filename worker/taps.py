@@ -1,8 +1,9 @@
 """Taps: modules that hand out the gradient of every single example where autograd would sum over the batch.
 
 For a linear layer y = xWᵀ the gradient of example b is Σ_t δ_bt ⊗ x_bt, δ being the gradient of y: one batched matrix
-product gives those of all examples (Goodfellow, 2015, arXiv 1510.01799). That is `LinearSite`: LoRA's A and B, and any
-other trainable `nn.Linear`, whatever stands around it.
+product gives those of all examples (Goodfellow, 2015, arXiv 1510.01799). That is `LinearSite`: any trainable
+`nn.Linear`, whatever stands around it. `LoraSite` is the same for A and B of an ordinary LoRA, together with the layer
+under it.
 
 What else PEFT trains is used by a module that treats the examples one by one, only not as a linear map: DoRA's
 magnitudes, norms, embeddings and LoRA on them, biases of a Conv1D or of a quantised layer. `ModuleSite` runs such a
@@ -10,20 +11,20 @@ module's own forward again on the way back, an example at a time, and asks autog
 backward pass of this module alone.
 
 Both need the examples to be the first dimension of what comes in. Where they are not (fused experts get the tokens
-they are sent), or where a layer is used twice, autograd reaches the parameter without a tap; `tapped` reports it.
+they are sent), or where a layer is used twice, autograd reaches the parameter without a tap, or it becomes one of
+`Recorder.strays`.
 Tokens that a mixture of experts has flattened to (examples · tokens, features) are taken for rows in order, and
 `Recorder.flattened` has what came of it: whether they were in order is for the caller to test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from worker.batches import slices
@@ -56,6 +57,23 @@ class Recorder:
         self.used.update(names)
         return True
 
+    def in_rows(self, tokens: Tensor) -> bool:
+        """Whether these are all tokens of the batch, flattened to (examples · tokens, features)."""
+        return tokens.dim() == 2 and len(tokens) == self.shape.numel()
+
+    def record_weight(self, name: str, inputs: Tensor, deltas: Tensor) -> None:
+        """Hand out the gradients of a linear map's weight: Σ_t δ_bt ⊗ x_bt of every example b.
+
+        `inputs` are (examples, tokens, in) and the outputs' gradients (…, out), or both flattened.
+        """
+        in_rows = self.in_rows(inputs)
+        inputs, deltas = (tensor.reshape(*self.shape, -1) for tensor in (inputs, deltas))
+        if in_rows:
+            self.flattened[name] = (deltas[0].T @ inputs[0]).flatten()
+        for part in slices(inputs.shape[0], inputs.shape[-1] * deltas.shape[-1], elements=GRADIENT_ELEMENTS):
+            outer = torch.bmm(deltas[part].transpose(1, 2), inputs[part])
+            self.take(name, outer.flatten(1), part)
+
 
 @dataclass(frozen=True)
 class LinearSite:
@@ -82,19 +100,13 @@ class LinearSite:
 
     def record(self, inputs: Tensor, deltas: Tensor, recorder: Recorder) -> None:
         """Hand out the gradients, from the inputs (examples, tokens, in) and those of the outputs (…, out)."""
-        flat = self.weight is not None and inputs.dim() == 2 and len(inputs) == recorder.shape.numel()
-        if not recorder.admit(self.names, fits=flat or inputs.shape[:-1] == recorder.shape):
+        in_rows = self.weight is not None and recorder.in_rows(inputs)
+        if not recorder.admit(self.names, fits=in_rows or inputs.shape[:-1] == recorder.shape):
             return
-        if flat:
-            inputs, deltas = (tensor.reshape(*recorder.shape, -1) for tensor in (inputs, deltas))
         if self.weight is not None:
-            if flat:
-                recorder.flattened[self.weight] = (deltas[0].T @ inputs[0]).flatten()
-            for part in slices(inputs.shape[0], inputs.shape[-1] * deltas.shape[-1], elements=GRADIENT_ELEMENTS):
-                outer = torch.bmm(deltas[part].transpose(1, 2), inputs[part])
-                recorder.take(self.weight, outer.flatten(1), part)
+            recorder.record_weight(self.weight, inputs, deltas)
         if self.bias is not None:
-            recorder.take(self.bias, deltas.sum(1), slice(0, inputs.shape[0]))
+            recorder.take(self.bias, deltas.reshape(*recorder.shape, -1).sum(1), slice(0, recorder.shape[0]))
 
 
 class _TappedLinear(torch.autograd.Function):
@@ -119,6 +131,102 @@ class _TappedLinear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         ctx.site.record(inputs, deltas[0], ctx.recorder)
         return (deltas[0] @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """A LoRA over a frozen linear layer, as one map: y = xWᵀ + c + s·(xAᵀ)Bᵀ, and the full names of A and B.
+
+    PEFT makes four passes over y where one is needed, and as many over its gradient on the way back; it also computes
+    in the adapter's precision where that is the wider one, float32 beside bfloat16, which a GPU does many times slower.
+    Here A and B are rounded to the precision of what comes in.
+    """
+
+    module: Linear
+    adapter: str
+    a: str
+    b: str
+
+    @property
+    def names(self) -> list[str]:
+        """The full names of the parameters."""
+        return [self.a, self.b]
+
+    @property
+    def parts(self) -> list[LinearSite]:
+        """The sites of A and B alone, for where PEFT's own forward is to run."""
+        layers = [(self.module.lora_A, self.a), (self.module.lora_B, self.b)]
+        return [LinearSite(cast("nn.Linear", pair[self.adapter]), name, None) for pair, name in layers]
+
+    def untouched(self) -> bool:
+        """Whether nobody has hooked into the layers, and the adapter is in use, alone and without dropout."""
+        module = self.module
+        layers = (module, module.base_layer, module.lora_A[self.adapter], module.lora_B[self.adapter])
+        return (
+            not any("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+            and list(module.active_adapters) == [self.adapter]
+            and not module.disable_adapters
+            and not module.merged
+            and not module.lora_dropout[self.adapter].training
+        )
+
+    def tap(self, forward: Forward, recorder: Recorder) -> Forward:
+        """Return a forward that taps, or is `forward` where it is called with more than an input."""
+
+        def tapped_forward(inputs: Tensor, *others: Any, **settings: Any) -> Any:
+            if others or settings:
+                return forward(inputs, *others, **settings)
+            base = self.module.base_layer
+            a, b = (layers[self.adapter].weight for layers in (self.module.lora_A, self.module.lora_B))
+            weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D keeps it the other way
+            return _apply(_TappedLora, inputs, a, b, weight, base.bias, self, recorder)
+
+        return tapped_forward
+
+    def record(self, inputs: Tensor, inner: Tensor, inner_deltas: Tensor, deltas: Tensor, recorder: Recorder) -> None:
+        """Hand out the gradients of A and B; `inner` is s·xAᵀ, and `inner_deltas` the gradient of xAᵀ."""
+        if recorder.admit(self.names, fits=recorder.in_rows(inputs) or inputs.shape[:-1] == recorder.shape):
+            recorder.record_weight(self.a, inputs, inner_deltas)
+            recorder.record_weight(self.b, inner, deltas)
+
+
+class _TappedLora(torch.autograd.Function):
+    """LoRA over a frozen linear layer, whose backward pass hands out the per-example gradients of A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        site: LoraSite,
+        recorder: Recorder,
+    ) -> Tensor:
+        """Return xWᵀ + c + s·(xAᵀ)Bᵀ."""
+        a, b = a.to(inputs.dtype), b.to(inputs.dtype)
+        inner = nn.functional.linear(inputs, a).mul_(site.module.scaling[site.adapter])
+        ctx.save_for_backward(inputs, inner, a, b, weight)
+        ctx.site = site
+        ctx.recorder = recorder
+        output = nn.functional.linear(inputs, weight, bias)
+        output.view(-1, len(b)).addmm_(inner.view(-1, len(a)), b.T)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the inputs' gradient only."""
+        inputs, inner, a, b, weight = ctx.saved_tensors
+        site: LoraSite = ctx.site
+        deltas = gradients[0]
+        inner_deltas = (deltas @ b).mul_(site.module.scaling[site.adapter])
+        site.record(inputs, inner, inner_deltas, deltas, ctx.recorder)
+        upstream = None
+        if ctx.needs_input_grad[0]:
+            upstream = deltas @ weight
+            upstream.view(-1, a.shape[1]).addmm_(inner_deltas.view(-1, len(a)), a)
+        return upstream, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -213,68 +321,4 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return output
 
 
-# Finding them --------------------------------------------------------------------------------------------------------
-
-Site = LinearSite | ModuleSite
-
-
-def find_sites(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[list[Site], list[str]]:
-    """Find the modules that use `parameters`, the trainable ones by full name, and the parameters none can tap."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    owners = {_owner(name, modules) for name in parameters if type(modules[_parent(name)]) is not nn.Linear}
-    sites: list[Site] = [_module_site(path, modules[path], parameters) for path in _outermost(owners)]
-    covered = {name for site in sites for name in site.names}
-    for path, module in modules.items():
-        if type(module) is nn.Linear:
-            own = {name: f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-            if own and covered.isdisjoint(own.values()):
-                sites.append(LinearSite(module, own.get("weight"), own.get("bias")))
-    named = [name for site in sites for name in site.names]
-    # a parameter shared by two modules comes up under a name that named_parameters() leaves out
-    shared = [name for name in named if name not in parameters]
-    return sites, shared + sorted(parameters.keys() - named)
-
-
-def _outermost(paths: Iterable[str]) -> list[str]:
-    """Leave out paths below another: a tap inside a tapped module would hide the parameter from it."""
-    outer: list[str] = []
-    for path in sorted(paths):
-        if not any(path.startswith(f"{above}.") or not above for above in outer):
-            outer.append(path)
-    return outer
-
-
-def _owner(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return the path of the module whose forward uses the parameter: PEFT's layers keep theirs in containers."""
-    path = parent = _parent(name)
-    while path:
-        if isinstance(modules[path], BaseTunerLayer):
-            return path if parent != f"{path}.base_layer" else parent
-        path = _parent(path)
-    return parent
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _module_site(path: str, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> ModuleSite:
-    within = f"{path}." if path else ""
-    return ModuleSite(module, {name: p for name, p in parameters.items() if name.startswith(within)})
-
-
-@contextmanager
-def tapped(sites: Sequence[Site], shape: torch.Size, take: Take) -> Iterator[Recorder]:
-    """Let the modules of `sites` run as tapped ones for one forward and backward pass of a batch of this shape."""
-    recorder = Recorder(shape, take)
-    before = [vars(site.module).get("forward") for site in sites]
-    try:
-        for site in sites:
-            vars(site.module)["forward"] = site.tap(site.module.forward, recorder)
-        yield recorder
-    finally:
-        for site, forward in zip(sites, before, strict=True):
-            if forward is None:
-                vars(site.module).pop("forward", None)
-            else:
-                vars(site.module)["forward"] = forward  # as a hook of accelerate left it
+Site = LinearSite | LoraSite | ModuleSite
