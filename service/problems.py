@@ -36,6 +36,7 @@ from datastore.errors import (
     NotEnoughSpace,
     NotFound,
     TooLarge,
+    UnexpectedError,
     problem_of,
 )
 
@@ -78,6 +79,7 @@ STATUS: dict[type[Exception], int] = {
     NotAuthenticated: 401,
     NotAllowed: 403,
     UnsupportedMediaType: 415,
+    UnexpectedError: 500,
 }
 """The status of each error and of those below it in the tree."""
 
@@ -97,7 +99,9 @@ def respond(problem: Problem, headers: Mapping[str, str] | None = None) -> Respo
     return Response(problem.model_dump_json(), status_code=problem.status, headers=headers, media_type=MEDIA_TYPE)
 
 
-def describe(error: GradstoreError | Refused, *, request_id: str | None, base_url: str = "") -> Problem:
+def describe(
+    error: GradstoreError | Refused | UnexpectedError, *, request_id: str | None, base_url: str = ""
+) -> Problem:
     """A foreseen error as a problem."""
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     items, total = _places(error, base_url)

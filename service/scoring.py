@@ -9,9 +9,10 @@ from secrets import token_hex
 
 from gradstore.types import JobKind
 
-from datastore.errors import GradstoreError, UnexpectedError, problem_of
+from datastore.errors import GradstoreError, UnexpectedError
 from datastore.leases import Claim, Jobs
 from datastore.scoring import Scoring
+from service.problems import describe
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,9 @@ class ScoringWorker:
         except _Dropped:
             self._jobs.release(claim)
         except GradstoreError as error:
-            self._jobs.fail(claim, problem_of(error, status=422, instance=None), permanent=True)
+            self._jobs.fail(claim, describe(error, request_id=None), permanent=True)
         except Exception:  # a job's failure is recorded on the job
             id = token_hex(8)
             log.exception("scoring failed", extra={"job": claim.job, "error_id": id})
             told = UnexpectedError(f"an unexpected error; its traceback is in the service's log under {id}")
-            self._jobs.fail(claim, problem_of(told, status=500, instance=id), permanent=False)
+            self._jobs.fail(claim, describe(told, request_id=id), permanent=False)
