@@ -1,7 +1,7 @@
 """LESS's scores the slow way, from the paper and the documents alone: no line of `worker` or `datastore` takes part.
 
 One example at a time, float64 autograd over all trainable parameters, Adam's map by hand, projections as explicit
-matrices made number by number from the generator that the docstring of worker/projection.py documents.
+matrices made number by number from the generator that the docstring of worker/projection documents.
 """
 
 from __future__ import annotations
@@ -118,20 +118,43 @@ def words(seed: int, purpose: str, name: str, counters: NDArray[np.uint64]) -> N
 
 def matrix(projection: str, dim: int, seed: int, sizes: Shapes) -> Floats:
     """The whole map as a matrix (p, dim)."""
-    make = {"blocks": _blocks, "rademacher": _rademacher}[projection]
+    make = {"blocks": _blocks, "sjlt": _sjlt, "fft": _fft, "rademacher": _rademacher}[projection]
     return np.concatenate([make(name, size, dim, seed) for name, size in sizes.items()])
+
+
+def _signs(name: str, size: int, seed: int) -> Floats:
+    """Coordinate c has the sign of bit c mod 64 of word ⌊c / 64⌋."""
+    c = np.arange(size, dtype=np.uint64)
+    bits = words(seed, "signs", name, c // np.uint64(64)) >> (c % np.uint64(64)) & np.uint64(1)
+    return np.where(bits, 1.0, -1.0)
 
 
 def _blocks(name: str, size: int, dim: int, seed: int) -> Floats:
     """Coordinate c goes to (c + offset of its run) mod dim, with its sign."""
-    c = np.arange(size, dtype=np.uint64)
-    bits = words(seed, "signs", name, c // np.uint64(64)) >> (c % np.uint64(64)) & np.uint64(1)
     runs = words(seed, f"offsets/{dim}", name, np.arange(-(-size // dim), dtype=np.uint64))
     offsets = np.array([int(word) * dim >> 64 for word in runs])
     rows = np.arange(size)
     made = np.zeros((size, dim))
-    made[rows, (rows + offsets[rows // dim]) % dim] = np.where(bits, 1.0, -1.0)
+    made[rows, (rows + offsets[rows // dim]) % dim] = _signs(name, size, seed)
     return made
+
+
+def _sjlt(name: str, size: int, dim: int, seed: int) -> Floats:
+    """Coordinate c goes to ⌊word_c · dim / 2⁶⁴⌋, with its sign."""
+    drawn = words(seed, "places", name, np.arange(size, dtype=np.uint64))
+    made = np.zeros((size, dim))
+    made[np.arange(size), [int(word) * dim >> 64 for word in drawn]] = _signs(name, size, seed)
+    return made
+
+
+def _fft(name: str, size: int, dim: int, seed: int) -> Floats:
+    """The rows with the smallest words of a real orthonormal Fourier basis of n, over coordinates with their signs."""
+    n = max(2, 1 << (max(size, dim) - 1).bit_length())
+    rows = np.argsort(words(seed, f"rows/{n}", name, np.arange(n, dtype=np.uint64)))[:dim]
+    angles = 2 * np.pi / n * np.outer(np.arange(size), (rows + 1) // 2)
+    waves = np.where((rows % 2 == 1) | (rows == 0), np.cos(angles), -np.sin(angles))
+    ends = (rows == 0) | (rows == n - 1)
+    return np.asarray(_signs(name, size, seed)[:, None] * waves * np.sqrt(np.where(ends, 1, 2) / dim))
 
 
 def _rademacher(name: str, size: int, dim: int, seed: int) -> Floats:

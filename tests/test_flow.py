@@ -50,6 +50,8 @@ TRAINING: dict[str, Any] = {
 }  # fmt: skip
 SKETCHES: tuple[dict[str, Any], ...] = (
     {"projection": "blocks", "dims": [256, 1024]},
+    {"projection": "sjlt", "dims": [256]},
+    {"projection": "fft", "dims": [256]},
     {"projection": "rademacher", "dims": [4096], "dtype": "float32"},
 )
 """What is computed at every checkpoint, for the pool and for the task."""
@@ -632,8 +634,8 @@ SUBTASKS = ["sums"] * 3 + ["talks"] * 3
 @pytest.mark.parametrize(
     ("direction", "projection", "dim"),
     [
-        ("less", "blocks", 256), ("less", "blocks", 1024), ("less", "rademacher", 4096), ("exact", "blocks", 256),
-        ("sgd", "blocks", 256), ("sign", "blocks", 256),
+        ("less", "blocks", 256), ("less", "blocks", 1024), ("less", "sjlt", 256), ("less", "fft", 256),
+        ("less", "rademacher", 4096), ("exact", "blocks", 256), ("sgd", "blocks", 256), ("sign", "blocks", 256),
     ],
 )  # fmt: skip
 def test_scores_are_those_of_a_brute_force_through_an_explicit_projection(
@@ -649,13 +651,15 @@ def test_scores_are_those_of_a_brute_force_through_an_explicit_projection(
         assert np.abs(errors).max() <= (1e-6 if projection == "rademacher" else 1e-4)  # float32 and float16 features
 
 
-@pytest.mark.parametrize(("projection", "dim"), [("blocks", 256), ("blocks", 1024), ("rademacher", 4096)])
+@pytest.mark.parametrize(
+    ("projection", "dim"), [("blocks", 256), ("blocks", 1024), ("sjlt", 256), ("fft", 256), ("rademacher", 4096)]
+)
 def test_scores_are_those_of_the_raw_gradients_within_the_johnson_lindenstrauss_bound(
     world: World, truths: list[Truth], projection: str, dim: int
 ) -> None:
     """The bound, and the usual size of errors.
 
-    Of a projected cosine c of two vectors the standard deviation is about (1 − c²)/√k ≤ 1/√k for both maps, and means
+    Of a projected cosine c of two vectors the standard deviation is about (1 − c²)/√k ≤ 1/√k for all maps, and means
     and weighted sums of them are not worse.
 
     For `rademacher`, Achlioptas (2003), theorem 1.1: |‖φu‖² − ‖u‖²| > ε‖u‖² with a probability of at most
