@@ -24,8 +24,9 @@ MAY_IMPORT = {
 KNOW_CELERY = {"service/queue.py", "worker/celery_app.py"}
 ENGINE = [
     f"worker.{name}"
-    for name in ("models", "batches", "losses", "taps", "sites", "directions", "projection", "gradients")
+    for name in ("models", "batches", "losses", "taps", "sites", "directions", "projection", "sums", "gradients")
 ]
+NEEDS_TRITON = "worker.kernels"  # imported where there is a GPU
 
 
 def modules(package: str) -> Iterator[Path]:
@@ -47,7 +48,11 @@ def imports(package: str, module: Path) -> Iterator[tuple[str, int]]:
 def loaded_by(package: str) -> set[str]:
     """The top-level names that importing every module of a package loads in a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, package, ""], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-c", IMPORT_ALL, package, NEEDS_TRITON],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())

@@ -57,23 +57,25 @@ def make_direction(
 ) -> Direction:
     """Make the map of a gradient's `kind`; raises ValueError where `adam` has no moments, or they do not fit."""
     if kind.name == "sgd":
-        return _sgd
+        return sgd
     if kind.name == "sign":
-        return _sign
+        return sign
     if moments is None:
         raise ValueError("kind='adam' needs Adam's moments, and this checkpoint has none; ask for sgd or sign")
-    return _Adam(kind.adam, _fitting(moments, parameters), device)
+    return Adam(kind.adam, _fitting(moments, parameters), device)
 
 
-def _sgd(_name: str, gradients: Tensor) -> Tensor:
+def sgd(_name: str, gradients: Tensor) -> Tensor:
+    """Leave the gradients as they are."""
     return gradients
 
 
-def _sign(_name: str, gradients: Tensor) -> Tensor:
+def sign(_name: str, gradients: Tensor) -> Tensor:
+    """Return −1, 0 or 1 for each number."""
     return gradients.sign_()
 
 
-class _Adam:
+class Adam:
     """Adam's step at fixed moments, as four operations on precomputed tensors.
 
     `less`: (a + c₁g) / √(b + c₂g²) with a = β₁m, b = β₂v + ε, c₁ = 1 − β₁, c₂ = 1 − β₂. `exact`: a and c₁ over 1 − β₁ᵗ,
@@ -92,7 +94,12 @@ class _Adam:
         self._a = {name: _flat(m, device).mul_(BETA1 / first) for name, m in moments.exp_avg.items()}
         self._b = {name: _flat(v, device).mul_(BETA2 / second).add_(inside) for name, v in moments.exp_avg_sq.items()}
 
+    def terms(self, name: str) -> tuple[Tensor, Tensor, float, float, float]:
+        """Return a parameter's a and b, c₁, c₂, and what is added to the root."""
+        return self._a[name], self._b[name], self._c1, self._c2, self._outside
+
     def __call__(self, name: str, gradients: Tensor) -> Tensor:
+        """Return the steps at these gradients, which are overwritten."""
         roots = torch.addcmul(self._b[name], gradients, gradients, value=self._c2).sqrt_()
         if self._outside:
             roots.add_(self._outside)

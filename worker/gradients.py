@@ -3,7 +3,7 @@
 One forward and one backward pass of the *sum* of the examples' losses (worker/losses.py) give every example's own
 gradient, exactly, since an example's terms never meet another's: taps in the layers (worker/taps.py) compute it in the
 place of the sum over the batch that autograd would compute. A layer's gradients (examples × size) are mapped
-(worker/directions.py), measured, projected (worker/projection.py) and dropped inside the backward pass: the whole
+(worker/directions.py), measured, projected (worker/projection) and dropped inside the backward pass: the whole
 gradient (examples × parameters) never exists, and no parameter gets a `.grad`.
 
 What no tap can attribute to examples (LoRA on fused experts, a layer used twice) is noticed, because autograd reaches
@@ -31,11 +31,12 @@ from torch import Tensor
 
 from worker import taps
 from worker.batches import IGNORED, Encoded, plan, slices
-from worker.directions import Direction, Kind, Moments, make_direction
+from worker.directions import Kind, Moments, make_direction
 from worker.losses import Inputs, Model, Outputs, run
 from worker.models import use_exact_mode
 from worker.projection import Projection, ProjectionName, make_projection
 from worker.sites import find_sites, tapped
+from worker.sums import Sums, make_sums
 
 Reduction = Literal["mean", "sum"]
 
@@ -86,7 +87,7 @@ class GradientEngine:
 
     The model is put in the mode of evaluation (gradient checkpointing stays on where it is on), a `.grad` left from
     training is dropped, and nothing else of it changes. Memory beside the training step's: per kind examples × sum of
-    `dims` float32 per batch and, for `adam`, two float32 numbers per parameter; the projection's (`projection.py`).
+    `dims` float32 per batch and, for `adam`, two float32 numbers per parameter; the projection's (`worker/projection`).
 
     Raises ValueError where `moments` do not fit the parameters, `dims` the projection, or a kind the model.
     """
@@ -258,12 +259,12 @@ class GradientEngine:
 
     def _batch(self, examples: int) -> _Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        sums = {
-            kind: _Sums(examples, direction, self._projection)
-            for kind, direction in self._directions.items()
-            if self._projection is not None
-        }
-        return _Batch(examples, sizes, sums, unscale=1 / self._scale, device=self.device)
+        sums = None
+        if self._projection is not None:
+            sums = make_sums(
+                examples, directions=self._directions, projection=self._projection, unscale=1 / self._scale
+            )
+        return _Batch(examples, sizes, sums, device=self.device)
 
 
 class _Found:
@@ -318,56 +319,27 @@ class _Found:
         }
 
 
-class _Sums:
-    """The features of one kind of a batch while they are being summed."""
-
-    def __init__(self, examples: int, direction: Direction, projection: Projection) -> None:
-        self.direction = direction
-        self.projection = projection
-        self.projected = projection.zeros(examples)
-        self.squares = torch.zeros(examples, dtype=torch.float64, device=projection.device)
-
-
 class _Batch:
     """What is known of one batch while its gradients come in, parameter by parameter."""
 
-    def __init__(
-        self,
-        examples: int,
-        sizes: Mapping[str, int],
-        sums: Mapping[Kind, _Sums],
-        *,
-        unscale: float,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, examples: int, sizes: Mapping[str, int], sums: Sums | None, *, device: torch.device) -> None:
         self.seen: set[str] = set()
         self._sizes = sizes
-        self._unscale = unscale
         self._sums = sums
         self._losses = torch.zeros(examples, device=device)
         self._hidden: Tensor | None = None
-        self._squares = torch.zeros(examples, dtype=torch.float64, device=device)
-        self._peaks = torch.zeros(examples, device=device)
 
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
         """Take in the flat gradients (examples, size) of one parameter; they may be overwritten."""
-        gradients = gradients.to(self._peaks.device, torch.float32)
-        if self._unscale != 1:
-            gradients = gradients * self._unscale
         self.seen.add(name)
-        # amax keeps a NaN; the peak of the raw gradient tells zero from small, which squares would not
-        self._peaks[examples] = torch.maximum(self._peaks[examples], gradients.abs().amax(1))
-        self._squares[examples] += _squares(gradients)
-        for left, sums in zip(reversed(range(len(self._sums))), self._sums.values(), strict=True):
-            directions = sums.direction(name, gradients.clone() if left else gradients)
-            sums.squares[examples] += _squares(directions)
-            sums.projection.add(name, directions, {dim: part[examples] for dim, part in sums.projected.items()})
+        if self._sums is not None:
+            self._sums.take(name, gradients, examples)
 
     def take_zeros(self, names: set[str]) -> None:
         """Take in parameters that the loss did not depend on: Adam moves these too."""
         for name in sorted(names):
             for examples in slices(len(self._losses), self._sizes[name], elements=taps.GRADIENT_ELEMENTS):
-                zeros = torch.zeros(examples.stop - examples.start, self._sizes[name], device=self._peaks.device)
+                zeros = torch.zeros(examples.stop - examples.start, self._sizes[name], device=self._losses.device)
                 self.take(name, zeros, examples)
 
     def take_outputs(self, outputs: Outputs, examples: slice) -> None:
@@ -381,26 +353,25 @@ class _Batch:
     def store(self, found: _Found, rows: Sequence[int]) -> None:
         """Write the batch to its rows, with a reason and zeros for what is no feature."""
         found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
-        raw = self._squares.sqrt().float()
-        found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
-        for kind, sums in self._sums.items():
-            norms = sums.squares.sqrt().float()
-            faults = {
-                LOSS_NOT_FINITE: ~self._losses.isfinite(),
-                GRADIENT_NOT_FINITE: ~(self._peaks.isfinite() & norms.isfinite()),
-                GRADIENT_ZERO: self._peaks == 0,
-            }
-            found.put(kind, rows, sums.projected, norms, faults)
+        if self._sums is not None:
+            self._store_gradients(self._sums, found, rows)
         if self._hidden is not None:
             norms = torch.linalg.vector_norm(self._hidden.double(), dim=1).float()
             faults = {LOSS_NOT_FINITE: ~self._losses.isfinite(), FEATURE_NOT_FINITE: ~norms.isfinite()}
             found.put(HIDDEN, rows, {self._hidden.shape[1]: self._hidden}, norms, faults)
 
-
-def _squares(vectors: Tensor) -> Tensor:
-    """Return the squared length of each row: (rows,) float64."""
-    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1)
-    return lengths.double().square()
+    def _store_gradients(self, sums: Sums, found: _Found, rows: Sequence[int]) -> None:
+        raw = sums.raw_squares.sqrt().float()
+        found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
+        peaks = sums.peaks
+        for kind, of_kind in sums.by_kind.items():
+            norms = of_kind.squares.sqrt().float()
+            faults = {
+                LOSS_NOT_FINITE: ~self._losses.isfinite(),
+                GRADIENT_NOT_FINITE: ~(peaks.isfinite() & norms.isfinite()),
+                GRADIENT_ZERO: peaks == 0,
+            }
+            found.put(kind, rows, of_kind.by_dim, norms, faults)
 
 
 def _hidden_size(model: Model) -> int:

@@ -1,0 +1,95 @@
+"""The sums of one batch: gradients come in parameter by parameter, and directions, their lengths and images add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from worker.directions import Direction, Kind
+from worker.projection import Projection
+from worker.projection.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class KindSums:
+    """What the directions of one kind have come to so far."""
+
+    by_dim: dict[int, Tensor]
+    """Their images, (examples, dim) float32 for each dim."""
+    squares: Tensor
+    """Their squared lengths, (examples,) float64."""
+
+
+class Sums(Protocol):
+    """What the gradients of a batch have come to so far."""
+
+    @property
+    def by_kind(self) -> Mapping[Kind, KindSums]:
+        """The directions' sums."""
+
+    @property
+    def raw_squares(self) -> Tensor:
+        """Squared lengths of the gradients themselves, (examples,) float64."""
+
+    @property
+    def peaks(self) -> Tensor:
+        """Largest magnitudes in the gradients, (examples,) float32; not finite where one of them is not."""
+
+    def take(self, name: str, gradients: Tensor, examples: slice) -> None:
+        """Take in one parameter's flat gradients (examples, size), of any floating type; they may be overwritten."""
+
+
+def make_sums(
+    examples: int, *, directions: Mapping[Kind, Direction], projection: Projection, unscale: float = 1.0
+) -> Sums:
+    """Make the sums of a batch whose gradients are to be multiplied by `unscale` first.
+
+    For `blocks` on a GPU, where Triton is installed (it comes with torch for CUDA), one kernel does all of it.
+    """
+    if isinstance(projection, Blocks) and projection.device.type == "cuda" and find_spec("triton"):
+        from worker.kernels import FusedSums  # noqa: PLC0415 - there is no Triton for most CPUs
+
+        return FusedSums(examples, directions, projection, unscale)
+    return PlainSums(examples, directions, projection, unscale)
+
+
+class PlainSums:
+    """The sums by torch's operations, on any device and with any projection."""
+
+    def __init__(
+        self, examples: int, directions: Mapping[Kind, Direction], projection: Projection, unscale: float
+    ) -> None:
+        device = projection.device
+        self._directions = directions
+        self._projection = projection
+        self._unscale = unscale
+        self.by_kind = {
+            kind: KindSums(projection.zeros(examples), torch.zeros(examples, dtype=torch.float64, device=device))
+            for kind in directions
+        }
+        self.raw_squares = torch.zeros(examples, dtype=torch.float64, device=device)
+        self.peaks = torch.zeros(examples, device=device)
+
+    def take(self, name: str, gradients: Tensor, examples: slice) -> None:
+        """Take in one parameter's flat gradients (examples, size), of any floating type; they may be overwritten."""
+        gradients = gradients.to(self.peaks.device, torch.float32)
+        if self._unscale != 1:
+            gradients = gradients * self._unscale
+        # amax keeps a NaN; the peak of the raw gradient tells zero from small, which squares would not
+        self.peaks[examples] = torch.maximum(self.peaks[examples], gradients.abs().amax(1))
+        self.raw_squares[examples] += _squares(gradients)
+        for left, (kind, sums) in zip(reversed(range(len(self.by_kind))), self.by_kind.items(), strict=True):
+            directions = self._directions[kind](name, gradients.clone() if left else gradients)
+            sums.squares[examples] += _squares(directions)
+            self._projection.add(name, directions, {dim: part[examples] for dim, part in sums.by_dim.items()})
+
+
+def _squares(vectors: Tensor) -> Tensor:
+    """Return the squared length of each row: (rows,) float64."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return lengths.double().square()
