@@ -8,6 +8,7 @@ Celery message, can lose or double its call without harm.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,8 @@ from datastore.schema import ChunkRow, JobRow, SegmentRow, ShardRow, UseRow, Wor
 
 WORKER_LIFETIME = timedelta(minutes=1)
 """A worker that has shown no sign of life for so long is not listed any more."""
+CHOICE = 4
+"""Of so many shards for each worker it prepares for one: two of eight then meet at one in five."""
 ATTEMPT_BITS = 20
 """An attempt's number in the store: the shard's id above these bits, its attempt within them."""
 
@@ -221,8 +224,10 @@ class Jobs:
 
     # Workers' side --------------------------------------------------------------------------------------------------
 
-    def claim(self, owner: str, *, kinds: Collection[JobKind], job: str | None = None) -> Claim | None:
-        """Take the oldest shard that waits, or None."""
+    def claim(
+        self, owner: str, *, kinds: Collection[JobKind], job: str | None = None, prefer: int | None = None
+    ) -> Claim | None:
+        """Take the shard `prefer`, or else the oldest, of those that wait; None where none does."""
         query = (
             select(ShardRow, JobRow)
             .join(JobRow, JobRow.id == ShardRow.job_id)
@@ -233,7 +238,10 @@ class Jobs:
         if job is not None:
             query = query.where(ShardRow.job_id == job)
         with self.catalog.transaction() as session:
-            found = session.execute(query).first()
+            found = None
+            if prefer is not None:
+                found = session.execute(query.where(ShardRow.id == prefer)).first()
+            found = found or session.execute(query).first()
             if found is None:
                 return None
             shard, row = found
@@ -250,6 +258,23 @@ class Jobs:
                 payload=shard.payload, request=row.request, plan=row.plan, owner=owner,
                 worked=shard.worked,
             )  # fmt: skip
+
+    def upcoming(self, claim: Claim) -> tuple[int, dict[str, Any]] | None:
+        """A shard of the claim's job (its id and payload) that its worker is likely to get next, or None.
+
+        Alone it is the oldest that waits; beside other workers, at random one of the next few, so that not all of them
+        prepare for the same.
+        """
+        of_job = ShardRow.job_id == claim.job
+        with self.catalog.reading() as session:
+            at_work = session.scalar(select(func.count()).where(of_job, ShardRow.status == "running")) or 0
+            query = select(ShardRow.id, ShardRow.payload).where(of_job, ShardRow.status == "queued")
+            few = 1 if at_work <= 1 else CHOICE * at_work
+            found = session.execute(query.order_by(ShardRow.id).limit(few)).all()
+        if not found:
+            return None
+        shard, payload = random.choice(found)  # noqa: S311 - nothing secret
+        return shard, payload
 
     def waiting(self, *, kinds: Collection[JobKind]) -> bool:
         """Whether a shard waits: a look that takes no lock."""

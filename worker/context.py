@@ -16,6 +16,7 @@ from datastore.settings import Settings
 from datastore.store import OpenStore, open_store
 from worker.budgets import Budgets
 from worker.loaded import Loaded
+from worker.reading import Ahead
 
 
 def worker_name() -> str:
@@ -29,6 +30,7 @@ class Context(OpenStore):
 
     loaded: Loaded
     budgets: Budgets = field(default_factory=Budgets)
+    ahead: Ahead = field(default_factory=Ahead)
     owner: str = field(default_factory=worker_name)
     leaving: threading.Event = field(default_factory=threading.Event)
     """Set when the worker is asked to stop: the shard at hand is given back."""

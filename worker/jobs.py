@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -55,7 +55,6 @@ from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
 from worker import budgets, moments
-from worker.batches import Encoded, Unsupervised, encode
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
@@ -67,6 +66,7 @@ from worker.heartbeat import Heartbeat, Stopped
 from worker.loaded import Base
 from worker.models import ModelError
 from worker.projection import PROJECTION_VERSION
+from worker.reading import Rows, read
 from worker.templates import NoChatTemplate
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,9 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         )
     checkpoint = context.catalog.checkpoint(payload["checkpoint"])
     tokenizer = context.loaded.tokenizer(checkpoint.model, checkpoint.revision)
-    rows = _encode(_examples_of(claim, context), plan, tokenizer, heartbeat)
+    laps = _Laps()
+    rows = _rows(claim, context, tokenizer, heartbeat)
+    laps.end("reading")
     base = Base(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -207,6 +209,8 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         gradient_checkpointing=plan["gradient_checkpointing"],
     )
     engine = _engine(context, base, checkpoint.id, plan, [output["dim"] for output in payload["outputs"]])
+    laps.end("loading")
+    _read_ahead(claim, context, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
     find = partial(budgets.find, engine, rows.encoded, pad_id=pad_id, check=heartbeat.check)
     features = _features(
@@ -218,6 +222,7 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         heartbeat=heartbeat,
     )
     heartbeat.check()
+    laps.end("computing")
     # What is written from here on is left where it is when anything fails, since a commit may have been made whose
     # answer was lost; `tidy` knows later.
     own = None if features is None else features[_kind(plan)]
@@ -229,42 +234,63 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     for chunk in chunks:
         if (chunk.segment, chunk.start) not in committed:  # another attempt has these rows, or has published these
             _discard(context, chunk.segment, start=chunk.start, attempt=claim.token)
+    laps.end("writing")
+    log.info("shard's seconds", extra={**_labels(claim), **laps.seconds})
     return won
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a shard: those that could be encoded, and why the others could not."""
-
-    encoded: list[Encoded]
-    positions: list[int]
-    """Which rows these are, counted from the shard's first."""
-    reasons: list[str | None]
-    """(n,) one per row."""
+def _rows(claim: Claim, context: Context, tokenizer: PreTrainedTokenizerBase, heartbeat: Heartbeat) -> Rows:
+    """The shard's rows: read ahead, or now."""
+    read_ahead = context.ahead.take(_key(claim.plan, claim.payload, tokenizer))
+    if read_ahead is not None:
+        return read_ahead
+    return _read(context, claim.plan, claim.payload, tokenizer, heartbeat.check)
 
 
-def _examples_of(claim: Claim, context: Context) -> Iterator[Example]:
-    start, stop = claim.payload["start"], claim.payload["stop"]
-    if claim.plan["dataset"] is not None:
-        return context.datasets.examples(claim.plan["dataset"], start, stop)
-    return (row.example for row in context.tasks.validation(claim.plan["task"])[start:stop])
+def _read_ahead(claim: Claim, context: Context, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Begin to read the rows of the shard that is likely next."""
+    upcoming = context.jobs.upcoming(claim)
+    if upcoming is None:
+        return
+    shard, payload = upcoming
+    work = partial(_read, context, claim.plan, payload, tokenizer)
+    context.ahead.begin(shard, _key(claim.plan, payload, tokenizer), work)
 
 
-def _encode(
-    examples: Iterator[Example], plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase, heartbeat: Heartbeat
-) -> _Rows:
-    rows = _Rows([], [], [])
-    for position, example in enumerate(examples):
-        heartbeat.check()
-        try:
-            encoded = encode(example, tokenizer=tokenizer, template=plan["template"], max_length=plan["max_length"])
-        except Unsupervised as error:
-            rows.reasons.append(error.reason)
-            continue
-        rows.encoded.append(encoded)
-        rows.positions.append(position)
-        rows.reasons.append(None)
-    return rows
+def _key(plan: dict[str, Any], payload: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Hashable:
+    """What a shard's token ids depend on."""
+    parts = (*(plan[key] for key in ("dataset", "task", "template", "max_length")), payload["start"], payload["stop"])
+    return (*parts, tokenizer)
+
+
+def _read(
+    context: Context,
+    plan: dict[str, Any],
+    payload: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    check: Callable[[], None],
+) -> Rows:
+    start, stop = payload["start"], payload["stop"]
+    examples: Iterable[Example] = (
+        context.datasets.examples(plan["dataset"], start, stop)
+        if plan["dataset"] is not None
+        else (row.example for row in context.tasks.validation(plan["task"])[start:stop])
+    )
+    return read(examples, tokenizer=tokenizer, template=plan["template"], max_length=plan["max_length"], check=check)
+
+
+class _Laps:
+    """What took how long, for the log."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """A stage ends here."""
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
 
 
 def _engine(context: Context, base: Base, checkpoint: str, plan: dict[str, Any], dims: Sequence[int]) -> GradientEngine:
@@ -294,7 +320,7 @@ def _kind(plan: dict[str, Any]) -> Kind:
 
 def _features(
     engine: GradientEngine,
-    rows: _Rows,
+    rows: Rows,
     *,
     pad_id: int,
     budget: int,
@@ -336,7 +362,7 @@ def _budget(claim: Claim, context: Context, base: Base, engine: GradientEngine, 
     return recorded
 
 
-def _write(claim: Claim, context: Context, output: dict[str, Any], rows: _Rows, features: Features | None) -> NewChunk:
+def _write(claim: Claim, context: Context, output: dict[str, Any], rows: Rows, features: Features | None) -> NewChunk:
     """Keep a shard's features of one dim as this attempt's own."""
     start = claim.payload["start"] - output["base"]
     block = sound(_block(rows, features, output["dim"]))
@@ -358,7 +384,7 @@ def _write(claim: Claim, context: Context, output: dict[str, Any], rows: _Rows, 
     )
 
 
-def _block(rows: _Rows, features: Features | None, dim: int) -> Block:
+def _block(rows: Rows, features: Features | None, dim: int) -> Block:
     """Put the encoded rows' features back among the rows that have none."""
     count = len(rows.reasons)
     block = Block(
@@ -458,6 +484,7 @@ def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     began = time.monotonic()
     resolved = {"model": claim.plan["model"], "revision": claim.plan["revision"]}
     request = FinetuneRequest.model_validate(claim.request).model_copy(update=resolved)
+    context.ahead.drop()
     context.loaded.clear()  # the Trainer needs the memory
     work = context.settings.work / claim.job
     try:
@@ -520,6 +547,7 @@ def _training_examples(claim: Claim, context: Context, request: FinetuneRequest)
 def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     """Measure a model, and the base model beside it, on the test rows of tasks."""
     began = time.monotonic()
+    context.ahead.drop()
     request = EvaluationRequest.model_validate(claim.request)
     tasks = {task: first_rows(context.tasks.test(task), request.max_rows) for task in claim.plan["tasks"]}
     names = {task: context.catalog.task(task).name for task in tasks}

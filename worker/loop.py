@@ -98,7 +98,7 @@ def drain(
     count = 0
     # a look that takes no lock comes first: idle workers leave SQLite to those who write
     while not context.leaving.is_set() and context.jobs.waiting(kinds=kinds):
-        claim = context.jobs.claim(context.owner, kinds=kinds)
+        claim = context.jobs.claim(context.owner, kinds=kinds, prefer=context.ahead.shard)
         if claim is None:  # another worker was faster
             break
         on_claim()
