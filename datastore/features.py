@@ -19,6 +19,7 @@ from gradstore.types import (
     Estimate,
     ExcludedRow,
     FeatureDtype,
+    FeatureKind,
     FeatureSet,
     GradientsRequest,
     GradientsResult,
@@ -27,7 +28,7 @@ from gradstore.types import (
 from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
-from datastore import shards
+from datastore import models, shards
 from datastore.catalog import Catalog, utc_now
 from datastore.durations import duration
 from datastore.errors import InvalidInput, NotEnoughSpace
@@ -70,8 +71,15 @@ class Plan:
 
     @property
     def missing_rows(self) -> int:
-        """Rows to compute, summed over checkpoints."""
+        """Rows to go through the model with, summed over checkpoints."""
         return sum(stop - start for _, start, stop, _ in self.missing_ranges())
+
+    @property
+    def dims(self) -> int:
+        """Numbers that a row has in the feature sets of one checkpoint together."""
+        return sum(
+            feature.dim for feature in self.feature_sets if feature.checkpoint == self.feature_sets[0].checkpoint
+        )
 
     @property
     def missing_bytes(self) -> int:
@@ -81,6 +89,14 @@ class Plan:
             for feature in self.feature_sets
             if not feature.exists
         )
+
+    @property
+    def reused_rows(self) -> int:
+        """Rows of which everything exists, summed over checkpoints."""
+        begins = dict.fromkeys((feature.checkpoint for feature in self.feature_sets), self.rows)
+        for checkpoint, start, _, _ in self.missing_ranges():
+            begins[checkpoint] = min(begins[checkpoint], start)
+        return sum(begins.values())
 
     def missing_ranges(self) -> list[tuple[str, int, int, list[PlannedFeatureSet]]]:
         """(checkpoint, start, stop, feature sets) of every range that one pass over its rows completes."""
@@ -111,6 +127,11 @@ class PlannedFeatureSet:
     def dim(self) -> int:
         """Numbers of a row."""
         return int(self.parameters["dim"])
+
+    @property
+    def kind(self) -> FeatureKind:
+        """What the features are made of."""
+        return cast("FeatureKind", self.parameters["kind"])
 
     @property
     def dtype(self) -> FeatureDtype:
@@ -150,7 +171,6 @@ class Features:
         """What the request would cost; `tokens_per_row` and the base model's `size` are the caller's to find out."""
         plan = self.plan(request)
         settings = plan.settings
-        total = plan.rows * len({feature.checkpoint for feature in plan.feature_sets})
         batch = max(1, round((request.token_budget or USUAL_TOKEN_BUDGET) / max(tokens_per_row, 1)))
         model_bytes = None if size is None else size.stored_bytes(settings["quantisation"] or settings["precision"])
         time = duration(
@@ -158,7 +178,7 @@ class Features:
             kind="gradients",
             units=plan.missing_rows,
             done=lambda job: _computed_rows(job, settings),
-            operations=None if size is None else plan.missing_rows * self._operations(plan, size, tokens_per_row),
+            operations=None if size is None else self._operations(plan, size, tokens_per_row),
             precision=settings["precision"],
             alone=False,
         )
@@ -169,26 +189,26 @@ class Features:
             free_bytes=self._free_bytes(),
             seconds=time.seconds,
             basis=time.basis,
-            memory_bytes=None if model_bytes is None else model_bytes * 2 + batch * sum(request.dims) * 4,
-            reused_rows=total - plan.missing_rows,
+            memory_bytes=None if model_bytes is None else model_bytes * 2 + batch * plan.dims * 4,
+            reused_rows=plan.reused_rows,
         )
 
     def plan(self, request: GradientsRequest) -> Plan:
         """Resolve a request. Raises `NotFound` and `InvalidInput`."""
         checkpoints = self._checkpoints(request)
         owner, rows = self._owner(request)
-        kind = request.kind or ("sgd" if request.task else "adam")
+        kinds = request.kinds or _default_kinds(request)
         for checkpoint in checkpoints:
-            _check(checkpoint, kind=kind, request=request)
+            _check(checkpoint, kinds=kinds, request=request)
         first = checkpoints[0]
         settings: dict[str, Any] = {
             "dataset": owner if request.dataset else None,
             "task": owner if request.task else None,
             "rows": rows,
             "model": first.model,
-            "kind": kind,
-            "adam": request.adam if kind == "adam" else None,
-            "projection": request.projection,
+            "reduction": request.reduction,
+            # a job without gradients has another rate, and tells nothing of those with them
+            "projection": request.projection if _has_gradients(kinds) else None,
             "projection_version": PROJECTION_VERSION,
             "seed": request.seed,
             "dtype": request.dtype,
@@ -197,9 +217,11 @@ class Features:
             "precision": request.precision or first.precision,
             "quantisation": request.quantisation,
         }
-        wanted = [(checkpoint.id, dim) for checkpoint in checkpoints for dim in request.dims]
+        variants = _variants(kinds, request, hidden=_hidden_size(first) if "hidden" in kinds else 0)
+        common = {key: settings[key] for key in _IDENTITY}
+        wanted = [{**common, **variant, "checkpoint": each.id} for each in checkpoints for variant in variants]
         with self.catalog.reading() as session:
-            found = [self._planned(session, owner, rows, settings, *each) for each in wanted]
+            found = [self._planned(session, owner, rows, parameters) for parameters in wanted]
         # These change no feature beyond rounding: they are recorded, and name nothing.
         name = content_id("grad", {"owner": owner, "sets": [feature.id for feature in found]})
         settings["token_budget"] = request.token_budget
@@ -284,10 +306,7 @@ class Features:
         """Record a new job's feature sets and return its shards; where other requests have started or deleted some of
         the features since the plan was made, those that are missing now.
         """
-        sets = [
-            self._planned(session, plan.owner, plan.rows, plan.settings, feature.checkpoint, feature.dim)
-            for feature in plan.feature_sets
-        ]
+        sets = [self._planned(session, plan.owner, plan.rows, feature.parameters) for feature in plan.feature_sets]
         plan = replace(plan, feature_sets=sets)
         missing = _shards(session, plan)
         segments = sorted({segment for feature in sets for segment, _, _ in feature.segments})
@@ -296,10 +315,8 @@ class Features:
         _record(session, plan)
         return missing
 
-    def _planned(
-        self, session: Session, owner: str, rows: int, settings: dict[str, Any], checkpoint: str, dim: int
-    ) -> PlannedFeatureSet:
-        parameters = {key: settings[key] for key in _IDENTITY} | {"checkpoint": checkpoint, "dim": dim}
+    def _planned(self, session: Session, owner: str, rows: int, parameters: dict[str, Any]) -> PlannedFeatureSet:
+        checkpoint = parameters["checkpoint"]
         recipe = content_id("recipe", parameters)
         id = content_id("feat", {"recipe": recipe, "owner": owner})
         stored = _segments(session, id)
@@ -320,46 +337,88 @@ class Features:
         )  # fmt: skip
 
     def _operations(self, plan: Plan, size: Size, tokens_per_row: float) -> float:
-        """Floating-point operations of one row: its passes through the model, and a projection that multiplies."""
+        """Floating-point operations of a plan: its rows' passes through the model, and projections that multiply."""
         adapter = self.catalog.checkpoint(plan.feature_sets[0].checkpoint).parameters
         checkpointing = plan.settings["gradient_checkpointing"]
-        passes = tokens_per_row * size.operations(adapter, checkpointing=checkpointing)
-        dense = plan.settings["projection"] == "rademacher"
-        return passes + (2 * adapter * max(feature.dim for feature in plan.feature_sets) if dense else 0)
+        total = 0.0
+        for _, start, stop, features in plan.missing_ranges():
+            dims: dict[tuple[Any, ...], int] = defaultdict(int)  # the largest of a kind has the others in it
+            for feature in features:
+                if feature.kind != "hidden":
+                    kind = feature.kind, feature.parameters["adam"]
+                    dims[kind] = max(dims[kind], feature.dim)
+            by_token = (
+                size.operations(adapter, checkpointing=checkpointing) if dims else size.forward_operations(adapter)
+            )
+            dense = 2 * adapter * sum(dims.values()) if plan.settings["projection"] == "rademacher" else 0
+            total += (stop - start) * (tokens_per_row * by_token + dense)
+        return total
 
     def _free_bytes(self) -> int:
         self.settings.features.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.settings.features).free
 
 
-_IDENTITY = (
-    "kind",
-    "adam",
-    "projection",
-    "projection_version",
-    "seed",
-    "dtype",
-    "template",
-    "max_length",
-    "precision",
-    "quantisation",
-)
-"""What a feature depends on, beside its row, its checkpoint and its dim."""
+_IDENTITY = ("dtype", "template", "max_length", "precision", "quantisation")
+"""What every feature depends on, beside its row and its checkpoint."""
 
 
-def _check(checkpoint: Checkpoint, *, kind: str, request: GradientsRequest) -> None:
+def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, hidden: int) -> list[dict[str, Any]]:
+    """What tells a checkpoint's feature sets apart: their kind, dim and what else features of their kind depend on.
+
+    `hidden` is the model's hidden size. What a kind does without is None, so that it is the same however it was asked
+    for.
+    """
+    projected = {
+        "reduction": request.reduction,
+        "projection": request.projection,
+        "projection_version": PROJECTION_VERSION,
+        "seed": request.seed,
+    }
+    found: list[dict[str, Any]] = []
+    for kind in kinds:
+        if kind == "hidden":
+            found.append({"kind": kind, "adam": None, **dict.fromkeys(projected), "dim": hidden})
+            continue
+        forms = ("less", "exact") if request.adam == "both" else (request.adam,)
+        for form in forms if kind == "adam" else (None,):
+            found += [{"kind": kind, "adam": form, **projected, "dim": dim} for dim in request.dims]
+    return found
+
+
+def _default_kinds(request: GradientsRequest) -> list[FeatureKind]:
+    return ["sgd"] if request.task else ["adam"]
+
+
+def _has_gradients(kinds: Sequence[FeatureKind]) -> bool:
+    return any(kind != "hidden" for kind in kinds)
+
+
+def _hidden_size(checkpoint: Checkpoint) -> int:
+    """The width of a checkpoint's hidden states. Raises `InvalidInput` where it is not known here."""
+    found = models.hidden_size(checkpoint.model, checkpoint.revision)
+    if found is None:
+        detail = (
+            f"the width of {checkpoint.model}'s hidden states is not known: it stands in the config.json, which "
+            "is neither on the service's machine nor on the hub; put the model there, or ask for other kinds"
+        )
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kinds")])
+    return found
+
+
+def _check(checkpoint: Checkpoint, *, kinds: Sequence[FeatureKind], request: GradientsRequest) -> None:
     if checkpoint.method != "lora":
         detail = f"{checkpoint.id} is a full fine-tune, without the LoRA adapter whose gradients are stored"
         raise InvalidInput(
             detail, errors=[ProblemItem(detail=detail, pointer="/run" if request.run else "/checkpoints")]
         )
-    if kind == "adam" and not checkpoint.has_moments:
+    if "adam" in kinds and not checkpoint.has_moments:
         detail = (
             f"{checkpoint.id} has no Adam moments ({checkpoint.moments_note or 'none were given'}): "
-            "ask for kind=sgd, or register the checkpoint with its optimizer state"
+            "ask for kinds sgd or sign, or register the checkpoint with its optimizer state"
         )
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kind")])
-    if request.projection == "none" and request.dims != [checkpoint.parameters]:
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kinds")])
+    if _has_gradients(kinds) and request.projection == "none" and request.dims != [checkpoint.parameters]:
         detail = f"projection=none stores the gradient itself: send dims=[{checkpoint.parameters}]"
         raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/dims")])
 
@@ -425,6 +484,8 @@ def _output(feature: PlannedFeatureSet) -> dict[str, Any]:
     segment, start, stop = feature.segments[-1]
     return {
         "segment": segment,
+        "kind": feature.kind,
+        "adam": feature.parameters["adam"],
         "dim": feature.dim,
         "base": start,
         "rows": stop - start,
@@ -473,16 +534,22 @@ def _chunks(session: Session, feature_set: str) -> list[tuple[int, ChunkRow]]:
 
 
 def _excluded(session: Session, rows: Sequence[FeatureSetRow]) -> list[ExcludedRow]:
+    """Every row that a kind of features lacks, once for each reason, in the order of checkpoints and rows."""
+    order = {row.checkpoint: position for position, row in enumerate(_one_per_checkpoint(rows))}
+    kinds: dict[tuple[int, int, str, str], dict[FeatureKind, None]] = defaultdict(dict)
+    for feature in rows:
+        for base, chunk in _chunks(session, feature.id):
+            for row, reason in chunk.excluded:
+                place = order[feature.checkpoint], base + row, feature.checkpoint, reason
+                kinds[place][feature.parameters["kind"]] = None
     return [
-        ExcludedRow(row=base + row, checkpoint=feature.checkpoint, reason=reason)
-        for feature in _one_per_checkpoint(rows)
-        for base, chunk in _chunks(session, feature.id)
-        for row, reason in chunk.excluded
+        ExcludedRow(row=row, checkpoint=checkpoint, kinds=list(found), reason=reason)
+        for (_, row, checkpoint, reason), found in sorted(kinds.items(), key=lambda item: item[0])
     ]
 
 
 def _one_per_checkpoint(rows: Sequence[FeatureSetRow]) -> list[FeatureSetRow]:
-    """One feature set a checkpoint: a row left out at one dim is left out at all."""
+    """The first feature set of each checkpoint: what is the same for all of them."""
     return list({row.checkpoint: row for row in reversed(rows)}.values())[::-1]
 
 

@@ -34,6 +34,7 @@ ITEM_BYTES: dict[Precision | Quantisation, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.55,
 }  # fmt: skip
 
+_WIDTH = ("hidden_size", "n_embd", "d_model")
 _HEADS, _EMBEDDINGS = {"lm_head", "embed_out"}, {"embed_tokens", "embed_in", "wte", "wpe", "shared"}
 
 
@@ -151,6 +152,10 @@ class Size:
         again = 2 * (base if full else base + trained) if checkpointing else 0
         return 6 * base + again if full else 4 * base + 6 * trained + again
 
+    def forward_operations(self, adapter: int) -> float:
+        """Floating-point operations of a token's forward pass with an adapter of so many parameters."""
+        return 2 * (self._multiplied() + adapter)
+
     def _multiplied(self) -> float:
         """Parameters that a token is multiplied with: no embeddings, unless these are the output's matrix, too."""
         sizes = {name: tensor.size for name, tensor in self.tensors.items()}
@@ -200,22 +205,43 @@ def size_of(folder: Path) -> Size | None:
 
 def _size(folder: Path, tensors: dict[str, TensorInfo]) -> Size | None:
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        text = _text_config(folder)
     except (OSError, ValueError):
         return None
-    text: dict[str, Any] = config.get("text_config") or config
-    keys = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"), ("vocab_size",))
-    hidden, layers, vocabulary = (next((int(text[key]) for key in names if text.get(key)), 0) for names in keys)
-    return (
-        Size(tensors, hidden=hidden, layers=layers, vocabulary=vocabulary, active_experts=_active_experts(text))
-        if tensors
-        else None
+    if not tensors:
+        return None
+    return Size(
+        tensors,
+        hidden=_number(text, *_WIDTH),
+        layers=_number(text, "num_hidden_layers", "n_layer", "num_layers"),
+        vocabulary=_number(text, "vocab_size"),
+        active_experts=_active_experts(text),
     )
 
 
+def hidden_size(model: str, revision: str | None) -> int | None:
+    """The width of a model's hidden states, or None where its config.json is not to be had or does not say."""
+    folder = folder_of(model, revision) or described(model, revision)[0]
+    try:
+        return _number(_text_config(folder), *_WIDTH) or None if folder else None
+    except (OSError, ValueError):
+        return None
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the language model in a folder, which may be a part of a larger one."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    return config.get("text_config") or config
+
+
+def _number(config: dict[str, Any], *names: str) -> int:
+    """The number that stands under one of these names; 0 where there is none."""
+    return next((int(config[name]) for name in names if config.get(name)), 0)
+
+
 def _active_experts(config: dict[str, Any]) -> float:
-    keys = (("num_experts_per_tok",), ("num_experts", "num_local_experts", "n_routed_experts"))
-    chosen, experts = (next((int(config[key]) for key in names if config.get(key)), 0) for names in keys)
+    chosen = _number(config, "num_experts_per_tok")
+    experts = _number(config, "num_experts", "num_local_experts", "n_routed_experts")
     return chosen / experts if chosen and experts else 1.0
 
 

@@ -17,11 +17,13 @@ from gradstore.types import (
     AdamForm,
     Aggregate,
     FeatureDtype,
+    FeatureKind,
     FeatureSet,
-    GradientKind,
     Precision,
+    ProblemItem,
     ProjectionName,
     Quantisation,
+    Reduction,
     Run,
     SelectionRecipe,
     Task,
@@ -41,8 +43,9 @@ class Query:
     datasets: Sequence[str] = ()
     run: str | None = None
     checkpoints: Sequence[str] = ()
-    kind: GradientKind | None = None
+    kind: FeatureKind | None = None
     adam: AdamForm | None = None
+    reduction: Reduction | None = None
     dim: int | None = None
     dtype: FeatureDtype | None = None
     projection: ProjectionName | None = None
@@ -69,11 +72,16 @@ class Sources:
 _OWN = ("kind", "adam")
 """Parameters of a pool's features that its task's may have otherwise."""
 _SHARED = (
-    "dim", "dtype", "projection", "projection_version", "seed", "template", "max_length", "precision", "quantisation",
+    "reduction", "dim", "dtype", "projection", "projection_version", "seed", "template", "max_length", "precision",
+    "quantisation",
 )  # fmt: skip
-"""Parameters in which the features of pool and task must agree."""
+"""Parameters in which the features of pool and task must agree: like is compared with like."""
 _ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version")
 """Parameters that a query can name."""
+_OF_GRADIENTS = ("adam", "reduction", "dim", "projection", "seed")
+"""Parameters that say nothing about hidden states; the dim of these is the model's."""
+_TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
+"""A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class Recipes:
 
         Raises `NotFound`, `InvalidInput`, `Ambiguous` and `GradientsMissing`.
         """
+        _refuse_idle(query)
         tasks = [self.catalog.task(reference) for reference in dict.fromkeys(query.tasks)]
         datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
         exclude = [self._excluded(reference) for reference in dict.fromkeys(query.exclude)]
@@ -151,7 +160,7 @@ class Recipes:
         return [(one, tuple(checkpoint.id for checkpoint in one.checkpoints)) for one in runs]
 
     def _targets(self, candidate: _Candidate, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
-        """The tasks' feature sets that go with a candidate; plain gradients where there are several kinds."""
+        """The tasks' feature sets that go with a candidate."""
         known = self.features.complete(tasks=[task.id for task in tasks])
         fitting = [
             feature
@@ -160,7 +169,7 @@ class Recipes:
         ]
         found = {}
         for task in tasks:
-            for wanted in (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None)):
+            for wanted in _TASK_KINDS if candidate.parameters["kind"] != "hidden" else (("hidden", None),):
                 sets = [each for each in fitting if each.task == task.id and (each.kind, each.adam) == wanted]
                 chosen = _in_order(sets, candidate.checkpoints)
                 if chosen is not None:
@@ -232,6 +241,15 @@ class Recipes:
         )
 
 
+def _refuse_idle(query: Query) -> None:
+    """Refuse what narrows nothing: no feature of the kind that is asked for could ever fit it."""
+    idle = {"hidden": _OF_GRADIENTS, "sgd": ("adam",), "sign": ("adam",)}.get(query.kind or "", ())
+    named = [name for name in idle if getattr(query, name) is not None]
+    if named:
+        detail = f"features of kind={query.kind} have no {' and no '.join(named)}: leave it out"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter=name) for name in named])
+
+
 def _only(ids: Iterable[str]) -> str | None:
     """The id, where there is one alone."""
     found = list(ids)
@@ -253,7 +271,8 @@ def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[Fe
 
 def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str, list[FeatureSet]]) -> GradientsMissing:
     missing = next(task for task in tasks if task.id not in found)
-    shared = {name: candidate.parameters[name] for name in _ASKED if name not in _OWN}
+    of_pool = candidate.parameters
+    shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] == "hidden"}
     body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's: {_post(body)}", body=body
@@ -262,11 +281,18 @@ def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str,
 
 def _body(parameters: dict[str, Any]) -> dict[str, object]:
     """Parameters as POST /gradients takes them."""
+    several = {"dim": "dims", "kind": "kinds"}
     return {
-        "dims" if name == "dim" else name: [value] if name == "dim" else value
-        for name, value in parameters.items()
+        several.get(name, name): [value] if name in several else value
+        for name, value in _telling(parameters).items()
         if name in _ASKED and value is not None and (name, value) != ("quantisation", "none")
     }
+
+
+def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters without those that say nothing about their kind."""
+    hidden = parameters.get("kind") == "hidden"
+    return {name: value for name, value in parameters.items() if not (hidden and name in _OF_GRADIENTS)}
 
 
 def _said(name: str, value: Any) -> Any:
@@ -298,6 +324,7 @@ def _parameters(query: Query, candidate: _Candidate) -> dict[str, Any]:
         chosen["run"] = candidate.run.id
     else:
         chosen["checkpoint"] = list(candidate.checkpoints)
-    chosen |= {name: _said(name, candidate.parameters[name]) for name in _ASKED}
+    telling = _telling(candidate.parameters)
+    chosen |= {name: _said(name, telling[name]) for name in _ASKED if name in telling}
     chosen |= {"aggregate": query.aggregate, "combine": query.combine, "exclude": list(query.exclude)}
     return {key: value for key, value in chosen.items() if value not in (None, [])}

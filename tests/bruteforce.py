@@ -61,6 +61,20 @@ def tokens_and_labels(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     return ids, labels
 
 
+def hidden_states(
+    model: Path, adapter: Path, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> Floats:
+    """The mean over each row's tokens of the last hidden states that `transformers` gives out (n, width)."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(base, str(adapter)).double().eval()
+    found = []
+    for row in rows:
+        ids = torch.tensor([tokens_and_labels(row, tokenizer)[0]])
+        with torch.no_grad():
+            found.append(loaded(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].mean(0).numpy())
+    return np.array(found)
+
+
 def raw_gradients(
     model: Path, adapter: Path | None, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> Gradients:

@@ -222,6 +222,7 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
 FEATURES: dict[str, Any] = {
     "kind": "adam",
     "adam": "less",
+    "reduction": "mean",
     "projection": "blocks",
     "seed": 0,
     "dim": 8192,

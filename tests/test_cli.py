@@ -432,7 +432,7 @@ def test_rows_that_a_job_did_without_are_told(run: Run) -> None:
     words = ["finetunes", "create", "--model", "m", "--dataset", "d", "--wait"]
     ran, _ = asked_by(run, Said(done, status=200), *words)
     assert "12 rows were not trained on" in ran.err
-    first = {"row": 7, "checkpoint": "ck_1", "reason": "the gradient is zero"}
+    first = {"row": 7, "checkpoint": "ck_1", "kinds": ["sgd"], "reason": "the gradient is zero"}
     result = canned.RESULTS["gradients"] | {"total_excluded": 3, "excluded": [first]}
     done = canned.job("succeeded", kind="gradients", result=result)
     ran, _ = asked_by(run, Said(done, status=200), "gradients", "create", "--task", "t", "--run", "r", "--wait")
@@ -597,8 +597,8 @@ def test_less_is_the_whole_flow_in_one_command(run: Run) -> None:
     training = {"model": "tiny", "epochs": 2}
     assert warmup == {**training, "dataset": "ds_pool", "fraction": 0.05}
     features = {"run": "run_1", "dims": [64], "dtype": "float16"}
-    assert of_pool == {**features, "dataset": "ds_pool", "kind": "adam"}
-    assert of_task == {**features, "task": "task_mmlu", "kind": "sgd"}
+    assert of_pool == {**features, "dataset": "ds_pool", "kinds": ["adam"]}
+    assert of_task == {**features, "task": "task_mmlu", "kinds": ["sgd"]}
     assert tuned == {**training, "selection": "sel_1"}
     assert evaluation["tasks"] == ["task_mmlu"]
     selected = next(one.query for one in asked if one.path == "/select")

@@ -163,7 +163,7 @@ def test_a_cost_is_told_before_anything_starts(service: Service, store: Gradient
     assert store.finetunes.estimate(dataset=pool, model="org/base", fraction=0.5).rows == 5
     store.finetunes.create(dataset=pool, model="org/base", epochs=2)
     run = service.train(tmp_path)["result"]["run"]
-    assert store.gradients.estimate(dataset=pool, run=run, dims=64, kind="sgd").rows == 20
+    assert store.gradients.estimate(dataset=pool, run=run, dims=64, kinds="sgd").rows == 20
     assert not list(store.gradients.list())
 
 
@@ -188,8 +188,8 @@ def test_what_the_types_leave_out_the_server_decides(service: Service, store: Gr
     job = store.finetunes.create(dataset=pool, model="org/base")
     assert job.request == FinetuneRequest(dataset=pool, model="org/base")
     run = service.train(tmp_path)["result"]["run"]
-    made = store.gradients.create(dataset=pool, run=run, kind="sgd")
-    assert made.request == GradientsRequest(dataset=pool, run=run, kind="sgd")
+    made = store.gradients.create(dataset=pool, run=run, kinds="sgd")
+    assert made.request == GradientsRequest(dataset=pool, run=run, kinds=["sgd"])
 
 
 def test_a_key_is_asked_for_and_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

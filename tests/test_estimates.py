@@ -104,7 +104,7 @@ def test_a_worker_that_is_gone_still_tells(place: Service, model: Path) -> None:
 
 def test_gradients_are_shared_by_the_workers_and_a_fine_tune_is_not(place: Service, model: Path) -> None:
     checkpoint = place.checkpoint(model=str(model))
-    body = {"dataset": "pool", "checkpoints": [checkpoint["id"]], "kind": "sgd", "dims": [16], "dry_run": True}
+    body = {"dataset": "pool", "checkpoints": [checkpoint["id"]], "kinds": ["sgd"], "dims": [16], "dry_run": True}
 
     def cost(**fields: Any) -> dict[str, Any]:
         found: dict[str, Any] = place.http.post("/gradients", json=body | fields).json()

@@ -284,6 +284,129 @@ def test_what_gradients_are_made_from_is_in_use(store: Store) -> None:
     store.catalog.remove(DatasetRow, "pool")
 
 
+def kinds_of(store: Store, job: str) -> list[tuple[str, str | None, int]]:
+    result = store.jobs.get(job).result
+    assert result is not None
+    return [(one["kind"], one["adam"], one["dim"]) for one in result.model_dump()["feature_sets"]]
+
+
+def test_every_kind_form_and_dim_is_a_feature_set_of_its_own_from_one_pass(store: Store) -> None:
+    store.pool(1100, name="pool")
+    job, _ = store.features.start(request(dataset="pool", dims=[DIM, 8], kinds=["adam", "sgd"], adam="both"))
+    assert job.progress.total == 2 * 1100
+    done = store.work(numbers)
+    assert [len(claim.payload["outputs"]) for claim in done] == [6] * 4
+    forms = [("adam", "less"), ("adam", "exact"), ("sgd", None)]
+    assert kinds_of(store, job.id) == [(*form, dim) for form in forms for dim in (DIM, 8)] * 2
+    for changes in ({"kinds": ["sgd"]}, {"kinds": ["adam"], "adam": "exact"}, {}):
+        alone, started = store.features.start(request(dataset="pool", **changes))
+        assert (alone.status, started) == ("succeeded", False)
+
+
+def test_of_more_kinds_only_those_that_are_missing_are_computed(store: Store) -> None:
+    store.pool(1100, name="pool")
+    store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    more = request(dataset="pool", kinds=["sgd", "adam", "sign"], dims=[DIM, 8])
+    estimate = store.features.estimate(more, tokens_per_row=3, size=None)
+    assert (estimate.rows, estimate.reused_rows) == (2 * 1100, 0)
+    job, _ = store.features.start(more)
+    outputs = [
+        {(output["kind"], output["dim"]) for output in claim.payload["outputs"]} for claim in store.work(numbers)
+    ]
+    assert outputs == [{("sgd", DIM), ("sgd", 8), ("adam", 8), ("sign", DIM), ("sign", 8)}] * 4
+    assert len(kinds_of(store, job.id)) == 12
+
+
+def test_rows_of_which_a_part_exists_are_counted_once(store: Store) -> None:
+    store.pool(2000, name="pool")
+    store.features.start(request(dataset="pool"))
+    store.work(numbers)
+    grown = store.pool(2200)
+    both = request(dataset=grown.id, kinds=["adam", "sgd"])
+    estimate = store.features.estimate(both, tokens_per_row=3, size=None)
+    assert (estimate.rows, estimate.reused_rows) == (2 * (200 + 2200), 0)
+    job, _ = store.features.start(both)
+    store.work(numbers)
+    assert_features_of(store, job.id, 2200)
+
+
+def with_config(store: Store, folder: Path, text: str = '{"hidden_size": 24}') -> None:
+    """A run of a model whose config.json is on this machine."""
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    for number in (5, 6):
+        store.checkpoint(number, model=str(folder))
+    store.catalog.add_run(id="run_2", checkpoints=["ck_5", "ck_6"], name="local")
+
+
+def test_hidden_states_are_as_wide_as_the_model_and_the_same_however_they_are_asked_for(
+    store: Store, tmp_path: Path
+) -> None:
+    with_config(store, tmp_path / "model")
+    store.pool(10, name="pool")
+    job, _ = store.features.start(request(dataset="pool", run="local", kinds=["hidden", "sgd"]))
+    store.work(numbers)
+    assert kinds_of(store, job.id) == [("hidden", None, 24), ("sgd", None, DIM)] * 2
+    other = {"dims": [8], "seed": 3, "reduction": "sum", "projection": "rademacher", "adam": "exact"}
+    alone, started = store.features.start(request(dataset="pool", run="local", kinds=["hidden"], **other))
+    assert (alone.status, started) == ("succeeded", False)
+
+
+@pytest.mark.parametrize("text", [None, "{}", "not JSON"])
+def test_hidden_states_of_a_model_whose_width_is_not_known_are_refused(
+    store: Store, tmp_path: Path, text: str | None
+) -> None:
+    store.pool(10, name="pool")
+    if text is not None:
+        with_config(store, tmp_path / "model", text)
+    with pytest.raises(InvalidInput, match=r"config\.json"):
+        store.features.start(request(dataset="pool", run="local" if text else "warm-up", kinds=["hidden"]))
+
+
+def test_hidden_states_are_compared_with_hidden_states_and_gradients_with_gradients(
+    store: Store, tmp_path: Path
+) -> None:
+    with_config(store, tmp_path / "model")
+    store.pool(10, name="pool")
+    task = store.task({"one": 2}, folder=tmp_path / "task")
+    store.features.start(request(dataset="pool", run="local", kinds=["hidden", "adam"]))
+    store.features.start(request(task="target", run="local"))
+    store.work(numbers)
+    recipe, _ = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    assert (recipe.kind, recipe.task_kind) == ("adam", "sgd"), "the task has no hidden states: there is one candidate"
+    assert answered(store, Query(tasks=["target"], kind="hidden", k=1)) == [task.id]
+    recipe, sources = store.recipes.resolve(Query(tasks=["target"], kind="hidden", k=1), path="/select")
+    assert (recipe.task_kind, recipe.dim, recipe.adam, recipe.projection, recipe.seed) == ("hidden", 24, *[None] * 3)
+    assert {one.kind for one in sources.tasks[task.id]} == {"hidden"}
+    with pytest.raises(Ambiguous) as caught:
+        store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    answers = [store.recipes.resolve(asked(url), path="/select")[0].kind for url in caught.value.choices]
+    assert sorted(answers) == ["adam", "hidden"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [("hidden", "dim", 24), ("hidden", "seed", 0), ("hidden", "reduction", "mean"), ("sgd", "adam", "less")],
+)
+def test_what_no_feature_of_the_kind_has_cannot_narrow_it(
+    store: Store, tmp_path: Path, kind: str, name: str, value: object
+) -> None:
+    filled(store, tmp_path, rows=10)
+    with pytest.raises(InvalidInput, match=f"have no {name}"):
+        store.recipes.resolve(Query(tasks=["target"], k=1, kind=kind, **{name: value}), path="/select")  # type: ignore[arg-type]
+
+
+def test_pool_and_task_have_one_reduction(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=10)
+    store.features.start(request(task="target", reduction="sum"))
+    store.work(task_numbers)
+    recipe, sources = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    assert (recipe.reduction, sources.tasks[recipe.tasks[0]][0].reduction) == ("mean", "mean")
+    pool = recipe.datasets[0]
+    assert answered(store, Query(tasks=["target"], reduction="sum", datasets=["pool"], dim=DIM, k=1)) == [pool]
+
+
 def test_a_row_without_a_feature_is_named_with_its_reason(store: Store) -> None:
     def with_zero(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
         found = numbers(checkpoint, start, stop, dim)
@@ -297,8 +420,15 @@ def test_a_row_without_a_feature_is_named_with_its_reason(store: Store) -> None:
     result = store.jobs.get(job.id).result
     assert result is not None
     found = result.model_dump()
-    assert found["excluded"] == [{"row": 1030, "checkpoint": "ck_1", "reason": "the gradient is zero"}]
+    expected = {"row": 1030, "checkpoint": "ck_1", "kinds": ["adam"], "reason": "the gradient is zero"}
+    assert found["excluded"] == [expected]
     assert [feature["excluded"] for feature in found["feature_sets"]] == [0, 1]
+    both, _ = store.features.start(request(dataset="pool", kinds=["sgd", "adam"]))
+    store.work(with_zero)
+    result = store.jobs.get(both.id).result
+    assert result is not None
+    assert result.model_dump()["excluded"] == [expected | {"kinds": ["sgd", "adam"]}]
+    assert result.model_dump()["total_excluded"] == 1
 
 
 @pytest.mark.parametrize(
@@ -383,7 +513,7 @@ def test_with_one_candidate_everything_but_the_task_may_be_left_out(store: Store
 
 def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_path: Path) -> None:
     filled(store, tmp_path, rows=50)
-    store.features.start(request(dataset="pool", kind="sgd"))
+    store.features.start(request(dataset="pool", kinds=["sgd"]))
     store.work(numbers)
     with pytest.raises(Ambiguous) as caught:
         store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
@@ -396,6 +526,7 @@ def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_p
     ("name", "other"),
     [
         ("adam", "exact"),
+        ("reduction", "sum"),
         ("seed", 1),
         ("dtype", "float32"),
         ("projection", "rademacher"),
@@ -425,7 +556,7 @@ def asked(url: str) -> Query:
     values = parse_qs(urlsplit(url).query)
     several = {"task": "tasks", "dataset": "datasets", "checkpoint": "checkpoints"}
     lists = {several[name]: value for name, value in values.items() if name in several}
-    numbers = {name: int(values[name][0]) for name in ("dim", "seed", "max_length", "k")}
+    numbers = {name: int(values[name][0]) for name in ("dim", "seed", "max_length", "k") if name in values}
     words = {name: value[0] for name, value in values.items() if name not in {*several, *numbers}}
     return Query(**lists, **numbers, **words)  # type: ignore[arg-type]
 

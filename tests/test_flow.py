@@ -172,8 +172,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for sketch in SKETCHES:
             world.gradients(dataset=pool.id, **sketch)
             world.gradients(task=task.id, **sketch)
-        for kind in ({"kind": "sgd"}, {"kind": "sign"}, {"kind": "adam", "adam": "exact"}):
-            world.gradients(dataset=pool.id, dims=[256], **kind)
+        world.gradients(dataset=pool.id, dims=[256], kinds=["adam", "sgd", "sign", "hidden"], adam="both")
+        world.gradients(task=task.id, dims=[256], kinds=["sgd", "hidden"])
         yield world
     torch.set_num_threads(threads)
 
@@ -414,12 +414,12 @@ def test_several_candidates_are_listed_by_urls_that_answer_and_a_missing_one_by_
     answers = [httpx.get(url) for url in urls]
     assert [answer.status_code for answer in answers] == [200] * len(urls)
     ids = {answer.json()["id"] for answer in answers}
-    assert len(ids) == len(urls) >= 7  # adam, exact, sgd, sign and bfloat16 at 256 dims, 1,024 dims, rademacher
+    assert len(ids) == len(urls) >= 8  # adam, exact, sgd, sign and bfloat16 at 256 dims, hidden, 1,024 dims, rademacher
     with pytest.raises(Conflict) as caught:
         world.store.select(task="target", dataset="pool", run="warm-up", kind="adam", dim=2048, pct=0.2)
     assert caught.value.problem.type == "gradients-missing"
     body = json.loads(caught.value.problem.detail.partition("POST /gradients ")[2].rpartition(" computes")[0])
-    assert body == {"dataset": world.pool.id, "run": world.warmup.run, "kind": "adam", "dims": [2048]}
+    assert body == {"dataset": world.pool.id, "run": world.warmup.run, "kinds": ["adam"], "dims": [2048]}
     assert world.store.gradients.estimate(**body).rows == 2 * (ROWS + 1)
 
 
@@ -559,11 +559,11 @@ def test_an_adapter_without_moments_gives_no_adam_features_and_says_so_but_sgd(w
     assert "optimizer.pt" in str(bare.moments_note)
     with pytest.raises(Invalid, match="no Adam moments") as caught:
         world.gradients(dataset="pool", run=None, checkpoints="bare", dims=[256])
-    assert caught.value.problem.errors[0].pointer == "/kind"
+    assert caught.value.problem.errors[0].pointer == "/kinds"
     asked: dict[str, Any] = {
         "dataset": "pool",
         "run": None,
-        "kind": "sgd",
+        "kinds": ["sgd"],
         "dims": [256],
         "dtype": "float32",
         "max_length": 128,
@@ -649,6 +649,29 @@ def test_scores_are_those_of_a_brute_force_through_an_explicit_projection(
         assert served[ROWS] is None
         errors = np.array(served[:ROWS], dtype=np.float64) - bruteforce.aggregated(table, SUBTASKS, how)
         assert np.abs(errors).max() <= (1e-6 if projection == "rademacher" else 1e-4)  # float32 and float16 features
+
+
+def test_scores_of_hidden_states_are_their_cosines(world: World) -> None:
+    """At every checkpoint, from the hidden states that `transformers` gives out in double precision."""
+    run = world.store.runs.get("warm-up")
+    pool = [json.loads(line) for line in pool_lines(0, ROWS)[:ROWS]]
+    validation = bruteforce.lines_of(world.folder / "target" / "validation.jsonl")
+    task = [row for part in ("sums", "talks") for row in validation if row["subtask"] == part]
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    found: tuple[list[Floats], list[Floats]] = ([], [])
+    for checkpoint in run.checkpoints:
+        adapter = world.store.checkpoints.download(checkpoint.id, world.folder / "hidden" / checkpoint.id)
+        for states, rows in zip(found, (pool, task), strict=True):
+            states.append(bruteforce.hidden_states(world.model, adapter, rows, tokenizer))
+    rates = [checkpoint.learning_rate or 0.0 for checkpoint in run.checkpoints]
+    expected = bruteforce.aggregated(bruteforce.influences(*found, rates), SUBTASKS)
+    served = world.scores(kind="hidden")
+    assert served[ROWS] is None
+    np.testing.assert_allclose(np.array(served[:ROWS], dtype=np.float64), expected, atol=1e-3)  # float16 features
+    selection = world.store.select(task="target", dataset="pool", run="warm-up", kind="hidden", k=3)
+    recipe = selection.recipe
+    assert (recipe.kind, recipe.task_kind, recipe.dim, recipe.reduction) == ("hidden", "hidden", 32, None)
+    assert [row.score for row in selection.data] == sorted((score for score in served if score), reverse=True)[:3]
 
 
 @pytest.mark.parametrize(

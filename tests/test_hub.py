@@ -44,7 +44,7 @@ def test_a_model_of_the_hub_is_trained_and_measured_at_the_commit_that_its_name_
     assert (run["model"], run["revision"]) == (model, commit)
     assert [checkpoint["revision"] for checkpoint in run["checkpoints"]] == [commit]
 
-    asked = {"dataset": "pool", "run": run["id"], "dims": [16], "kind": "sgd"}
+    asked = {"dataset": "pool", "run": run["id"], "dims": [16], "kinds": ["sgd"]}
     assert service.http.post("/gradients", json=asked).status_code == 202
     service.http.post("/evaluations", json=evaluation | {"model": None, "finetune": "tuned"})
     assert place.work() == ["succeeded", "succeeded"]
@@ -182,7 +182,7 @@ def test_what_training_a_model_would_cost_is_told_before_it_is_downloaded(
     folder = Path(constants.HF_HUB_CACHE, "models--org--not-here", "snapshots", commit)
     assert not (folder / "model.safetensors").exists()
     checkpoint = service.checkpoint(model="org/not-here")["id"]
-    asked = {"dataset": "pool", "checkpoints": [checkpoint], "kind": "sgd", "dims": [16], "dry_run": True}
+    asked = {"dataset": "pool", "checkpoints": [checkpoint], "kinds": ["sgd"], "dims": [16], "dry_run": True}
     assert service.http.post("/gradients", json=asked).json()["seconds"] > 0
 
 

@@ -37,7 +37,10 @@ from tests.workplace import Workplace, worker_process
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
 Floats = NDArray[np.float32]
-KINDS: tuple[dict[str, Any], ...] = ({"kind": "sgd"}, {"kind": "adam"}, {"kind": "adam", "adam": "exact"})
+KINDS: tuple[dict[str, Any], ...] = (
+    {"kinds": ["sgd"]}, {"kinds": ["adam"]}, {"kinds": ["adam"], "adam": "exact", "reduction": "sum"},
+    {"kinds": ["hidden"]},
+)  # fmt: skip
 FEW = 24
 MANY = 2500  # rows: three shards of 1,024
 SLOWLY = 128  # padded tokens a batch: one or two rows, so that a job of many rows takes seconds

@@ -308,7 +308,7 @@ def test_a_dry_run_estimates_and_starts_nothing(service: Service, tmp_path: Path
 def test_gradients_are_named_listed_and_estimated(service: Service) -> None:
     service.pool(10, name="pool")
     checkpoint = service.checkpoint()["id"]
-    body = {"dataset": "pool", "checkpoints": [checkpoint], "kind": "sgd", "dims": [16]}
+    body = {"dataset": "pool", "checkpoints": [checkpoint], "kinds": ["sgd"], "dims": [16]}
     estimate = service.http.post("/gradients", json=body | {"dry_run": True}).json()
     assert (estimate["rows"], estimate["reused_rows"]) == (10, 0)
     assert estimate["bytes"] > 10 * 16 * 2
@@ -323,9 +323,17 @@ def test_gradients_are_named_listed_and_estimated(service: Service) -> None:
 
 def test_adam_asks_for_moments(service: Service) -> None:
     service.pool(name="pool")
-    body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kind": "adam"}
+    body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kinds": ["adam"]}
     problem = problem_of(service.http.post("/gradients", json=body), 422)
-    assert [item.pointer for item in problem.errors] == ["/kind"]
+    assert [item.pointer for item in problem.errors] == ["/kinds"]
+
+
+def test_hidden_states_ask_for_a_model_whose_width_is_known(service: Service) -> None:
+    service.pool(name="pool")
+    body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kinds": ["hidden"]}
+    problem = problem_of(service.http.post("/gradients", json=body), 422)
+    assert [item.pointer for item in problem.errors] == ["/kinds"]
+    assert "config.json" in problem.detail
 
 
 def test_what_does_not_fit_on_the_disk_is_refused(service: Service) -> None:
@@ -333,7 +341,7 @@ def test_what_does_not_fit_on_the_disk_is_refused(service: Service) -> None:
     row_bytes = 4 * sum(dims)
     free = service.http.get("/health").json()["free_bytes"]
     service.pool(free // row_bytes + 100, name="pool")
-    body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kind": "sgd", "dtype": "float32"}
+    body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kinds": ["sgd"], "dtype": "float32"}
     answer = service.http.post("/gradients", json=body | {"dims": dims})
     assert problem_of(answer, 507).type == "not-enough-space"
     assert service.http.get("/gradients").json()["data"] == []

@@ -40,7 +40,7 @@ def ready(service: Service) -> Service:
     service.pool(40, name="pool")
     service.task("target")
     service.http.post("/runs", json={"checkpoints": [service.checkpoint()["id"]], "name": "run"})
-    for owner in ({"dataset": "pool", "kind": "sgd"}, {"task": "target"}):
+    for owner in ({"dataset": "pool", "kinds": ["sgd"]}, {"task": "target"}):
         answer = service.http.post("/gradients", json={"run": "run", "dims": [DIM], **owner})
         assert answer.status_code == 202, answer.text
     work(service)
@@ -95,12 +95,12 @@ def test_missing_features_are_answered_with_the_post_that_computes_them(service:
     problem = problem_of(service.http.get("/select", params={"task": "target", "pct": 0.5, "dataset": "pool"}), 409)
     assert problem.type == "gradients-missing"
     method, path, body = problem.errors[0].detail.split(" ", 2)
-    assert problem_of(service.http.request(method, path, json=json.loads(body)), 422).errors[0].pointer == "/kind"
-    assert service.http.request(method, path, json={**json.loads(body), "kind": "sgd", "dims": [DIM]}).is_success
+    assert problem_of(service.http.request(method, path, json=json.loads(body)), 422).errors[0].pointer == "/kinds"
+    assert service.http.request(method, path, json={**json.loads(body), "kinds": ["sgd"], "dims": [DIM]}).is_success
 
 
 def test_several_candidates_are_listed_with_urls_that_answer(ready: Service) -> None:
-    for owner in ({"dataset": "pool", "kind": "sgd"}, {"task": "target"}):
+    for owner in ({"dataset": "pool", "kinds": ["sgd"]}, {"task": "target"}):
         ready.http.post("/gradients", json={"run": "run", "dims": [2 * DIM], **owner})
     work(ready)
     problem = problem_of(ready.http.get("/select", params={"task": "target", "pct": 0.05}), 409)
@@ -182,7 +182,7 @@ def test_a_fine_tune_on_a_selection_is_estimated_from_its_own_rows(service: Serv
     service.upload("".join(json.dumps(row) + "\n" for row in rows).encode(), name="pool")
     service.task("target")
     service.http.post("/runs", json={"checkpoints": [service.checkpoint()["id"]], "name": "run"})
-    for owner in ({"dataset": "pool", "kind": "sgd"}, {"task": "target"}):
+    for owner in ({"dataset": "pool", "kinds": ["sgd"]}, {"task": "target"}):
         service.http.post("/gradients", json={"run": "run", "dims": [DIM], **owner})
     work(service)
     body = {"selection": select(service)["id"], "model": "org/base", "dry_run": True}

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def shards(place: Workplace, job: str) -> list[str]:
 
 
 def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workplace) -> None:
-    asked = gradients(place, dims=[32, 64], kind="adam")
+    asked = gradients(place, dims=[32, 64], kinds=["adam"])
     result = place.done(asked)
     checkpoint = place.context.catalog.checkpoint(asked.checkpoints[0])  # type: ignore[index]
     adapted = load_adapter(load_model(str(place.model)), place.context.checkpoints.weights(checkpoint.id))
@@ -130,6 +130,95 @@ def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workpl
     np.testing.assert_array_equal(view.tokens, expected.tokens)
     assert (result["rows"], result["computed_rows"], result["total_excluded"]) == (12, 12, 0)
     assert result["tokens"] == sum(len(row.input_ids) for row in rows)
+
+
+class model_passes:  # noqa: N801 - used like a function
+    """Counts the forward and backward passes of any model."""
+
+    forward = backward = 0
+
+    def __enter__(self) -> Self:
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._look)
+        self._backward = torch.autograd.backward
+        torch.autograd.backward = self._go_back
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.autograd.backward = self._backward
+        self._handle.remove()
+
+    def _look(self, module: torch.nn.Module, _: tuple[Any, ...]) -> None:
+        self.forward += isinstance(module, torch.nn.Embedding)
+
+    def _go_back(self, *arguments: Any, **settings: Any) -> None:
+        self.backward += 1
+        self._backward(*arguments, **settings)
+
+
+ALL_KINDS: dict[str, Any] = {"kinds": ["adam", "sgd", "sign", "hidden"], "adam": "both", "dims": [32, 64]}
+
+
+def test_all_kinds_and_dims_come_from_one_pass_and_are_those_of_a_job_each(place: Workplace) -> None:
+    asked = gradients(place, token_budget=128)
+    with model_passes() as one_kind:
+        place.done(asked)
+    together = Workplace.at(place.folder / "together", model=place.model)
+    several = gradients(together, token_budget=128, **ALL_KINDS)
+    with model_passes() as all_kinds:
+        result = together.done(several)
+    assert (all_kinds.forward, all_kinds.backward) == (one_kind.forward, one_kind.backward)
+    assert all_kinds.backward == all_kinds.forward > 1
+    described = [(found["kind"], found["adam"], found["dim"]) for found in result["feature_sets"]]
+    forms = [("adam", "less"), ("adam", "exact"), ("sgd", None), ("sign", None)]
+    assert described == [(*form, dim) for form in forms for dim in (32, 64)] + [("hidden", None, 16)]
+    for found in result["feature_sets"]:
+        alone = Workplace.at(place.folder / f"{found['kind']}-{found['adam']}-{found['dim']}", model=place.model)
+        changes = {"kinds": [found["kind"]], "adam": found["adam"] or "less", "dims": [found["dim"]]}
+        with model_passes() as of_one:
+            [one] = alone.done(gradients(alone, token_budget=128, **changes))["feature_sets"]
+        assert of_one.forward == all_kinds.forward
+        assert of_one.backward == (0 if found["kind"] == "hidden" else all_kinds.backward)
+        assert one == found
+        views = [each.context.store.view(each.context.features.segments(one["id"])) for each in (together, alone)]
+        np.testing.assert_array_equal(*(view.stored(0, view.rows) for view in views))
+        for name in ("norms", "losses", "tokens", "reason"):
+            np.testing.assert_array_equal(*(view.column(name) for view in views))
+
+
+def test_a_job_for_more_kinds_computes_only_those_that_are_missing(place: Workplace) -> None:
+    asked = gradients(place)
+    place.done(asked)
+    before = chunks(place)
+    more = asked.model_copy(update={"kinds": ["adam", "hidden"]})
+    with model_passes() as counted:
+        result = place.done(more)
+    assert counted.forward > counted.backward == 0
+    assert chunks(place).items() > before.items()
+    assert [found["kind"] for found in result["feature_sets"]] == ["adam", "hidden"]
+    assert place.done(asked.model_copy(update={"kinds": ["hidden"]}))["computed_rows"] == 0
+
+
+def test_the_sum_of_the_losses_gives_features_of_their_own(place: Workplace) -> None:
+    asked = gradients(place, kinds=["sgd", "hidden"])
+    mean = place.done(asked)["feature_sets"]
+    total = place.done(asked.model_copy(update={"reduction": "sum"}))["feature_sets"]
+    assert [found["reduction"] for found in (*mean, *total)] == ["mean", None, "sum", None]
+    assert mean[1] == total[1], "hidden states know no loss"
+    tokens = place.context.store.view(place.context.features.segments(mean[0]["id"])).tokens
+    expected = place.stored(mean[0]["id"]) * tokens[:, None]
+    np.testing.assert_allclose(place.stored(total[0]["id"]), expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_model_whose_output_layer_is_narrower_than_its_config_says_has_no_hidden_states_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Workplace.at(tmp_path)
+    monkeypatch.setattr("datastore.models.hidden_size", lambda *_: 48)
+    job = place.start(gradients(place, kinds=["hidden"]))
+    assert place.work() == ["failed"]
+    error = place.job(job.id).error
+    assert error is not None
+    assert "promises hidden states of 48 numbers" in error.detail
 
 
 def test_a_row_without_a_token_to_learn_from_is_reported_and_the_others_are_as_without_it(place: Workplace) -> None:
@@ -157,7 +246,7 @@ def test_a_tasks_validation_rows_have_features_in_their_order(place: Workplace) 
     rows = [row.example for row in place.context.tasks.validation(task.id)]
     dataset = place.pool({"prompt": row.prompt, "completion": row.completion} for row in rows)
     same = place.done(
-        GradientsRequest(dataset=dataset.id, checkpoints=[checkpoint.id], dims=[32], dtype="float32", kind="sgd")
+        GradientsRequest(dataset=dataset.id, checkpoints=[checkpoint.id], dims=[32], dtype="float32", kinds=["sgd"])
     )
     found = [place.stored(each["feature_sets"][0]["id"]) for each in (result, same)]
     np.testing.assert_array_equal(*found)
@@ -290,7 +379,7 @@ def test_a_quantised_base_gives_nearly_the_features_of_the_whole_one(
 ) -> None:
     model = save_tiny_model(tmp_path / "wide", hidden_size=64, num_key_value_heads=4)
     place = Workplace.at(tmp_path, model=model)
-    asked = gradients(place, 6, kind="sgd")
+    asked = gradients(place, 6, kinds=["sgd"])
     results = [place.done(asked.model_copy(update={"quantisation": each})) for each in (None, quantisation)]
     expected, found = (place.stored(result["feature_sets"][0]["id"]) for result in results)
     cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
@@ -301,7 +390,7 @@ def test_a_quantised_base_gives_nearly_the_features_of_the_whole_one(
 def test_attention_checkpointing_and_precision_are_those_asked_for_and_the_features_nearly_the_same(
     place: Workplace,
 ) -> None:
-    asked = gradients(place, 6, kind="sgd")
+    asked = gradients(place, 6, kinds=["sgd"])
     expected = place.stored(place.done(asked)["feature_sets"][0]["id"])
     ways: tuple[tuple[dict[str, Any], float], ...] = (
         ({"attention": "eager"}, 0.99999),

@@ -188,7 +188,7 @@ def _labels(claim: Claim) -> dict[str, Any]:
 
 
 def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
-    """Compute the features of a range of rows at one checkpoint, for all dims in one pass."""
+    """Compute the features of a range of rows at one checkpoint, of all kinds and dims in one pass."""
     plan, payload = claim.plan, claim.payload
     if plan["projection_version"] != PROJECTION_VERSION:
         raise InvalidInput(
@@ -208,7 +208,7 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         attention=plan["attention"],
         gradient_checkpointing=plan["gradient_checkpointing"],
     )
-    engine = _engine(context, base, checkpoint.id, plan, [output["dim"] for output in payload["outputs"]])
+    engine = _engine(context, base, checkpoint.id, plan, payload["outputs"])
     laps.end("loading")
     _read_ahead(claim, context, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
@@ -225,8 +225,10 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     laps.end("computing")
     # What is written from here on is left where it is when anything fails, since a commit may have been made whose
     # answer was lost; `tidy` knows later.
-    own = None if features is None else features[_kind(plan)]
-    chunks = [_write(claim, context, output, rows, own) for output in payload["outputs"]]
+    chunks = [
+        _write(claim, context, output, rows, None if features is None else features[_kind(output)])
+        for output in payload["outputs"]
+    ]
     won = context.jobs.succeed(claim, chunks=chunks)
     mine = context.jobs.unpublished(attempt=claim.token)
     _publish(context, mine)
@@ -293,29 +295,35 @@ class _Laps:
         self._last = now
 
 
-def _engine(context: Context, base: Base, checkpoint: str, plan: dict[str, Any], dims: Sequence[int]) -> GradientEngine:
-    settings = {key: plan[key] for key in ("kind", "adam", "projection", "seed")}
+def _engine(
+    context: Context, base: Base, checkpoint: str, plan: dict[str, Any], outputs: Sequence[dict[str, Any]]
+) -> GradientEngine:
+    kinds = tuple(dict.fromkeys(_kind(output) for output in outputs))
+    dims = tuple(dict.fromkeys(output["dim"] for output in outputs if _kind(output).needs_gradient))
+    settings = tuple(plan[key] for key in ("reduction", "projection", "seed"))
 
     def make() -> GradientEngine:
         model = context.loaded.adapted(base, context.checkpoints.weights(checkpoint))
-        stored = context.checkpoints.moments(checkpoint) if plan["kind"] == "adam" else None
+        adam = any(kind.name == "adam" for kind in kinds)
+        stored = context.checkpoints.moments(checkpoint) if adam else None
         try:
             return GradientEngine(
                 model,
-                kinds=[_kind(plan)],
+                kinds=kinds,
                 moments=moments.read(stored) if stored else None,
                 projection=plan["projection"],
                 dims=dims,
                 seed=plan["seed"],
+                reduction=plan["reduction"],
             )
         except ValueError as error:
             raise InvalidCheckpoint(f"{checkpoint}: {error}") from error
 
-    return context.loaded.engine((base, checkpoint, tuple(settings.items()), tuple(dims)), make)
+    return context.loaded.engine((base, checkpoint, settings, kinds, dims), make)
 
 
-def _kind(plan: dict[str, Any]) -> Kind:
-    return Kind(plan["kind"], plan["adam"] or "less")
+def _kind(output: dict[str, Any]) -> Kind:
+    return Kind(output["kind"], output["adam"] or "less")
 
 
 def _features(
@@ -351,9 +359,9 @@ def _budget(claim: Claim, context: Context, base: Base, engine: GradientEngine, 
     if plan["token_budget"] is not None:
         return int(plan["token_budget"])
     sizes = tuple(parameter.shape for parameter in engine.parameters.values())
-    dims = tuple(output["dim"] for output in claim.payload["outputs"])
+    outputs = tuple((_kind(output), output["dim"]) for output in claim.payload["outputs"])
     budget = context.budgets.found(
-        (base, sizes, dims, *(plan[key] for key in ("kind", "projection", "max_length"))),
+        (base, sizes, outputs, *(plan[key] for key in ("projection", "max_length"))),
         find,
         usual=budgets.range_of(engine.device).usual,
     )
@@ -396,6 +404,11 @@ def _block(rows: Rows, features: Features | None, dim: int) -> Block:
     )
     if features is None:
         return block
+    if dim not in features.by_dim:
+        raise InvalidInput(
+            f"the model's config.json promises hidden states of {dim:,} numbers, and its output layer takes "
+            f"{', '.join(map(str, features.by_dim))}: this architecture has no features of kind hidden"
+        )
     block.features[rows.positions] = features.by_dim[dim]
     block.norms[rows.positions] = features.norms
     block.losses[rows.positions] = features.losses

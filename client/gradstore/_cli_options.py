@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -43,7 +44,8 @@ HELP = {
     "fraction": "Random fraction of the dataset's rows: 0.05 is 5 %.",
     "gradient_checkpointing": "Save memory by computing activations twice.",
     "k": "How many rows to choose, instead of a fraction.",
-    "kind": "Kind of gradients; by default adam for a dataset and sgd for a task.",
+    "kind": "Kind of the pool's features.",
+    "kinds": "Kind of features; repeat to get several from one pass. By default adam for a dataset and sgd for a task.",
     "learning_rate": "Learning rate at its highest; of a checkpoint, the mean of its epoch.",
     "lora_alpha": "Scale of the adapter.",
     "lora_dropout": "Dropout of the adapter in training.",
@@ -60,6 +62,7 @@ HELP = {
     "precision": "Number type of the base model while it computes.",
     "projection": "How gradients are projected.",
     "quantisation": "Load the base model in 8 or 4 bits (GPU).",
+    "reduction": "Gradients of the mean of the supervised tokens' losses, or of their sum.",
     "replace": "Take the name from what has it now.",
     "revision": "Revision of the base model on the hub.",
     "rows": "Random number of the dataset's rows.",
@@ -137,7 +140,8 @@ def _option(parameter: inspect.Parameter, text: str, default: Any) -> inspect.Pa
     names, metavar = [], None
     if get_origin(kind) is list:  # repeated, so its name is the singular
         names = [f"--{parameter.name.removesuffix('s').replace('_', '-')}"]
-        metavar = f"<{get_args(kind)[0].__name__}>"
+        item = get_args(kind)[0]
+        metavar = f"<{'|'.join(item) if issubclass(item, StrEnum) else item.__name__}>"
     option = typer.Option(*names, metavar=metavar, help=f"{text}{_shown(default)}", show_default=False)
     return parameter.replace(
         default=parameter.default if required else None,
@@ -166,8 +170,15 @@ def _value(annotation: Any) -> Any:
     choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
     lists = [part for part in parts if get_origin(part) in {list, Sequence}]
     if lists:
-        return list[_value(get_args(lists[0])[0])]  # type: ignore[misc]  # a type made at run time
+        return list[_item(_value(get_args(lists[0])[0]))]  # type: ignore[misc]  # a type made at run time
     return Literal[choices] if choices else parts[0]
+
+
+def _item(kind: Any) -> Any:
+    """The type of a list's items: typer takes no list of a Literal, but one of an enumeration."""
+    if get_origin(kind) is not Literal:
+        return kind
+    return StrEnum("Choice", {choice: choice for choice in get_args(kind)})
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from gradstore.types import (
     Checkpoint,
     Estimate,
     FeatureDtype,
-    GradientKind,
+    FeatureKind,
     GradientsJob,
     Health,
     JobKind,
@@ -36,6 +36,7 @@ from gradstore.types import (
     Precision,
     ProjectionName,
     Quantisation,
+    Reduction,
     Run,
     Scores,
     Task,
@@ -196,8 +197,9 @@ class GradientsFields(TypedDict, total=False):
     task: str | None
     run: str | None
     checkpoints: str | Sequence[str] | None
-    kind: GradientKind | None
-    adam: AdamForm | None
+    kinds: FeatureKind | Sequence[FeatureKind] | None
+    adam: AdamForm | Literal["both"] | None
+    reduction: Reduction | None
     dims: int | Sequence[int] | None
     projection: ProjectionName | None
     seed: int | None
@@ -213,8 +215,8 @@ class GradientsFields(TypedDict, total=False):
 
 
 def gradients_create(**fields: Unpack[GradientsFields]) -> Call[GradientsJob]:
-    """Compute the projected gradient of every row of a dataset, or of a task's validation rows; rows that have one
-    already are not computed again."""
+    """Compute the projected gradient of every row of a dataset, or of a task's validation rows, in several kinds and
+    dims from one pass; rows that have one already are not computed again."""
     return _post("gradients", GradientsJob, **_lists(fields))
 
 
@@ -234,8 +236,9 @@ class Question(TypedDict, total=False):
     dataset: str | Sequence[str] | None
     run: str | None
     checkpoint: str | Sequence[str] | None
-    kind: GradientKind | None
+    kind: FeatureKind | None
     adam: AdamForm | None
+    reduction: Reduction | None
     dim: int | None
     dtype: FeatureDtype | None
     projection: ProjectionName | None
@@ -467,7 +470,7 @@ def _many(value: Any) -> list[Any]:
 
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    several = {"checkpoints", "dims", "tasks"}
+    several = {"checkpoints", "dims", "kinds", "tasks"}
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 
 

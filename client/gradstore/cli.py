@@ -243,6 +243,7 @@ AS_TRAINED = {
     "precision": "Number type of the base model while it computes; by default as the run was trained.",
     "template": "How a conversation is written as text; by default as the run was trained.",
 }
+ADAM = "Adam's direction as LESS's code has it (less), with bias correction (exact), or both of them."
 KINDS = "What the files hold: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl, or what else the server can read."
 
 
@@ -562,7 +563,7 @@ def create_run(
 
 
 @groups["gradients"].command("create")
-@takes(endpoints.gradients_create, request=GradientsRequest, texts=AS_TRAINED)
+@takes(endpoints.gradients_create, request=GradientsRequest, texts={**AS_TRAINED, "adam": ADAM})
 def create_gradients(
     ctx: typer.Context, *, wait: Wait = False, dry_run: DryRun = False, as_json: Json = False, **fields: Any
 ) -> None:

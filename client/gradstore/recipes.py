@@ -95,7 +95,7 @@ def less(
         store.gradients.create(
             dataset=dataset.id,
             run=run,
-            kind="adam",
+            kinds="adam",
             dims=dim,
             dtype=dtype,
             quantisation=quantisation,
@@ -109,7 +109,7 @@ def less(
         store.gradients.create(
             task=target.id,
             run=run,
-            kind="sgd",
+            kinds="sgd",
             dims=dim,
             dtype=dtype,
             quantisation=quantisation,
@@ -127,6 +127,7 @@ def less(
         run=run,
         kind=features.kind,
         adam=features.adam,
+        reduction=features.reduction,
         dim=dim,
         dtype=dtype,
         projection=features.projection,

@@ -15,8 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 JobKind = Literal["gradients", "finetune", "evaluation", "scoring"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-GradientKind = Literal["adam", "sgd", "sign"]
+FeatureKind = Literal["adam", "sgd", "sign", "hidden"]
 AdamForm = Literal["less", "exact"]
+Reduction = Literal["mean", "sum"]
 ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "none"]
 FeatureDtype = Literal["float16", "float32"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -374,15 +375,21 @@ class RunCreate(Request):
 
 
 class GradientsRequest(Request):
-    """Compute the projected gradient of every example of a dataset or of a task's validation rows."""
+    """Compute the projected gradient of every example of a dataset or of a task's validation rows.
+
+    Every checkpoint, kind (`adam` in each form) and dim is a feature set of its own; all of them come from one pass.
+    """
 
     dataset: Named | None = None
     task: Named | None = None
     run: Named | None = None
     checkpoints: list[Named] | None = None
-    kind: GradientKind | None = None
-    """`adam` for a dataset and `sgd` for a task, unless said otherwise."""
-    adam: AdamForm = "less"
+    kinds: list[FeatureKind] | None = Field(None, min_length=1)
+    """`adam` for a dataset and `sgd` for a task, unless said otherwise. `hidden` is the mean of the hidden states that
+    the output layer gets: no gradient, and as wide as the model."""
+    adam: AdamForm | Literal["both"] = "less"
+    reduction: Reduction = "mean"
+    """Whose gradient it is: of the mean of the supervised tokens' losses, or of their sum."""
     dims: list[Annotated[int, Field(ge=1, le=1 << 20)]] = Field(default=[8192], min_length=1, max_length=8)
     projection: ProjectionName = "blocks"
     seed: int = Field(0, ge=0, lt=1 << 32)
@@ -411,6 +418,8 @@ class GradientsRequest(Request):
             raise ValueError("name either a run or a list of checkpoints")
         if len(set(self.dims)) != len(self.dims):
             raise ValueError("dims holds a number twice")
+        if len(set(self.kinds or [])) != len(self.kinds or []):
+            raise ValueError("kinds holds a kind twice")
         return self
 
 
@@ -419,20 +428,26 @@ class ExcludedRow(Body):
 
     row: int
     checkpoint: str
+    kinds: list[FeatureKind]
+    """Which kinds of features it lacks for this reason."""
     reason: str
 
 
 class FeatureSet(Body):
-    """The features of one dataset or task at one checkpoint: rows × dim."""
+    """The features of one dataset or task at one checkpoint: rows × dim.
+
+    What hidden states do without is null: `reduction`, `projection`, `seed` and `projection_version`.
+    """
 
     id: str
     dataset: str | None
     task: str | None
     checkpoint: str
-    kind: GradientKind
+    kind: FeatureKind
     adam: AdamForm | None
-    projection: ProjectionName
-    seed: int
+    reduction: Reduction | None
+    projection: ProjectionName | None
+    seed: int | None
     dim: int
     dtype: FeatureDtype
     template: TemplateName
@@ -440,7 +455,7 @@ class FeatureSet(Body):
     precision: Precision
     """Precision of the base model while it computed."""
     quantisation: Quantisation | None
-    projection_version: int
+    projection_version: int | None
     """Version of the projection's random numbers."""
     rows: int
     excluded: int
@@ -454,7 +469,7 @@ class GradientsResult(Body):
     feature_sets: list[FeatureSet]
     rows: int
     computed_rows: int
-    """Rows computed by this job, summed over checkpoints; the others existed."""
+    """Rows that this job went through the model with, summed over checkpoints; of the others all existed."""
     excluded: list[ExcludedRow]
     """The first rows without a feature, with reasons."""
     total_excluded: int
@@ -479,18 +494,19 @@ class SelectionRecipe(Body):
     weights: list[float]
     """Weight of each checkpoint: its mean learning rate over the sum."""
     run: str | None
-    kind: GradientKind
-    task_kind: GradientKind
+    kind: FeatureKind
+    task_kind: FeatureKind
     adam: AdamForm | None
-    projection: ProjectionName
-    seed: int
+    reduction: Reduction | None
+    projection: ProjectionName | None
+    seed: int | None
     dim: int
     dtype: FeatureDtype
     template: TemplateName
     max_length: int
     precision: Precision
     quantisation: Quantisation | None
-    projection_version: int
+    projection_version: int | None
     aggregate: Aggregate
     combine: Literal["max", "mean"]
     """How the scores of several tasks become one."""

@@ -18,12 +18,13 @@ from gradstore.types import (
     Aggregate,
     AnyJob,
     FeatureDtype,
+    FeatureKind,
     Fraction,
-    GradientKind,
     Named,
     Precision,
     ProjectionName,
     Quantisation,
+    Reduction,
     Scores,
     ScoringJob,
     Selection,
@@ -56,8 +57,9 @@ class ScoresQuery(RequestBody):
     dataset: list[Named] = Field([], max_length=100)
     run: Named | None = None
     checkpoint: list[Named] = Field([], max_length=1000)
-    kind: GradientKind | None = None
+    kind: FeatureKind | None = None
     adam: AdamForm | None = None
+    reduction: Reduction | None = None
     dim: int | None = Field(None, ge=1)
     dtype: FeatureDtype | None = None
     projection: ProjectionName | None = None
@@ -92,6 +94,7 @@ class ScoresQuery(RequestBody):
             checkpoints=self.checkpoint,
             kind=self.kind,
             adam=self.adam,
+            reduction=self.reduction,
             dim=self.dim,
             dtype=self.dtype,
             projection=self.projection,
