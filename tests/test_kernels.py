@@ -14,9 +14,13 @@ from worker.directions import Direction, Kind, Moments, make_direction
 from worker.projection import make_projection
 from worker.sums import PlainSums, Sums, make_sums
 
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs Triton, which comes with torch for CUDA; scripts/test-kernels brings it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("triton") is None,
+        reason="needs Triton, which comes with torch for CUDA; scripts/test-kernels brings it",
+    ),
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = [Kind("adam"), Kind("adam", "exact"), Kind("sgd"), Kind("sign")]
