@@ -134,7 +134,7 @@ def _fill(store: FeatureStore, segment: str, rows: int, dim: int) -> list[tuple[
 
 def _block(features: NDArray[np.float32]) -> Block:
     ones = np.ones(len(features), np.float32)
-    return Block(features, ones, ones, np.ones(len(features), np.int32), [None] * len(features))
+    return Block(features, ones, ones, ones, np.ones(len(features), np.int32), [None] * len(features))
 
 
 def _read_files(segment: Path) -> None:

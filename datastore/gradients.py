@@ -6,7 +6,7 @@
     <root>/unfinished/                      what a killed process left behind
 
 zarr writes the metadata; the chunk files are written here, since each is the raw block with its crc32c, flushed to the
-disk before it counts. A shard of 1,024 × 8,192 float16 costs 16 MiB, 8 files and about 20 flushes.
+disk before it counts. A shard of 1,024 × 8,192 float16 costs 16 MiB, 9 files and about 20 flushes.
 The catalog decides which attempt wins. Its publication is a hard link (the receipt, which only one attempt can get) and
 a few renames, repeated by anybody until they are done: a worker that wakes late finds the receipt taken and changes
 nothing.
@@ -57,7 +57,9 @@ class Block:
     features: NDArray[np.float32]
     """(n, dim)"""
     norms: NDArray[np.float32]
-    """L2 norm of the gradient before its projection (n,)."""
+    """L2 norm of what was projected: Adam's step, the gradient, its sign; of a hidden state its own (n,)."""
+    raw_norms: NDArray[np.float32]
+    """L2 norm of the gradient itself; of a hidden state its own (n,)."""
     losses: NDArray[np.float32]
     """Mean cross-entropy per supervised token (n,)."""
     tokens: NDArray[np.int32]
@@ -86,7 +88,7 @@ def sound(block: Block) -> Block:
     finite = np.isfinite(block.features).all(axis=1)
     found = [
         (~np.isfinite(block.losses), REASONS[2]),
-        (~np.isfinite(block.norms), REASONS[3]),
+        (~(np.isfinite(block.norms) & np.isfinite(block.raw_norms)), REASONS[3]),
         (~finite, REASONS[5]),
         (~block.features.any(axis=1), REASONS[6]),
     ]
@@ -319,7 +321,7 @@ def _check_fit(segment: Segment, start: int, block: Block) -> None:
         )
     if block.features.shape != (rows, segment.dim):
         raise ValueError(f"the features have the shape {block.features.shape}, not {(rows, segment.dim)}")
-    for name in ("norms", "losses", "tokens"):
+    for name in ("norms", "raw_norms", "losses", "tokens"):
         if getattr(block, name).shape != (rows,):
             raise ValueError(f"{name} has the shape {getattr(block, name).shape}, not {(rows,)}")
 
@@ -355,6 +357,7 @@ def _columns(block: Block, rows: slice, dtype: np.dtype[Any]) -> dict[str, NDArr
         "scales": np.where(valid, scales, 0),
         "lengths": _lengths(stored),
         "norms": np.where(valid, block.norms[rows], 0),
+        "raw_norms": np.where(valid, block.raw_norms[rows], 0),
         "losses": np.where(valid, block.losses[rows], 0),
         "tokens": block.tokens[rows],
         "reason": codes,

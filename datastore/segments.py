@@ -71,6 +71,7 @@ def array_formats(dim: int, dtype: FeatureDtype) -> dict[str, ArrayFormat]:
         ArrayFormat("scales", np.dtype("<f4"), np.nan),
         ArrayFormat("lengths", np.dtype("<f4"), np.nan),
         ArrayFormat("norms", np.dtype("<f4"), np.nan),
+        ArrayFormat("raw_norms", np.dtype("<f4"), np.nan),
         ArrayFormat("losses", np.dtype("<f4"), np.nan),
         ArrayFormat("tokens", np.dtype("<i4"), -1),
         ArrayFormat("reason", np.dtype("u1"), NOT_WRITTEN),
@@ -154,8 +155,13 @@ class Rows(ABC):
 
     @property
     def norms(self) -> NDArray[np.float32]:
-        """L2 norm of the gradient before its projection (n,)."""
+        """L2 norm of what was projected: Adam's step, the gradient, its sign; of a hidden state its own (n,)."""
         return self.column("norms")
+
+    @property
+    def raw_norms(self) -> NDArray[np.float32]:
+        """L2 norm of the gradient itself; of a hidden state its own (n,)."""
+        return self.column("raw_norms")
 
     @property
     def losses(self) -> NDArray[np.float32]:

@@ -123,6 +123,7 @@ def block_of(features: NDArray[np.float32]) -> Block:
     return Block(
         features=features,
         norms=np.ones(rows, np.float32),
+        raw_norms=np.full(rows, 2, np.float32),
         losses=np.ones(rows, np.float32),
         tokens=np.ones(rows, np.int32),
         reasons=[None if row.any() else "the gradient is zero" for row in features],

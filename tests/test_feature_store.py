@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def block_of(rows: int, *, seed: int = 0, dim: int = DIM, size: float = 1.0) -> 
     return Block(
         features=(rng.standard_normal((rows, dim)) * size).astype(np.float32),
         norms=rng.uniform(1, 2, rows).astype(np.float32),
+        raw_norms=rng.uniform(2, 3, rows).astype(np.float32),
         losses=rng.uniform(0, 5, rows).astype(np.float32),
         tokens=rng.integers(1, 99, rows).astype(np.int32),
         reasons=[None] * rows,
@@ -39,10 +41,7 @@ def block_of(rows: int, *, seed: int = 0, dim: int = DIM, size: float = 1.0) -> 
 
 
 def part(block: Block, start: int, stop: int) -> Block:
-    rows = slice(start, stop)
-    return Block(
-        block.features[rows], block.norms[rows], block.losses[rows], block.tokens[rows], list(block.reasons[rows])
-    )
+    return Block(**{field.name: getattr(block, field.name)[start:stop] for field in fields(Block)})
 
 
 def fill(store: FeatureStore, segment: str, block: Block, *, dtype: FeatureDtype = "float16", chunks: int = 1) -> None:
@@ -92,6 +91,7 @@ def test_features_come_back_with_their_columns(store: FeatureStore, dtype: Featu
         else:
             np.testing.assert_allclose(found, wanted, rtol=2**-11, atol=np.abs(wanted).max(initial=0) * 2**-24)
     np.testing.assert_array_equal(segment.norms, block.norms)
+    np.testing.assert_array_equal(segment.raw_norms, block.raw_norms)
     np.testing.assert_array_equal(segment.losses, block.losses)
     np.testing.assert_array_equal(segment.tokens, block.tokens)
     assert segment.valid.all()
@@ -220,13 +220,13 @@ def test_a_row_with_a_reason_is_zeros_and_not_valid(store: FeatureStore) -> None
     block.losses[3] = np.nan
     reasons: list[str | None] = [None] * 100
     reasons[3], reasons[7] = REASONS[2], "the moon was full"
-    fill(store, SEGMENT, Block(block.features, block.norms, block.losses, block.tokens, reasons))
+    fill(store, SEGMENT, replace(block, reasons=reasons))
     segment = store.open(SEGMENT)
     assert np.flatnonzero(~segment.valid).tolist() == [3, 7]
     assert segment.reasons == {3: REASONS[2], 7: "the moon was full"}
     for row in (3, 7):
         assert not segment.stored(row, row + 1).any()
-        for name in ("scales", "lengths", "norms", "losses"):
+        for name in ("scales", "lengths", "norms", "raw_norms", "losses"):
             assert segment.column(name)[row] == 0
     assert np.isfinite(segment.features(0, 100)).all()
 
@@ -238,6 +238,7 @@ def test_a_row_with_a_reason_is_zeros_and_not_valid(store: FeatureStore) -> None
         (lambda block: block.features.__setitem__((5, 2), np.nan), REASONS[5]),
         (lambda block: block.features.__setitem__(5, 0), REASONS[6]),
         (lambda block: block.norms.__setitem__(5, np.inf), REASONS[3]),
+        (lambda block: block.raw_norms.__setitem__(5, np.nan), REASONS[3]),
         (lambda block: block.losses.__setitem__(5, np.nan), REASONS[2]),
     ],
 )
@@ -257,7 +258,7 @@ def test_words_of_a_reason_are_found_in_any_shard_of_a_grown_set(store: FeatureS
         block = block_of(2100)
         reasons: list[str | None] = [None] * 2100
         reasons[2050], reasons[1] = f"a tale of {name}", REASONS[4]
-        fill(store, name, Block(block.features, block.norms, block.losses, block.tokens, reasons))
+        fill(store, name, replace(block, reasons=reasons))
     found = store.view(["seg_a", "seg_b"]).reasons
     assert found == {1: REASONS[4], 2050: "a tale of seg_a", 2101: REASONS[4], 4150: "a tale of seg_b"}
 
@@ -265,13 +266,14 @@ def test_words_of_a_reason_are_found_in_any_shard_of_a_grown_set(store: FeatureS
 def test_the_reasons_of_the_gradient_engine_have_codes() -> None:
     engine = pytest.importorskip("worker.gradients")
     own = {engine.LOSS_NOT_FINITE, engine.GRADIENT_NOT_FINITE, engine.GRADIENT_ZERO, engine.NOTHING_SUPERVISED}
+    own.add(engine.FEATURE_NOT_FINITE)
     assert own <= {*REASONS.values()}
 
 
 def test_a_workers_own_reason_stands(store: FeatureStore) -> None:
     block = block_of(3)
     block.features[1] = 0
-    named = Block(block.features, block.norms, block.losses, block.tokens, [None, REASONS[1], None])
+    named = replace(block, reasons=[None, REASONS[1], None])
     assert sound(named).excluded == {1: REASONS[1]}
 
 
@@ -622,7 +624,8 @@ KILLED_BEFORE_EACH_STEP = textwrap.dedent(
     n = 1500
     block = Block(
         features=rng.standard_normal((n, 24)).astype(np.float32), norms=np.ones(n, np.float32),
-        losses=np.ones(n, np.float32), tokens=np.ones(n, np.int32), reasons=[None] * n,
+        raw_norms=np.ones(n, np.float32), losses=np.ones(n, np.float32), tokens=np.ones(n, np.int32),
+        reasons=[None] * n,
     )
 
     def perform(store, digest):
@@ -689,7 +692,7 @@ def killed_block() -> Block:
     rng = np.random.default_rng(0)
     features = rng.standard_normal((1500, DIM)).astype(np.float32)
     ones = np.ones(1500, np.float32)
-    return Block(features, ones, ones.copy(), np.ones(1500, np.int32), [None] * 1500)
+    return Block(features, ones, ones, ones, np.ones(1500, np.int32), [None] * 1500)
 
 
 def assert_whole(store: FeatureStore) -> None:
@@ -778,7 +781,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_attempt_can_be_repeated(tmp_p
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         ones = np.ones(1500, np.float32)
-        block = Block(np.ones((1500, 24), np.float32), ones, ones, np.ones(1500, np.int32), [None] * 1500)
+        block = Block(np.ones((1500, 24), np.float32), ones, ones, ones, np.ones(1500, np.int32), [None] * 1500)
         try:
             FeatureStore(Path(sys.argv[1])).write("seg_x", start=0, attempt=1, block=block)
         except NotEnoughSpace as error:

@@ -86,7 +86,7 @@ class Room:
             part = rows[start : start + CHUNK_ROWS].astype(np.float32)
             ones = np.ones(len(part), np.float32)
             reasons = ["the gradient is zero" if start + row in bad else None for row in range(len(part))]
-            block = Block(part, ones, ones, ones.astype(np.int32), reasons)
+            block = Block(part, ones, ones, ones, ones.astype(np.int32), reasons)
             digest = self.store.write(name, start=start, attempt=1, block=block)
             self.store.publish(name, start=start, attempt=1, digest=digest)
 

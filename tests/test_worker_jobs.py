@@ -126,6 +126,7 @@ def test_a_worker_stores_the_engines_numbers_for_every_row_and_dim(place: Workpl
         np.testing.assert_array_equal(place.stored(found["id"]), expected.by_dim[found["dim"]])
     view = place.context.store.view(place.context.features.segments(result["feature_sets"][0]["id"]))
     np.testing.assert_array_equal(view.norms, expected.norms)
+    np.testing.assert_array_equal(view.raw_norms, expected.raw_norms)
     np.testing.assert_array_equal(view.losses, expected.losses)
     np.testing.assert_array_equal(view.tokens, expected.tokens)
     assert (result["rows"], result["computed_rows"], result["total_excluded"]) == (12, 12, 0)
@@ -181,7 +182,7 @@ def test_all_kinds_and_dims_come_from_one_pass_and_are_those_of_a_job_each(place
         assert one == found
         views = [each.context.store.view(each.context.features.segments(one["id"])) for each in (together, alone)]
         np.testing.assert_array_equal(*(view.stored(0, view.rows) for view in views))
-        for name in ("norms", "losses", "tokens", "reason"):
+        for name in ("norms", "raw_norms", "losses", "tokens", "reason"):
             np.testing.assert_array_equal(*(view.column(name) for view in views))
 
 

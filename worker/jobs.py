@@ -398,6 +398,7 @@ def _block(rows: Rows, features: Features | None, dim: int) -> Block:
     block = Block(
         features=np.zeros((count, dim), np.float32),
         norms=np.zeros(count, np.float32),
+        raw_norms=np.zeros(count, np.float32),
         losses=np.zeros(count, np.float32),
         tokens=np.zeros(count, np.int32),
         reasons=list(rows.reasons),
@@ -411,12 +412,13 @@ def _block(rows: Rows, features: Features | None, dim: int) -> Block:
         )
     block.features[rows.positions] = features.by_dim[dim]
     block.norms[rows.positions] = features.norms
+    block.raw_norms[rows.positions] = features.raw_norms
     block.losses[rows.positions] = features.losses
     block.tokens[rows.positions] = features.tokens
     reasons = list(rows.reasons)
     for position, reason in zip(rows.positions, features.reasons, strict=True):
         reasons[position] = reason
-    return Block(block.features, block.norms, block.losses, block.tokens, reasons)
+    return replace(block, reasons=reasons)
 
 
 def _publish(context: Context, publications: Sequence[Publication]) -> None:
