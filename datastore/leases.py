@@ -267,7 +267,8 @@ class Jobs:
         """
         of_job = ShardRow.job_id == claim.job
         with self.catalog.reading() as session:
-            at_work = session.scalar(select(func.count()).where(of_job, ShardRow.status == "running")) or 0
+            owners = select(func.count(ShardRow.owner.distinct())).where(of_job, ShardRow.status == "running")
+            at_work = session.scalar(owners) or 0
             query = select(ShardRow.id, ShardRow.payload).where(of_job, ShardRow.status == "queued")
             few = 1 if at_work <= 1 else CHOICE * at_work
             found = session.execute(query.order_by(ShardRow.id).limit(few)).all()

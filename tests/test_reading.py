@@ -1,4 +1,7 @@
-"""Rows are read ahead by a guess: a right one saves the reading, a wrong one or an error costs nothing but itself."""
+"""What a worker does beside computing: it reads the next rows by a guess, and writes what it has computed.
+
+A right guess saves the reading, a wrong one or an error costs nothing but itself.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from gradstore.types import GradientsRequest
+from sqlalchemy import select
 
+from datastore.gradients import FeatureStore
+from datastore.schema import ShardRow
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered
 from worker import loaded, reading
+from worker.gradients import GradientEngine
 from worker.jobs import KINDS, run
 from worker.loop import work_until_left
 from worker.models import load_model
@@ -150,6 +157,75 @@ def test_the_shard_that_was_read_for_is_claimed_if_it_still_waits(place: Workpla
     last = jobs.claim("me", kinds=KINDS, prefer=first.shard + 3)
     assert last is not None
     assert jobs.upcoming(last) is None
+
+
+def test_a_shard_is_written_while_the_next_is_computed_and_all_are_when_the_worker_leaves(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = threading.Event()
+    seen: list[tuple[str, bool]] = []
+    store, engine = type(place.context.store), GradientEngine
+    write, features = store.write, engine.features
+
+    def slow_write(self: FeatureStore, *given: object, **options: object) -> str:
+        if options["start"] == 0:
+            seen.append(("first written beside the second's computing", computed.wait(60)))
+        return write(self, *given, **options)  # type: ignore[arg-type]
+
+    def noted(self: GradientEngine, *given: object, **options: object) -> object:
+        if seen:
+            computed.set()
+        found = features(self, *given, **options)  # type: ignore[arg-type]
+        seen.append(("computed", True))
+        return found
+
+    monkeypatch.setattr(store, "write", slow_write)
+    monkeypatch.setattr(engine, "features", noted)
+    job = start(place, 2000)
+    work_until_left(place.context, once=True)
+    assert place.job(job).status == "succeeded"
+    assert seen[0] == ("computed", True)
+    assert ("first written beside the second's computing", True) in seen
+
+
+def test_a_shard_that_cannot_be_written_is_tried_again_by_the_same_worker(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = type(place.context.store)
+    write, failed = store.write, []
+
+    def full(self: FeatureStore, *given: object, **options: object) -> str:
+        if not failed:
+            failed.append(options["start"])
+            raise OSError("No space left on device")
+        return write(self, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "write", full)
+    job = start(place, 20)
+    work_until_left(place.context, once=True)
+    assert failed == [0]
+    assert place.job(job).status == "succeeded"
+    assert not [each for each in threading.enumerate() if each.name.startswith("heartbeat")]
+
+
+def test_a_worker_that_is_asked_to_leave_commits_what_it_has_computed_and_gives_the_rest_back(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = type(place.context.store)
+    write = store.write
+
+    def leave(self: FeatureStore, *given: object, **options: object) -> str:
+        place.context.leaving.set()
+        return write(self, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "write", leave)
+    start(place, 4000)
+    work_until_left(place.context)
+    with place.context.catalog.reading() as session:
+        states = list(session.scalars(select(ShardRow.status).order_by(ShardRow.id)))
+    assert states[0] == "succeeded"
+    assert states[2:] == ["queued", "queued"]
+    assert set(states) <= {"succeeded", "queued"}
 
 
 def test_a_job_of_four_checkpoints_loads_its_base_model_once(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,8 @@ log = logging.getLogger(__name__)
 Outcome = Literal["succeeded", "failed", "stopped", "lost"]
 """`stopped`: given back unfinished; `lost`: finished by another attempt, or its job cancelled meanwhile."""
 
+Commit = Callable[[], bool]
+"""Writes and commits what a shard came to; whether it was in time. The next shard may be computed meanwhile."""
 Subject = Literal["base", "tuned"]
 T = TypeVar("T")
 
@@ -91,17 +94,43 @@ class OutOfMemory(InvalidInput):
 
 def run(claim: Claim, context: Context) -> Outcome:
     """Do a shard and commit it, or say on its job why not."""
+    return compute(claim, context)()
+
+
+def compute(claim: Claim, context: Context) -> Callable[[], Outcome]:
+    """Compute a shard, kept alive from now on; the answer is to be called once, in whatever thread: it commits."""
     began = time.monotonic()
     log.info("shard started", extra=_labels(claim))
-    try:
-        with Heartbeat(context.jobs, claim, leaving=context.leaving) as heartbeat:
-            outcome: Outcome = "succeeded" if _WORK[claim.kind](claim, context, heartbeat) else "lost"
-    except Stopped:
+    with ExitStack() as stack:
+        heartbeat = stack.enter_context(Heartbeat(context.jobs, claim, leaving=context.leaving))
+        try:
+            commit = _WORK[claim.kind](claim, context, heartbeat)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job's user is to learn of it
+            stack.close()
+            return partial(_ended, claim, began, _put_down(error, claim, context))
+        alive = stack.pop_all()
+
+    def finish() -> Outcome:
+        try:
+            with alive:
+                outcome: Outcome = "succeeded" if commit() else "lost"
+        except Exception as error:  # noqa: BLE001
+            outcome = _put_down(error, claim, context)
+        return _ended(claim, began, outcome)
+
+    return finish
+
+
+def _put_down(error: Exception, claim: Claim, context: Context) -> Outcome:
+    """Give a shard back that is not to be gone on with, or record what went wrong with it."""
+    if isinstance(error, Stopped):
         context.jobs.release(claim)
-        outcome = "stopped"
-    except Exception as error:  # noqa: BLE001 - whatever it is, the job's user is to learn of it
-        _record(error, claim, context)
-        outcome = "failed"
+        return "stopped"
+    _record(error, claim, context)
+    return "failed"
+
+
+def _ended(claim: Claim, began: float, outcome: Outcome) -> Outcome:
     log.info(f"shard {outcome}", extra={**_labels(claim), "seconds": round(time.monotonic() - began, 3)})
     return outcome
 
@@ -187,7 +216,7 @@ def _labels(claim: Claim) -> dict[str, Any]:
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 
-def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
+def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     """Compute the features of a range of rows at one checkpoint, of all kinds and dims in one pass."""
     plan, payload = claim.plan, claim.payload
     if plan["projection_version"] != PROJECTION_VERSION:
@@ -223,11 +252,19 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
     )
     heartbeat.check()
     laps.end("computing")
-    # What is written from here on is left where it is when anything fails, since a commit may have been made whose
-    # answer was lost; `tidy` knows later.
+    return partial(_commit, claim, context, rows, features, laps)
+
+
+def _commit(claim: Claim, context: Context, rows: Rows, features: dict[Kind, Features] | None, laps: _Laps) -> bool:
+    """Write a shard's features, commit and publish them; whether it was in time.
+
+    What is written is left where it is when anything fails, since a commit may have been made whose answer was lost;
+    `tidy` knows later.
+    """
+    laps.end("waiting")  # for the shard before to be written
     chunks = [
         _write(claim, context, output, rows, None if features is None else features[_kind(output)])
-        for output in payload["outputs"]
+        for output in claim.payload["outputs"]
     ]
     won = context.jobs.succeed(claim, chunks=chunks)
     mine = context.jobs.unpublished(attempt=claim.token)
@@ -494,7 +531,7 @@ def _within_memory(
 # Fine-tunes -----------------------------------------------------------------------------------------------------------
 
 
-def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
+def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     """Train, and record the run and its checkpoints in the commit of the shard."""
     began = time.monotonic()
     resolved = {"model": claim.plan["model"], "revision": claim.plan["revision"]}
@@ -538,10 +575,14 @@ def _finetune(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
         loss_curve=done.loss_curve,
         seconds=claim.worked + time.monotonic() - began,
     )
-    won = context.jobs.succeed(claim, result=result.model_dump(mode="json"), records=record)
-    if won:
-        shutil.rmtree(work, ignore_errors=True)
-    return won
+
+    def commit() -> bool:
+        won = context.jobs.succeed(claim, result=result.model_dump(mode="json"), records=record)
+        if won:
+            shutil.rmtree(work, ignore_errors=True)
+        return won
+
+    return commit
 
 
 def _training_examples(claim: Claim, context: Context, request: FinetuneRequest) -> Iterator[Example]:
@@ -559,7 +600,7 @@ def _training_examples(claim: Claim, context: Context, request: FinetuneRequest)
 # Evaluations ----------------------------------------------------------------------------------------------------------
 
 
-def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
+def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     """Measure a model, and the base model beside it, on the test rows of tasks."""
     began = time.monotonic()
     context.ahead.drop()
@@ -577,7 +618,7 @@ def _evaluation(claim: Claim, context: Context, heartbeat: Heartbeat) -> bool:
             before += passes_over(examples)
             rows += [_evaluation_row(subject, task, names[task], each) for each in measured]
     result = EvaluationResult(rows=rows, seconds=claim.worked + time.monotonic() - began)
-    return context.jobs.succeed(claim, result=result.model_dump(mode="json"))
+    return partial(context.jobs.succeed, claim, result=result.model_dump(mode="json"))
 
 
 def _report(heartbeat: Heartbeat, before: int, done: int) -> None:
@@ -648,7 +689,7 @@ def _evaluation_row(subject: Subject, task: str, name: str, measured: Measured) 
 
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
-_WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], bool]] = {
+_WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "gradients": _gradients,
     "finetune": _finetune,
     "evaluation": _evaluation,

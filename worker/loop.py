@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -20,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from datastore.leases import Claim, Publication
 from worker.context import Context
-from worker.jobs import KINDS, run, tend, tidy
+from worker.jobs import KINDS, Outcome, compute, tend, tidy
 from worker.speed import measure
 
 log = logging.getLogger(__name__)
@@ -93,22 +94,42 @@ def drain(
 ) -> int:
     """Do shards until none waits or the worker is asked to leave; returns how many.
 
+    A shard is written and committed while the next one is computed, and all are when this returns.
+
     `on_claim` is called after each claim, before the work. Raises SQLAlchemyError where the catalog does not answer.
     """
     count = 0
-    # a look that takes no lock comes first: idle workers leave SQLite to those who write
-    while not context.leaving.is_set() and context.jobs.waiting(kinds=kinds):
-        claim = context.jobs.claim(context.owner, kinds=kinds, prefer=context.ahead.shard)
-        if claim is None:  # another worker was faster
-            break
-        on_claim()
-        caretaker.working_on(claim)
-        try:
-            run(claim, context)
-        finally:
-            caretaker.working_on(None)
-        count += 1
+    committing: Future[Outcome] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="committing") as thread:
+        while True:
+            claim = _claim(context, kinds)
+            commit = _compute(claim, context, caretaker, on_claim) if claim is not None else None
+            before, committing = committing, thread.submit(commit) if commit is not None else None
+            if before is not None:
+                before.result()  # and then another look: what could not be committed waits again
+            elif committing is None:
+                break
+            count += commit is not None
     return count
+
+
+def _compute(
+    claim: Claim, context: Context, caretaker: Caretaker, on_claim: Callable[[], None]
+) -> Callable[[], Outcome]:
+    on_claim()
+    caretaker.working_on(claim)
+    try:
+        return compute(claim, context)
+    finally:
+        caretaker.working_on(None)
+
+
+def _claim(context: Context, kinds: Collection[JobKind]) -> Claim | None:
+    """Take a shard, where one waits and the worker is not asked to leave."""
+    # a look that takes no lock comes first: idle workers leave SQLite to those who write
+    if context.leaving.is_set() or not context.jobs.waiting(kinds=kinds):
+        return None
+    return context.jobs.claim(context.owner, kinds=kinds, prefer=context.ahead.shard)
 
 
 def work_until_left(context: Context, *, kinds: Collection[JobKind] = KINDS, once: bool = False) -> None:
