@@ -38,6 +38,8 @@ def configure() -> None:
     hub.addHandler = hub.removeHandler  # type: ignore[method-assign]  # it may be imported only later
     for noisy in ("uvicorn", "httpx", "alembic", "celery", "kombu"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # where it is installed, it asks on every start for another package, which would fetch code from the hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _shown(value: object) -> str:

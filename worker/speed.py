@@ -9,14 +9,14 @@ import torch
 from worker.models import DTYPES, Precision
 
 CPU_SIDE, GPU_SIDE = 256, 4096  # rows and columns: large enough for the device to be busy
-ROUNDS = 3
-ENOUGH = 0.02  # seconds for a precision; float16 on a CPU needs that for one product
+ROUNDS = 10  # the best of so many is hardly disturbed by what else the machine does
+ENOUGH = 0.1  # seconds for a precision; float16 on a CPU needs a fifth of that for one product
 
 
 def measure(device: torch.device) -> dict[Precision, float]:
     """Operations a second (FLOP/s) of a product of two square matrices, by precision; those it cannot do are left out.
 
-    Tens of milliseconds in all: the best of some rounds, after one that warms up.
+    Less than half a second in all: the best of some rounds, after one that warms up.
     """
     rates: dict[Precision, float] = {}
     for precision, dtype in DTYPES.items():
