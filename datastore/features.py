@@ -31,7 +31,7 @@ from sqlalchemy.orm import Session
 from datastore import models, shards
 from datastore.catalog import Catalog, utc_now
 from datastore.durations import duration
-from datastore.errors import InvalidInput, NotEnoughSpace
+from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.leases import Jobs, NewShard
@@ -46,7 +46,7 @@ from datastore.schema import (
     SegmentRow,
 )
 from datastore.scores import ScoreCache
-from datastore.segments import stored_bytes
+from datastore.segments import FeatureView, stored_bytes
 from datastore.settings import Settings
 
 PROJECTION_VERSION = 1
@@ -240,6 +240,31 @@ class Features:
         with self.catalog.reading() as session:
             rows = session.scalars(query.order_by(FeatureSetRow.created_at, FeatureSetRow.id))
             return [_feature_set(session, row) for row in rows if _is_complete(session, row.id)]
+
+    def of_job(self, reference: str, feature_set: str | None, *, path: str) -> FeatureSet:
+        """A feature set of a finished gradients job, by its id or as the only one there is.
+
+        `path` is where the alternatives are asked for. Raises `NotFound`, `Ambiguous` and, before all rows are there,
+        `Conflict`.
+        """
+        job = self.jobs.get(reference, kind="gradients")
+        if job.status != "succeeded":
+            raise Conflict(f"{job.id} is {job.status}: its rows can be read once it has succeeded")
+        query = select(JobFeatureRow.feature_set_id).where(JobFeatureRow.job_id == job.id)
+        with self.catalog.reading() as session:
+            known = list(session.scalars(query.order_by(JobFeatureRow.position)))
+        if feature_set is not None and feature_set not in known:
+            raise NotFound("feature set of this job", feature_set, collection=f"/gradients/{job.id}")
+        if feature_set is None and len(known) > 1:
+            raise Ambiguous(
+                f"{job.id} has {len(known)} feature sets; say which one of its result is meant (feature_set)",
+                choices=[f"{path}?feature_set={id}" for id in known],
+            )
+        return self.get(feature_set or known[0])
+
+    def view(self, feature_set: FeatureSet) -> FeatureView:
+        """The rows of a feature set."""
+        return self.store.view(self.segments(feature_set.id))
 
     def segments(self, feature_set: str) -> list[str]:
         """The segments of a feature set, in order of rows."""

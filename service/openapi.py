@@ -23,7 +23,9 @@ DESCRIPTION = "Computes the gradient of every training example once, keeps it, a
 BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, CheckpointRegister)
 """Models that routes name by hand."""
 
-CONFLICTING = {"/select", "/scores", "/finetunes/{reference}/content", "/jobs/{reference}"}
+CONFLICTING = {
+    "/select", "/scores", "/finetunes/{reference}/content", "/gradients/{reference}/rows", "/jobs/{reference}",
+}  # fmt: skip
 """Paths whose GET can answer 409."""
 
 

@@ -88,7 +88,7 @@ def test_the_command_line_has_what_was_promised() -> None:
         "tasks": plain | {"upload", "register"},
         "checkpoints": plain | {"upload", "register", "download"},
         "runs": plain | {"create"},
-        "gradients": plain | {"create"},
+        "gradients": plain | {"create", "rows"},
         "selections": plain | {"rows", "content"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
@@ -339,6 +339,18 @@ def test_an_upload_prints_the_id_alone_on_stdout(run: Run, tmp_path: Path) -> No
     assert {name: content for name, (_, content) in asked.parts.items() if name != "file"} == {
         "name": b"tulu", "on_error": b"skip", "replace": b"true",
     }  # fmt: skip
+
+
+def test_rows_of_gradients_are_printed_or_saved(run: Run, tmp_path: Path) -> None:
+    row = {"row": 7, "norm": 1.5, "raw_norm": 0.25, "loss": 0.5, "tokens": 3, "reason": None}
+    page = {"feature_set": canned.FEATURE_SET, "data": [row], "has_more": False}
+    words = ["gradients", "rows", "grad_1", "--feature-set", "feat_1"]
+    ran, (asked,) = asked_by(run, Said(page), *words, "--json")
+    assert json.loads(ran.out) == row
+    assert (asked.path, asked.query["feature_set"]) == ("/gradients/grad_1/rows", ["feat_1"])
+    _, (asked,) = asked_by(run, Said(body=b"array"), *words, "--output", str(tmp_path / "rows.npy"))
+    assert asked.headers["Accept"] == "application/x-npy"
+    assert (tmp_path / "rows.npy").read_bytes() == b"array"
 
 
 def test_a_pool_can_be_piped_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -876,6 +876,26 @@ def test_scores_are_saved_in_the_format_of_the_paths_ending(tmp_path: Path) -> N
     assert server.asked[-1].headers["Accept"] == "application/x-npy"
 
 
+def test_what_is_known_of_rows_is_iterated_page_by_page_or_saved(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> Said:
+        if asked.headers["Accept"] != "application/json":
+            return Said(body=b"table")
+        start = int(asked.query.get("after", ["0"])[0])
+        stop = min(start + 1000, 1200)
+        row = {"norm": 1.5, "raw_norm": None, "loss": 0.5, "tokens": 3, "reason": None}
+        data = [{"row": number, **row} for number in range(start, stop)]
+        return Said({"feature_set": canned.FEATURE_SET, "data": data, "has_more": stop < 1200})
+
+    with serving(answer) as (server, store):
+        assert [row.row for row in store.gradients.rows("grad_1", feature_set="feat_1")] == list(range(1200))
+        path = store.gradients.save_rows("grad_1", tmp_path / "rows.parquet")
+        with pytest.raises(ValueError, match=r"rows are saved as \.npy"):
+            store.gradients.save_rows("grad_1", tmp_path / "rows.txt")
+    assert path.read_bytes() == b"table"
+    assert [asked.query.get("feature_set") for asked in server.asked] == [["feat_1"], ["feat_1"], None]
+    assert server.asked[-1].headers["Accept"] == "application/vnd.apache.parquet"
+
+
 # Downloads --------------------------------------------------------------------------------------------------------
 
 ROWS = b"".join(b'{"prompt": "%d \xe2\x80\xa8", "completion": "\r"}\n' % number for number in range(20_000))

@@ -651,6 +651,34 @@ def test_scores_are_those_of_a_brute_force_through_an_explicit_projection(
         assert np.abs(errors).max() <= (1e-6 if projection == "rademacher" else 1e-4)  # float32 and float16 features
 
 
+def test_what_is_told_of_a_row_is_that_of_the_brute_force(world: World, truths: list[Truth]) -> None:
+    asked: dict[str, Any] = {"dims": [256], "kinds": ["adam", "sgd", "sign", "hidden"], "adam": "both"}
+    job = world.store.gradients.create(dataset="pool", run="warm-up", **asked)
+    assert job.result is not None
+    for found in job.result.feature_sets:
+        truth = truths[world.warmup.checkpoints.index(found.checkpoint)]
+        rows = list(world.store.gradients.rows(job.id, feature_set=found.id))
+        assert [row.row for row in rows] == list(range(ROWS + 1))
+        assert [row.reason is None for row in rows] == [True] * ROWS + [False]
+        assert (rows[ROWS].norm, rows[ROWS].raw_norm, rows[ROWS].loss, rows[ROWS].tokens) == (None, None, None, 0)
+        for name, expected in (("loss", truth.pool.losses), *lengths(truth, found.kind, found.adam)):
+            told = np.array([getattr(row, name) for row in rows[:ROWS]])
+            np.testing.assert_allclose(told, expected, rtol=1e-3)
+        array = np.load(world.store.gradients.save_rows(job.id, world.folder / "rows.npy", feature_set=found.id))
+        path = world.store.gradients.save_rows(job.id, world.folder / "rows.parquet", feature_set=found.id)
+        assert pq.read_table(path).to_pylist() == [row.model_dump() for row in rows]
+        assert array["tokens"].tolist() == [row.tokens for row in rows]
+        assert np.isnan(array["norm"]).tolist() == (array["reason"] > 0).tolist() == [False] * ROWS + [True]
+
+
+def lengths(truth: Truth, kind: str, adam: str | None) -> list[tuple[str, Floats]]:
+    """Lengths of the gradients, and of what is projected; hidden states have their own."""
+    if kind == "hidden":
+        return []
+    mapped = truth.direction(adam or kind)
+    return [("norm", np.linalg.norm(mapped, axis=1)), ("raw_norm", np.linalg.norm(truth.pool.flat, axis=1))]
+
+
 def test_scores_of_hidden_states_are_their_cosines(world: World) -> None:
     """At every checkpoint, from the hidden states that `transformers` gives out in double precision."""
     run = world.store.runs.get("warm-up")

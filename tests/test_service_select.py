@@ -64,6 +64,28 @@ def test_the_best_rows_are_selected_and_read_back(ready: Service) -> None:
     assert [one["id"] for one in ready.http.get("/selections").json()["data"]] == [selection["id"]]
 
 
+def test_rows_are_told_page_by_page_in_every_form_once_they_are_there(ready: Service) -> None:
+    body = {"dataset": "pool", "run": "run", "kinds": ["sgd", "sign"], "dims": [DIM]}
+    job = ready.http.post("/gradients", json=body).json()
+    where = f"/gradients/{job['id']}/rows"
+    assert "is queued" in problem_of(ready.http.get(where), 409).detail
+    work(ready)
+    several = problem_of(ready.http.get(where), 409)
+    assert several.type == "ambiguous"
+    urls = [item.detail for item in several.errors]
+    assert [ready.http.get(url).status_code for url in urls] == [200, 200]
+    problem_of(ready.http.get(f"{where}?feature_set=feat_9"), 404)
+    page = ready.http.get(f"{urls[1]}&after=38&limit=3").json()
+    assert page["feature_set"]["kind"] == "sign"
+    row = {"norm": 1.0, "raw_norm": 2.0, "loss": 1.0, "tokens": 1, "reason": None}
+    assert (page["data"], page["has_more"]) == ([{"row": 38, **row}, {"row": 39, **row}], False)
+    assert ready.http.get(f"{urls[1]}&after=40").json()["data"] == []
+    for name, media_type in (("npy", "application/x-npy"), ("parquet", "application/vnd.apache.parquet")):
+        asked = ready.http.get(f"{urls[0]}&format={name}")
+        assert asked.headers["content-type"] == media_type
+        assert asked.content == ready.http.get(urls[0], headers={"Accept": media_type}).content
+
+
 def test_a_selection_comes_as_rows_and_as_a_table(ready: Service) -> None:
     rows = ready.http.get("/datasets/pool/content").content.splitlines()
     params = {"task": "target", "k": "3"}

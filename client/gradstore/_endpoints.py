@@ -26,6 +26,7 @@ from gradstore.types import (
     Estimate,
     FeatureDtype,
     FeatureKind,
+    FeatureRows,
     GradientsJob,
     Health,
     JobKind,
@@ -223,6 +224,14 @@ def gradients_create(**fields: Unpack[GradientsFields]) -> Call[GradientsJob]:
 def gradients_estimate(**fields: Unpack[GradientsFields]) -> Call[Estimate]:
     """Say what `create` with the same arguments would cost, and start nothing."""
     return _post("gradients", Estimate, **_lists(fields), dry_run=True)
+
+
+def gradients_rows(
+    name: str, /, *, feature_set: str | None = None, limit: int | None = None, after: str | None = None
+) -> Call[FeatureRows]:
+    """Get a page of what is known of a feature set's rows."""
+    params = _params(feature_set=feature_set, limit=limit, after=after)
+    return Call(method="GET", path=_path("gradients", name, "rows"), params=params, answer=FeatureRows)
 
 
 # Selection --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,19 @@ from gradstore import _endpoints, errors
 from gradstore._endpoints import Call, Question
 from gradstore._progress import BytesBar, JobBar
 from gradstore.results import Selection, SucceededJob
-from gradstore.types import AnyJob, Job, Page, Problem, RequestT, ResultT, ScoredRow, Scores, ScoringJob, SelectedRow
+from gradstore.types import (
+    AnyJob,
+    FeatureRow,
+    Job,
+    Page,
+    Problem,
+    RequestT,
+    ResultT,
+    ScoredRow,
+    Scores,
+    ScoringJob,
+    SelectedRow,
+)
 
 PAGE = 1000  # rows asked for at a time
 LISTED = 100  # resources asked for at a time
@@ -242,6 +254,31 @@ def paged(function: Callable[P, Call[Page[ItemT]]]) -> Callable[P, Stream[ItemT]
     return stream
 
 
+def gradients_rows(job: str, /, *, feature_set: str | None = None) -> Stream[FeatureRow]:
+    """Iterate over what is known of a feature set's rows beside their features: norms, loss, tokens, why one has none.
+
+    `feature_set` is the id of one of the job's feature sets; Conflict lists them where it is left out and there are
+    several.
+    """
+    seen = 0
+    while True:
+        call = _endpoints.gradients_rows(job, feature_set=feature_set, limit=PAGE, after=_rows_seen(seen))
+        page = yield from send(call)
+        for row in page.data:
+            yield Emit(row)
+        seen += len(page.data)
+        if not page.has_more or not page.data:
+            return
+
+
+def gradients_save_rows(
+    job: str, path: str | os.PathLike[str], /, *, feature_set: str | None = None, progress: bool = False
+) -> Flow[Path]:
+    """Save what is known of a feature set's rows: as `.npy` (a structured array) or `.parquet` (a table)."""
+    call = _endpoints.gradients_rows(job, feature_set=feature_set)
+    return download(replace(call, accept=_table_type(path, what="rows")), path, progress=progress)
+
+
 def selection_rows(selection: str, /) -> Stream[SelectedRow]:
     """Iterate over the chosen rows, best first, with their scores."""
     seen = 0
@@ -447,13 +484,18 @@ def save_scores(
     **question: Unpack[Question],
 ) -> Flow[Path]:
     """Save the whole score vector: as `.npy` (one number per row) or `.parquet` (a table), by the path's ending."""
-    kinds = {".npy": "application/x-npy", ".parquet": "application/vnd.apache.parquet"}
-    accept = kinds.get(Path(path).suffix)
-    if accept is None:
-        raise ValueError(f"scores are saved as .npy or .parquet, not {Path(path).name}")
+    accept = _table_type(path, what="scores")
     call = _endpoints.scores(**question, wait=_patience(timeout))
     yield from _scored(replace(call, params=(*call.params, ("limit", "1"))), progress=progress, timeout=timeout)
     return (yield from download(replace(call, accept=accept), path, progress=progress))
+
+
+def _table_type(path: str | os.PathLike[str], *, what: str) -> str:
+    """The media type of numbers saved under a path, by its ending."""
+    kinds = {".npy": "application/x-npy", ".parquet": "application/vnd.apache.parquet"}
+    if Path(path).suffix not in kinds:
+        raise ValueError(f"{what} are saved as .npy or .parquet, not {Path(path).name}")
+    return kinds[Path(path).suffix]
 
 
 def _patience(timeout: float | None) -> float:

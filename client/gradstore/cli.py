@@ -330,6 +330,14 @@ SELECTED: Columns = {
     "subtask": lambda row: row.subtask,
 }
 SCORED: Columns = {name: SELECTED[name] for name in ("dataset", "row", "score", "id", "origin", "task", "subtask")}
+COMPUTED: Columns = {
+    "row": lambda row: row.row,
+    "norm": lambda row: row.norm,
+    "gradient": lambda row: row.raw_norm,
+    "loss": lambda row: row.loss,
+    "tokens": lambda row: row.tokens,
+    "no feature": lambda row: row.reason,
+}
 MEASURED: Columns = {
     "model": lambda row: row.model,
     "task": lambda row: row.task_name,
@@ -577,6 +585,29 @@ def create_gradients(
             print_object(store.gradients.estimate(**given(fields)), as_json=as_json)
         else:
             _started(store, "gradients", store.gradients.create(**given(fields)), wait=wait, as_json=as_json)
+
+
+@groups["gradients"].command("rows")
+def gradients_rows(
+    ctx: typer.Context,
+    reference: JobReference,
+    *,
+    feature_set: Annotated[
+        str | None, typer.Option(help="Feature set by id; may be left out where the job has one.")
+    ] = None,
+    limit: Rows = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save all rows there, as .npy or .parquet.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print or save the length of each row's gradient, its loss and tokens, and why a row has no feature."""
+    with _session(ctx) as store:
+        if output is not None:
+            store.gradients.save_rows(reference, output, feature_set=feature_set, progress=is_terminal())
+            return
+        rows = store.gradients.rows(reference, feature_set=feature_set)
+        print_list(islice(rows, limit or None), COMPUTED, as_json=as_json)
 
 
 @groups["finetunes"].command("create")

@@ -430,6 +430,8 @@ class Gradients(Resource[EngineT]):
     wait = call(
         flows.waiter(endpoints.getter("gradients", GradientsJob), SucceededJob[GradientsRequest, GradientsResult])
     )
+    rows = each(flows.gradients_rows)
+    save_rows = call(flows.gradients_save_rows)
     cancel = call(endpoints.canceller(GradientsJob))
     retry = call(endpoints.retrier(GradientsJob))
     rename = call(endpoints.renamer("gradients", GradientsJob))

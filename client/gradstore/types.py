@@ -463,6 +463,31 @@ class FeatureSet(Body):
     bytes: int
 
 
+class FeatureRow(Body):
+    """What is known of one row beside its feature."""
+
+    row: int
+    """Position in the dataset, or among the task's validation rows, from 0."""
+    norm: float | None
+    """Length of what was projected: Adam's step, the gradient, its sign; null for a row without a feature."""
+    raw_norm: float | None
+    """Length of the gradient itself; of kind `hidden` the same as `norm`."""
+    loss: float | None
+    """Mean cross-entropy per supervised token."""
+    tokens: int
+    """Supervised tokens."""
+    reason: str | None
+    """Why the row has no feature."""
+
+
+class FeatureRows(Body):
+    """A page of the rows of a feature set, in their order."""
+
+    feature_set: FeatureSet
+    data: list[FeatureRow]
+    has_more: bool
+
+
 class GradientsResult(Body):
     """What a gradients job left in the store."""
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Query, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
-from gradstore.types import GradientsJob, GradientsRequest, Page, Rename
+from gradstore.types import FeatureRows, GradientsJob, GradientsRequest, Page, Rename
+from gradstore.types import Request as RequestBody
+from pydantic import Field
 
+from datastore import feature_rows
 from service.dependencies import BackendDep, Paging, Reference
 from service.estimates import of_gradients
+from service.files import NPY, PARQUET, Format, npy, parquet, wanted_format
 from service.openapi import starting
 from service.routes.jobs import started, typed, typed_page
 from service.routing import noun
@@ -39,6 +43,39 @@ def list_gradients(backend: BackendDep, paging: Annotated[Paging, Query()]) -> P
 def get_gradients(backend: BackendDep, reference: Reference) -> GradientsJob:
     """A gradients job, and what it left in the store."""
     return typed(backend.jobs.get(reference, kind="gradients"), GradientsJob)
+
+
+class RowsQuery(RequestBody):
+    """Which rows are shown, and how."""
+
+    feature_set: str | None = Field(None, min_length=1, max_length=255)
+    """Id of one of the job's feature sets; may be left out where there is one."""
+    limit: int = Field(20, ge=0, le=10_000)
+    after: int = Field(0, ge=0)
+    """How many rows come before the page."""
+    format: Format | None = None
+    """By default what `Accept` asks for, else JSON."""
+
+
+@router.get("/{reference}/rows", response_model=FeatureRows, responses={200: {"content": {NPY: {}, PARQUET: {}}}})
+def gradients_rows(
+    request: Request, reference: Reference, parameters: Annotated[RowsQuery, Query()], backend: BackendDep
+) -> Response:
+    """What is known of the rows of a feature set beside their features: norms, loss, tokens, why a row has none.
+
+    409 before the job has succeeded, and where it has several feature sets and none is named.
+    """
+    feature_set = backend.features.of_job(reference, parameters.feature_set, path=request.url.path)
+    view = backend.features.view(feature_set)
+    match wanted_format(request, parameters.format):
+        case "npy":
+            return npy(feature_rows.array(view), f"{feature_set.id}-rows")
+        case "parquet":
+            return parquet(feature_rows.table(view), f"{feature_set.id}-rows")
+    start, stop = parameters.after, parameters.after + parameters.limit
+    data = feature_rows.page(view, start, stop)
+    found = FeatureRows(feature_set=feature_set, data=data, has_more=start + len(data) < view.rows)
+    return JSONResponse(found.model_dump(mode="json"))
 
 
 @router.patch("/{reference}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from fastapi import Query as Parameters
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -32,6 +30,7 @@ from gradstore.types import (
     TemplateName,
 )
 from gradstore.types import Request as RequestBody
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from datastore.errors import Conflict
@@ -39,13 +38,11 @@ from datastore.influence import TaskScores
 from datastore.recipes import Query, Sources
 from datastore.selection import combine
 from service.dependencies import Backend, BackendDep
-from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson, wanted_type
+from service.files import NPY, PARQUET, Format, npy, parquet, wanted_format, wanted_type
+from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson
 from service.routing import Router
 
-NPY = "application/x-npy"
-PARQUET = "application/vnd.apache.parquet"
 LOOK_INTERVAL = 0.02  # seconds between two looks at a scoring job
-Format = Literal["json", "npy", "parquet"]
 
 router = Router(tag="selections")
 
@@ -163,13 +160,11 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
     found = _scores(backend, recipe, sources, parameters.wait)
     if isinstance(found, Response):
         return found
-    form = {"npy": NPY, "parquet": PARQUET}.get(parameters.format or "") or wanted_type(request, [NPY, PARQUET])
-    if parameters.format != "json" and form == NPY:
-        return _npy(found, recipe)
-    if parameters.format != "json" and form == PARQUET:
-        buffer = io.BytesIO()
-        pq.write_table(backend.answers.score_table(recipe, sources, found), buffer)
-        return Response(buffer.getvalue(), media_type=PARQUET, headers=_download("scores.parquet"))
+    match wanted_format(request, parameters.format):
+        case "npy":
+            return npy(_vector(found, recipe), "scores")
+        case "parquet":
+            return parquet(backend.answers.score_table(recipe, sources, found), "scores")
     start, stop = parameters.after, parameters.after + parameters.limit
     rows = len(found[0].score)
     data = backend.answers.scored(recipe, sources, found, start=start, stop=stop)
@@ -201,13 +196,7 @@ def _not_ready(job: AnyJob) -> Response:
     return Response(job.model_dump_json(), status_code=202, headers=headers, media_type="application/json")
 
 
-def _npy(found: Sequence[TaskScores], recipe: SelectionRecipe) -> Response:
+def _vector(found: Sequence[TaskScores], recipe: SelectionRecipe) -> NDArray[np.float32]:
     """One float32 a row, NaN where a row has no feature."""
     combined = combine(found, recipe.combine)
-    buffer = io.BytesIO()
-    np.save(buffer, np.where(combined.valid, combined.score, np.float32(np.nan)), allow_pickle=False)
-    return Response(buffer.getvalue(), media_type=NPY, headers=_download("scores.npy"))
-
-
-def _download(name: str) -> dict[str, str]:
-    return {"Content-Disposition": f'attachment; filename="{name}"'}
+    return np.where(combined.valid, combined.score, np.float32(np.nan))

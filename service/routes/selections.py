@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import Query, Request, Response
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from datastore.schema import SelectionRow
 from service.dependencies import Backend, BackendDep, Paging, Reference
+from service.files import wanted_type
 from service.routing import noun
 
 NDJSON = "application/x-ndjson"
@@ -57,15 +58,6 @@ def selection_content(selection: Reference, request: Request, backend: BackendDe
     """The original rows of a selection, best first; as `text/csv` their places and scores."""
     found = backend.answers.read(selection, limit=0)
     return as_csv(backend, found) if wanted_type(request, [NDJSON, CSV]) == CSV else as_ndjson(backend, found)
-
-
-def wanted_type(request: Request, offered: Sequence[str]) -> str | None:
-    """The first media type of the request's `Accept` that is offered; None leaves it to the route's own."""
-    for part in request.headers.get("accept", "").split(","):
-        media_type = part.partition(";")[0].strip().lower()
-        if media_type in offered:
-            return media_type
-    return None
 
 
 def as_ndjson(backend: Backend, selection: Selection) -> Response:
