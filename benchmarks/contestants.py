@@ -41,6 +41,8 @@ class Contestant(ABC):
     """What its features are compared with; None where it makes none."""
     token_budget: int | None = None
     """Padded tokens of a batch; None where it has its own rule."""
+    draws_matrix = False
+    """Whether it draws a dense matrix for every batch, and so wants the largest one."""
 
     def run(self, rows: Sequence[Encoded]) -> None:
         """Do the work on `rows` as the contestant does it in use."""
@@ -91,6 +93,7 @@ class Ours(Contestant):
         self.name = f"gradstore {' + '.join(labels)} {projection}"
         self.exact = labels[0]
         self.projection = projection
+        self.draws_matrix = projection == "rademacher"
         self.kinds = kinds
         self._dim = workload.parameters if projection == "none" else workload.dims
         self.engine = GradientEngine(

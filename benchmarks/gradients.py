@@ -46,6 +46,9 @@ PARTS = 8
 """Turns of the plain step and the engine's default in a round, each with other rows of all lengths."""
 
 BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16_384, 32_768, 65_536, 131_072)}
+LARGE = 32_768
+"""Tokens of a batch on a CPU for those that draw a matrix for each."""
+
 SEARCH_ROWS = {"cpu": 32, "cuda": 512}
 FEWEST = 16
 """Rows of a turn: as many gradients as LESS projects together."""
@@ -234,11 +237,11 @@ def _makers(workload: Workload) -> Iterator[tuple[str, Make]]:
     if not peers.missing("bergson"):
         yield "bergson global", lambda: peers.Bergson(workload, "global")
         yield "bergson per-module", lambda: peers.Bergson(workload, "per-module")
-        yield "bergson global adam", lambda: peers.Bergson(workload, "global", adam=True)
+        yield "bergson adam global", lambda: peers.Bergson(workload, "global", adam=True)
     if not peers.missing("dattri-llm"):
         yield "dattri-llm dense", lambda: peers.DattriLlm(workload, "dense")
         yield "dattri-llm mask", lambda: peers.DattriLlm(workload, "mask")
-        yield "dattri-llm dense adam", lambda: peers.DattriLlm(workload, "dense", adam=True)
+        yield "dattri-llm adam dense", lambda: peers.DattriLlm(workload, "dense", adam=True)
 
 
 # Time ----------------------------------------------------------------------------------------------------------------
@@ -266,13 +269,18 @@ def _spread(rows: Sequence[Encoded], stride: int, start: int = 0) -> list[Encode
 
 
 def _find_budgets(field_: Sequence[Measured], workload: Workload) -> None:
-    """Give the plain step and the engine each its own best batch; the engine's others and the peers get the same."""
+    """Give the plain step and the engine each its own best batch; the engine's others and the peers get the same.
+
+    Those that draw a dense matrix for each batch get a large one.
+    """
     kind = "cuda" if workload.device.type == "cuda" else "cpu"
     rows = _spread(workload.rows, max(1, len(workload.rows) // SEARCH_ROWS[kind]))
     plain = _best_budget(field_[0].contestant, rows, workload.device)
     ours: int | None = None
     for entry in field_:
-        if isinstance(entry.contestant, Ours):
+        if entry.contestant.draws_matrix:
+            entry.contestant.token_budget = LARGE if kind == "cpu" else plain
+        elif isinstance(entry.contestant, Ours):
             ours = ours or _best_budget(entry.contestant, rows, workload.device)
             entry.contestant.token_budget = ours
         elif not isinstance(entry.contestant, Less):
@@ -299,9 +307,16 @@ def _best_budget(contestant: Contestant, rows: Sequence[Encoded], device: torch.
 
 
 def _find_shares(field_: list[Measured], workload: Workload, side_seconds: float) -> None:
-    """Let those that are slow have fewer turns and rows; the plain step and the engine's default get them all."""
+    """Let those that are slow have fewer turns and rows; the plain step and the engine's default get them all.
+
+    Those that draw a dense matrix for each batch get all rows in one turn.
+    """
     few = _spread(workload.rows, max(1, len(workload.rows) // FEWEST))
     for entry in list(field_):
+        if entry.contestant.draws_matrix:
+            entry.turns = 1
+            if workload.device.type == "cpu":
+                continue  # its first turn is long enough to warm up in
         try:
             entry.contestant.run(few[:2])
             seconds = _seconds(entry.contestant, few, workload.device) * len(workload.rows) / len(few)
@@ -309,7 +324,7 @@ def _find_shares(field_: list[Measured], workload: Workload, side_seconds: float
             print(f"{entry.contestant.name} is left out: out of memory")
             field_.remove(entry)
             continue
-        if entry.contestant.name not in {"plain", DEFAULT}:
+        if entry.contestant.name not in {"plain", DEFAULT} and not entry.contestant.draws_matrix:
             a_turn = seconds / PARTS
             entry.turns = min(PARTS, max(1, int(side_seconds / a_turn)))
             entry.stride = min(max(1, len(workload.rows) // (PARTS * FEWEST)), max(1, int(a_turn / side_seconds)))
@@ -325,11 +340,16 @@ def _round(field_: Sequence[Measured], workload: Workload, order: random.Random)
         gc.collect()
         for index in order.sample(range(len(field_)), len(field_)):
             if part in plays[index]:
-                share = _spread(rows, field_[index].stride, field_[index].stride // 2)
+                share = _share(field_[index], rows, workload)
                 seconds[index] += _seconds(field_[index].contestant, share, workload.device)
                 tokens[index] += sum(len(row.input_ids) for row in share)
     for index, entry in enumerate(field_):
         entry.rates.append(tokens[index] / seconds[index])
+
+
+def _share(entry: Measured, rows: list[Encoded], workload: Workload) -> list[Encoded]:
+    """Return the rows of a turn, of those that the turn is for."""
+    return workload.rows if entry.contestant.draws_matrix else _spread(rows, entry.stride, entry.stride // 2)
 
 
 def _ratio_of(field_: Sequence[Measured]) -> str:
@@ -448,7 +468,7 @@ def _line(entry: Measured, plain: Measured, workload: Workload, each: float, rat
         highest_ratio=max(ratios),
         pearson=entry.pearson,
         token_budget=entry.contestant.token_budget,
-        rows=len(workload.rows) * entry.turns // (PARTS * entry.stride),
+        rows=len(workload.rows) * (PARTS if entry.contestant.draws_matrix else entry.turns) // (PARTS * entry.stride),
         memory_mib=None if entry.memory is None else entry.memory / 2**20,
         memory_to_plain=None if entry.memory is None or not plain.memory else entry.memory / plain.memory,
         flops=examples * each,

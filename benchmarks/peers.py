@@ -45,7 +45,8 @@ class Bergson(Contestant):
         from bergson import GradientProcessor  # noqa: PLC0415  # not a requirement
         from bergson.gradients import AdamNormalizer  # noqa: PLC0415
 
-        self.name = f"bergson {target}{' adam' if adam else ''}"
+        self.name = f"bergson{' adam' if adam else ''} {target}"
+        self.draws_matrix = target == "global"
         self.exact = "adam less" if adam else "sgd"
         self._workload = workload
         self._model = copy.deepcopy(workload.model)
@@ -99,7 +100,7 @@ class DattriLlm(Contestant):
     def __init__(self, workload: Workload, style: Literal["dense", "mask"], *, adam: bool = False) -> None:
         from dattri_llm import HookManager, HookManagerCallback, HookManagerConfig  # noqa: PLC0415
 
-        self.name = f"dattri-llm {style}{' adam' if adam else ''}"
+        self.name = f"dattri-llm{' adam' if adam else ''} {style}"
         self.exact = "adam exact" if adam else "sgd"
         model = copy.deepcopy(workload.model)
         self._workload = Workload(model, workload.rows, workload.moments, workload.dims, workload.device)
