@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
 
     `backward` is what is left of it without the engine's own stages; `rest` the batches' making and keeping, the
     losses' sum, norms and checks. On a GPU the shares are those of its time at work, and `rest` is part of `backward`:
-    kernels are known by the thread that launched them, and the backward pass has one of its own.
+    kernels are known by the thread that launched them, and the backward pass has one of its own. Where one kernel does
+    all that follows an outer product, it is the `projection`.
     """
     on_gpu = contestant.engine.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -42,7 +44,7 @@ def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
         for event in events
         if event.key.startswith(_MARK) and event.device_type.name == "CPU"
     }
-    parts = {stage: spent[stage] for stage in (FORWARD, OUTER, MAP, PROJECTION)}
+    parts = {stage: spent[stage] for stage in (FORWARD, OUTER, MAP, PROJECTION) if stage in spent}
     if on_gpu:
         total = sum(float(event.self_device_time_total) for event in events if not event.key.startswith(_MARK))
         parts[BACKWARD] = total - sum(parts.values())
@@ -63,6 +65,10 @@ def _marked(contestant: Ours) -> Iterator[None]:
         (torch, "bmm", OUTER),
         (engine._projection, "add", PROJECTION),
     ]
+    if engine.device.type == "cuda" and find_spec("triton"):
+        from worker.kernels import FusedSums  # noqa: PLC0415 - there is no Triton for most CPUs
+
+        seams.append((FusedSums, "take", PROJECTION))
     directions = dict(engine._directions)
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in seams]
     try:
