@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -75,6 +76,9 @@ TARGETS = {
     "llama-3.2-1b": Targets({"plain": 0.95}),
     "llama-2-7b": Targets({"plain": 0.95}, share_of_product=0.6, examples_per_second=45),
 }
+
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""What has glibc return freed memory at once, so that a peak is what was held and not what was held before."""
 
 Make = Callable[[], Contestant]
 
@@ -387,23 +391,27 @@ def _cosines(features: torch.Tensor) -> NDArray[np.float64]:
 
 
 def _measure_memory(field_: Sequence[Measured], workload: Workload, options: argparse.Namespace) -> None:
-    """Measure every contestant's peak: on a CPU in a process of its own, where nothing was freed before."""
+    """Measure every contestant's peak in the batches of the plain step, or in its own where it is one example's.
+
+    On a CPU in a process of its own, where nothing was freed before.
+    """
+    budget = field_[0].contestant.token_budget
     for entry in field_:
+        own = entry.contestant.token_budget
         if workload.device.type == "cuda":
+            entry.contestant.token_budget = budget if own else None
             entry.memory = _memory(entry.contestant, workload)
+            entry.contestant.token_budget = own
             continue
         command = [
             *(sys.executable, "-m", "benchmarks.gradients", "--preset", options.preset, "--device", "cpu"),
             *("--threads", str(options.threads), "--adapter", options.adapter, "--examples", str(len(workload.rows))),
             *("--memory-of", entry.contestant.name),
+            *(("--token-budget", str(budget)) if own else ()),
+            *(("--lengths", str(options.lengths)) if options.lengths else ()),
+            *(("--mean-tokens", str(options.mean_tokens)) if options.mean_tokens else ()),
         ]
-        if entry.contestant.token_budget is not None:
-            command += ["--token-budget", str(entry.contestant.token_budget)]
-        if options.lengths is not None:
-            command += ["--lengths", str(options.lengths)]
-        if options.mean_tokens is not None:
-            command += ["--mean-tokens", str(options.mean_tokens)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=os.environ | GIVE_BACK, capture_output=True, text=True, check=True)
         entry.memory = int(done.stdout.split()[-1])
 
 
