@@ -79,7 +79,11 @@ def revision_of(model: str, revision: str | None) -> str:
     if not folder.is_dir():
         detail = f"the base model {model} is not on this machine: put the folder back"
         raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])
-    found = fingerprint(folder)
+    try:
+        found = fingerprint(folder)
+    except PermissionError as error:
+        detail = f"{error.filename} may not be read here: let the user that the service runs as read the model's files"
+        raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)]) from error
     if revision is not None and revision != found:
         detail = f"{model} holds the revision {found} and not {revision}: its files have changed"
         raise InvalidInput(detail, errors=[ProblemItem(pointer="/revision", detail=detail)])

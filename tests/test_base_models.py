@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from datastore import models
 from datastore.errors import InvalidInput, PathNotAllowed
 from datastore.rows import Example, Message
+from tests.conftest import REPOSITORY
 from tests.hub import Hub
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -135,6 +139,24 @@ def test_a_folders_revision_is_its_content(folder: Path, tmp_path: Path) -> None
     with pytest.raises(InvalidInput, match="its files have changed"):
         models.revision_of(str(copy), models.revision_of(str(folder), None))
     assert models.revision_of(str(copy), changed) == changed
+
+
+def test_a_model_that_the_services_user_may_not_read_is_refused_in_words(folder: Path) -> None:
+    """In a process of its own, since whoever runs the tests as root may read everything."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = shutil.copytree(folder, Path(place) / "model")
+        Path(place).chmod(0o755)
+        (copy / "model.safetensors").chmod(0)
+        code = (
+            "import os, sys; from datastore import models; from datastore.errors import InvalidInput\n"
+            "os.getuid() or os.setuid(65534)\n"
+            "try: models.revision_of(sys.argv[1], None)\n"
+            "except InvalidInput as error: print(error)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(copy)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.startswith(f"{copy / 'model.safetensors'} may not be read here"), done.stderr
 
 
 def test_a_large_files_fingerprint_reads_its_beginning_and_its_end(tmp_path: Path) -> None:
