@@ -22,7 +22,8 @@ from worker.models import ModelError
 
 Model = PeftModel | PreTrainedModel
 
-LOGIT_ELEMENTS = 1 << 22  # logits turned into a loss at a time: 16 MiB as float32
+LOGIT_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Logits turned into a loss at a time: what a processor's cache holds as float32, and enough to fill a GPU (256 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -141,30 +142,32 @@ def _means(states: Tensor, lengths: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of each token from its logits, in float32 whatever the logits are.
 
-    The backward pass makes the softmax again from the logits and two numbers per token (maximum, and log of the sum):
-    log-softmax keeps a float32 copy of all logits instead, 5 GB at 8,192 tokens of a vocabulary of 152K.
+    It goes through the logits in slices and keeps nothing beside them; the backward pass makes the softmax again.
+    torch's own keeps a float32 copy of all of them: 5 GB at 8,192 tokens of a vocabulary of 152K.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         """Map logits (tokens, vocabulary) and targets (tokens,) to losses (tokens,)."""
-        highest = logits.amax(1, keepdim=True).float()
-        sums = torch.empty_like(highest)
-        for part in slices(*logits.shape, elements=LOGIT_ELEMENTS):
-            torch.sum((logits[part].float() - highest[part]).exp_(), 1, keepdim=True, out=sums[part])
-        log_sums = sums.log()
-        ctx.save_for_backward(logits, targets, highest, log_sums)
-        chosen = logits.gather(1, targets.unsqueeze(1)).float()
-        return (log_sums - (chosen - highest)).squeeze(1)
+        ctx.save_for_backward(logits, targets)
+        losses = torch.empty(len(logits), device=logits.device)
+        for part in _slices(logits):
+            log_softmax = logits[part].log_softmax(1, dtype=torch.float32)
+            losses[part] = log_softmax.gather(1, targets[part].unsqueeze(1)).squeeze(1)
+        return losses.neg_()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Return softmax − one-hot, times the gradient of the loss."""
-        logits, targets, highest, log_sums = ctx.saved_tensors
+        logits, targets = ctx.saved_tensors
         weights = gradients[0].unsqueeze(1)
         result = torch.empty_like(logits)
-        for part in slices(*logits.shape, elements=LOGIT_ELEMENTS):
-            softmax = (logits[part].float() - highest[part]).sub_(log_sums[part]).exp_()
+        for part in _slices(logits):
+            softmax = logits[part].softmax(1, dtype=torch.float32)
             softmax.scatter_add_(1, targets[part].unsqueeze(1), torch.full_like(weights[part], -1))
-            result[part] = softmax.mul_(weights[part])
+            torch.mul(softmax, weights[part], out=result[part])
         return result, None
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    return slices(*logits.shape, elements=LOGIT_ELEMENTS["cpu" if logits.device.type == "cpu" else "cuda"])
