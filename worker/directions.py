@@ -7,7 +7,7 @@ Mathematics: LESS (arXiv 2402.04333), section 2, and Adam (Kingma and Ba, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +36,10 @@ class Kind:
         return self.name != "hidden"
 
 
-Direction = Callable[[str, Tensor], Tensor]
-"""Maps the flat gradients (examples, size) of the named parameter, float32, to directions; it may overwrite them."""
+Direction = Callable[[Sequence[str], Tensor], Tensor]
+"""Maps the flat gradients of the named parameters, (examples, their size together) float32, to directions.
+
+It may overwrite them."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,21 @@ def make_direction(
     return Adam(kind.adam, _fitting(moments, parameters), device)
 
 
-def sgd(_name: str, gradients: Tensor) -> Tensor:
+def sgd(_names: Sequence[str], gradients: Tensor) -> Tensor:
     """Leave the gradients as they are."""
     return gradients
 
 
-def sign(_name: str, gradients: Tensor) -> Tensor:
+def sign(_names: Sequence[str], gradients: Tensor) -> Tensor:
     """Return −1, 0 or 1 for each number."""
     return gradients.sign_()
 
 
 class Adam:
-    """Adam's step at fixed moments, as four operations on precomputed tensors.
+    """Adam's step at fixed moments, as four operations on precomputed tensors: (g + a) / (√(b + cg²) + d).
 
-    `less`: (a + c₁g) / √(b + c₂g²) with a = β₁m, b = β₂v + ε, c₁ = 1 − β₁, c₂ = 1 − β₂. `exact`: a and c₁ over 1 − β₁ᵗ,
-    b = β₂v and c₂ over 1 − β₂ᵗ, and ε is added to the root.
+    `less`, (β₁m + c₁g) / √(β₂v + ε + c₂g²) with c₁ = 1 − β₁ and c₂ = 1 − β₂, over c₁ above and below. `exact`, where β₁m
+    and c₁ are over 1 − β₁ᵗ, β₂v and c₂ over 1 − β₂ᵗ, and ε is added to the root, likewise.
     """
 
     def __init__(self, form: AdamForm, moments: Moments, device: torch.device) -> None:
@@ -87,23 +89,30 @@ class Adam:
         exact = form == "exact"
         first = 1 - BETA1**step if exact else 1.0
         second = 1 - BETA2**step if exact else 1.0
-        self._outside = EPSILON if exact else 0.0
-        self._c1 = (1 - BETA1) / first
-        self._c2 = (1 - BETA2) / second
-        inside = 0.0 if exact else EPSILON
-        self._a = {name: _flat(m, device).mul_(BETA1 / first) for name, m in moments.exp_avg.items()}
-        self._b = {name: _flat(v, device).mul_(BETA2 / second).add_(inside) for name, v in moments.exp_avg_sq.items()}
+        c1 = (1 - BETA1) / first
+        self._c = (1 - BETA2) / second / c1**2
+        self._d = EPSILON / c1 if exact else 0.0
+        inside = 0.0 if exact else EPSILON / c1**2
+        self._a = {name: _flat(m, device).mul_(BETA1 / (1 - BETA1)) for name, m in moments.exp_avg.items()}
+        self._b = {
+            name: _flat(v, device).mul_(BETA2 / second / c1**2).add_(inside) for name, v in moments.exp_avg_sq.items()
+        }
 
-    def terms(self, name: str) -> tuple[Tensor, Tensor, float, float, float]:
-        """Return a parameter's a and b, c₁, c₂, and what is added to the root."""
-        return self._a[name], self._b[name], self._c1, self._c2, self._outside
+    def terms(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float, float]:
+        """Return the named parameters' a and b, and c and d."""
+        a, b = (
+            terms[names[0]] if len(names) == 1 else torch.cat([terms[name] for name in names])
+            for terms in (self._a, self._b)
+        )
+        return a, b, self._c, self._d
 
-    def __call__(self, name: str, gradients: Tensor) -> Tensor:
+    def __call__(self, names: Sequence[str], gradients: Tensor) -> Tensor:
         """Return the steps at these gradients, which are overwritten."""
-        roots = torch.addcmul(self._b[name], gradients, gradients, value=self._c2).sqrt_()
-        if self._outside:
-            roots.add_(self._outside)
-        return gradients.mul_(self._c1).add_(self._a[name]).div_(roots)
+        a, b, c, d = self.terms(names)
+        roots = torch.addcmul(b, gradients, gradients, value=c).sqrt_()
+        if d:
+            roots.add_(d)
+        return gradients.add_(a).div_(roots)
 
 
 def _flat(moment: Tensor, device: torch.device) -> Tensor:

@@ -36,7 +36,7 @@ from worker.losses import Inputs, Model, Outputs, run
 from worker.models import use_exact_mode
 from worker.projection import Projection, ProjectionName, make_projection
 from worker.sites import find_sites, tapped
-from worker.sums import Sums, make_sums
+from worker.sums import Sums, Totals, make_sums
 
 Reduction = Literal["mean", "sum"]
 
@@ -354,17 +354,17 @@ class _Batch:
         """Write the batch to its rows, with a reason and zeros for what is no feature."""
         found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
         if self._sums is not None:
-            self._store_gradients(self._sums, found, rows)
+            self._store_gradients(self._sums.totals(), found, rows)
         if self._hidden is not None:
             norms = torch.linalg.vector_norm(self._hidden.double(), dim=1).float()
             faults = {LOSS_NOT_FINITE: ~self._losses.isfinite(), FEATURE_NOT_FINITE: ~norms.isfinite()}
             found.put(HIDDEN, rows, {self._hidden.shape[1]: self._hidden}, norms, faults)
 
-    def _store_gradients(self, sums: Sums, found: _Found, rows: Sequence[int]) -> None:
-        raw = sums.raw_squares.sqrt().float()
+    def _store_gradients(self, totals: Totals, found: _Found, rows: Sequence[int]) -> None:
+        raw = totals.raw_squares.sqrt().float()
         found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
-        peaks = sums.peaks
-        for kind, of_kind in sums.by_kind.items():
+        peaks = totals.peaks
+        for kind, of_kind in totals.by_kind.items():
             norms = of_kind.squares.sqrt().float()
             faults = {
                 LOSS_NOT_FINITE: ~self._losses.isfinite(),

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from worker.directions import Adam, Direction, Kind, sgd, sign
 from worker.projection.blocks import Blocks
-from worker.sums import KindSums
+from worker.sums import KindSums, Totals
 
 EXAMPLES = 16  # that a program works on: so often a coordinate's sign and Adam's numbers are used
 COLUMNS = 128  # sums that a program owns
@@ -41,14 +41,13 @@ _NOTHING, _DIRECTION, _DIRECTION_AND_RAW = tl.constexpr(0), tl.constexpr(1), tl.
 
 
 class _Terms(NamedTuple):
-    """A direction as the kernel takes it: (a + c₁g) / (√(b + c₂g²) + outside) where `form` is Adam's."""
+    """A direction as the kernel takes it: (g + a) / (√(b + cg²) + d) where `form` is Adam's."""
 
     form: Any
     a: Tensor
     b: Tensor
-    c1: float
-    c2: float
-    outside: float
+    c: float
+    d: float
 
 
 class _Parts(NamedTuple):
@@ -81,23 +80,13 @@ class FusedSums:
             for kind, direction in directions.items()
         }
 
-    @property
-    def by_kind(self) -> dict[Kind, KindSums]:
-        """The directions' sums."""
-        return {
+    def totals(self) -> Totals:
+        """Return what has come of all that was taken in."""
+        by_kind = {
             kind: KindSums({dim: part.sum(0) for dim, part in parts.by_dim.items()}, parts.squares.sum(0))
             for kind, parts in self._parts.items()
         }
-
-    @property
-    def raw_squares(self) -> Tensor:
-        """Squared lengths of the gradients themselves, (examples,) float64."""
-        return self._raw_squares.sum(0)
-
-    @property
-    def peaks(self) -> Tensor:
-        """Largest magnitudes in the gradients, (examples,) float32; infinite where a number is not finite."""
-        return self._peaks.amax(0)
+        return Totals(by_kind, self._raw_squares.sum(0), self._peaks.amax(0))
 
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
         """Take in one parameter's flat gradients (examples, size), of any floating type."""
@@ -120,7 +109,7 @@ class FusedSums:
             gradients, terms.a, terms.b, draws,
             sums[:, examples], parts.squares[:, examples], self._raw_squares[:, examples], self._peaks[:, examples],
             count, size, dim, runs, triton.cdiv(runs, splits), sums.stride(0), self._peaks.stride(0),
-            self._unscale, terms.c1, terms.c2, terms.outside,
+            self._unscale, terms.c, terms.d,
             FORM=terms.form, MEASURED=measured, EXAMPLES=EXAMPLES, COLUMNS=COLUMNS,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -139,10 +128,10 @@ def _splits(dim: int) -> int:
 def _terms(direction: Direction, name: str, anything: Tensor) -> _Terms:
     """Return what the kernel needs of a direction; where it reads no tensors it gets `anything`."""
     if isinstance(direction, Adam):
-        return _Terms(_ADAM, *direction.terms(name))
+        return _Terms(_ADAM, *direction.terms([name]))
     if direction not in {sgd, sign}:
         raise TypeError(f"the kernel does not know the direction {direction}")
-    return _Terms(_SGD if direction is sgd else _SIGN, anything, anything, 0.0, 0.0, 0.0)
+    return _Terms(_SGD if direction is sgd else _SIGN, anything, anything, 0.0, 0.0)
 
 
 # In the kernel --------------------------------------------------------------------------------------------------------
@@ -162,7 +151,7 @@ def _signs(key, coordinates):
 def _add(
     gradients, a, b, draws, parts, squares, raw_squares, peaks,
     count, size, dim, runs, runs_per_split, part_stride, measure_stride,
-    unscale, c1, c2, outside,
+    unscale, c, d,
     FORM: tl.constexpr, MEASURED: tl.constexpr, EXAMPLES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add `EXAMPLES` examples' gradients (count, size) to `COLUMNS` sums of one part: the runs of one split.
@@ -193,7 +182,7 @@ def _add(
         if FORM == _ADAM:
             first = tl.load(a + coordinates, inside, 0.0)[None, :]
             second = tl.load(b + coordinates, inside, 1.0)[None, :]
-            values = (values * c1 + first) / (tl.sqrt(values * values * c2 + second) + outside)
+            values = (values + first) / (tl.sqrt(values * values * c + second) + d)
         if FORM == _SIGN:
             values = tl.where(values > 0, 1.0, tl.where(values < 0, -1.0, values))
         values = tl.where(both, values, 0.0)  # Adam moves a coordinate that is not there, too

@@ -15,6 +15,10 @@ from worker.projection import Projection
 from worker.projection.blocks import Blocks
 
 
+TOGETHER = 1 << 15
+"""Coordinates of small parameters that are taken in together: one by one they cost more in calls than in work."""
+
+
 @dataclass(frozen=True)
 class KindSums:
     """What the directions of one kind have come to so far."""
@@ -25,23 +29,26 @@ class KindSums:
     """Their squared lengths, (examples,) float64."""
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What the gradients of a batch have come to."""
+
+    by_kind: Mapping[Kind, KindSums]
+    """The directions' sums."""
+    raw_squares: Tensor
+    """Squared lengths of the gradients themselves, (examples,) float64."""
+    peaks: Tensor
+    """Largest magnitudes in the gradients, (examples,) float32; not finite where one of them is not."""
+
+
 class Sums(Protocol):
     """What the gradients of a batch have come to so far."""
 
-    @property
-    def by_kind(self) -> Mapping[Kind, KindSums]:
-        """The directions' sums."""
-
-    @property
-    def raw_squares(self) -> Tensor:
-        """Squared lengths of the gradients themselves, (examples,) float64."""
-
-    @property
-    def peaks(self) -> Tensor:
-        """Largest magnitudes in the gradients, (examples,) float32; not finite where one of them is not."""
-
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
-        """Take in one parameter's flat gradients (examples, size), of any floating type; they may be overwritten."""
+        """Take in one parameter's flat gradients (examples, size), of any floating type; they are given away."""
+
+    def totals(self) -> Totals:
+        """Return what has come of all that was taken in."""
 
 
 def make_sums(
@@ -68,25 +75,48 @@ class PlainSums:
         self._directions = directions
         self._projection = projection
         self._unscale = unscale
-        self.by_kind = {
+        self._by_kind = {
             kind: KindSums(projection.zeros(examples), torch.zeros(examples, dtype=torch.float64, device=device))
             for kind in directions
         }
-        self.raw_squares = torch.zeros(examples, dtype=torch.float64, device=device)
-        self.peaks = torch.zeros(examples, device=device)
+        self._raw_squares = torch.zeros(examples, dtype=torch.float64, device=device)
+        self._peaks = torch.zeros(examples, device=device)
+        self._waiting: dict[str, Tensor] = {}
+        self._waiting_examples = slice(0)
 
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
-        """Take in one parameter's flat gradients (examples, size), of any floating type; they may be overwritten."""
-        gradients = gradients.to(self.peaks.device, torch.float32)
+        """Take in one parameter's flat gradients (examples, size), of any floating type; they are given away."""
+        if examples != self._waiting_examples:
+            self._add_waiting()
+            self._waiting_examples = examples
+        self._waiting[name] = gradients.to(self._peaks.device)
+        if sum(waiting.shape[1] for waiting in self._waiting.values()) >= TOGETHER:
+            self._add_waiting()
+
+    def totals(self) -> Totals:
+        """Return what has come of all that was taken in."""
+        self._add_waiting()
+        return Totals(self._by_kind, self._raw_squares, self._peaks)
+
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        waiting, examples = self._waiting, self._waiting_examples
+        self._waiting = {}
+        gradients = torch.cat(list(waiting.values()), 1) if len(waiting) > 1 else next(iter(waiting.values()))
+        gradients = gradients.to(torch.float32)
         if self._unscale != 1:
             gradients = gradients * self._unscale
         # amax keeps a NaN; the peak of the raw gradient tells zero from small, which squares would not
-        self.peaks[examples] = torch.maximum(self.peaks[examples], gradients.abs().amax(1))
-        self.raw_squares[examples] += _squares(gradients)
-        for left, (kind, sums) in zip(reversed(range(len(self.by_kind))), self.by_kind.items(), strict=True):
-            directions = self._directions[kind](name, gradients.clone() if left else gradients)
+        self._peaks[examples] = torch.maximum(self._peaks[examples], gradients.abs().amax(1))
+        self._raw_squares[examples] += _squares(gradients)
+        for left, (kind, sums) in zip(reversed(range(len(self._by_kind))), self._by_kind.items(), strict=True):
+            directions = self._directions[kind](list(waiting), gradients.clone() if left else gradients)
             sums.squares[examples] += _squares(directions)
-            self._projection.add(name, directions, {dim: part[examples] for dim, part in sums.by_dim.items()})
+            by_dim = {dim: part[examples] for dim, part in sums.by_dim.items()}
+            parts = directions.split([part.shape[1] for part in waiting.values()], 1)
+            for name, part in zip(waiting, parts, strict=True):
+                self._projection.add(name, part, by_dim)
 
 
 def _squares(vectors: Tensor) -> Tensor:
