@@ -80,8 +80,8 @@ def sign(_names: Sequence[str], gradients: Tensor) -> Tensor:
 class Adam:
     """Adam's step at fixed moments, as four operations on precomputed tensors: (g + a) / (√(b + cg²) + d).
 
-    `less`, (β₁m + c₁g) / √(β₂v + ε + c₂g²) with c₁ = 1 − β₁ and c₂ = 1 − β₂, over c₁ above and below. `exact`, where β₁m
-    and c₁ are over 1 − β₁ᵗ, β₂v and c₂ over 1 − β₂ᵗ, and ε is added to the root, likewise.
+    `less`, (β₁m + c₁g) / √(β₂v + ε + c₂g²) with c₁ = 1 − β₁ and c₂ = 1 − β₂, over c₁ above and below. `exact`, where
+    β₁m and c₁ are over 1 − β₁ᵗ, β₂v and c₂ over 1 − β₂ᵗ, and ε is added to the root, likewise.
     """
 
     def __init__(self, form: AdamForm, moments: Moments, device: torch.device) -> None:

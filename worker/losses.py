@@ -23,7 +23,7 @@ from worker.models import ModelError
 Model = PeftModel | PreTrainedModel
 
 LOGIT_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Logits turned into a loss at a time: what a processor's cache holds as float32, and enough to fill a GPU (256 MiB)."""
+"""Logits turned into a loss at a time: 1 MiB as float32, which a cache holds; 256 MiB, which keep a GPU busy."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from worker.directions import Direction, Kind
 from worker.projection import Projection
 from worker.projection.blocks import Blocks
 
-
 TOGETHER = 1 << 15
 """Coordinates of small parameters that are taken in together: one by one they cost more in calls than in work."""
 
@@ -114,7 +113,7 @@ class PlainSums:
             directions = self._directions[kind](list(waiting), gradients.clone() if left else gradients)
             sums.squares[examples] += _squares(directions)
             by_dim = {dim: part[examples] for dim, part in sums.by_dim.items()}
-            parts = directions.split([part.shape[1] for part in waiting.values()], 1)
+            parts = torch.split(directions, [part.shape[1] for part in waiting.values()], dim=1)
             for name, part in zip(waiting, parts, strict=True):
                 self._projection.add(name, part, by_dim)
 
