@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from tests.serving import service, shared_service
 __all__ = ["service", "shared_service"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+THREADS = "1"  # of torch in this process: bits are promised for one number of threads, and tests run side by side
 HUB = pytest.StashKey[Hub]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put a hub of the tests' own in place of the real one, before anything imports huggingface_hub."""
+    """Set the number of threads and put a hub in the real one's place, before torch and huggingface_hub come in."""
+    os.environ["OMP_NUM_THREADS"] = THREADS  # torch reads it when it is imported
     config.stash[HUB] = Hub()
     config.stash[HUB].use()
 

@@ -7,7 +7,6 @@ The gradients are the engine's, at a small Llama after some Adam steps; the meas
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +19,6 @@ from worker.projection import ProjectionName
 
 DIM = 8192
 SEEDS: dict[ProjectionName, int] = {"blocks": 10, "sjlt": 10, "fft": 10, "rademacher": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

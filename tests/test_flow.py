@@ -161,8 +161,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     model = save_tiny_model(folder / "model")
     (folder / "pool.jsonl").write_bytes(b"\n".join(pool_lines(0, ROWS)))
     files = written(folder / "target", validation=task_rows(100, 3), test=task_rows(200, 4))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with ServiceProcess(folder / "store", allow=folder) as service, service.client() as store:
         pool = store.datasets.upload(folder / "pool.jsonl", name="pool")
         task = store.tasks.upload(files, name="target", kind="jsonl")
@@ -175,7 +173,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         world.gradients(dataset=pool.id, dims=[256], kinds=["adam", "sgd", "sign", "hidden"], adam="both")
         world.gradients(task=task.id, dims=[256], kinds=["sgd", "hidden"])
         yield world
-    torch.set_num_threads(threads)
 
 
 # Steps --------------------------------------------------------------------------------------------------------------

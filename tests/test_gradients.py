@@ -7,7 +7,7 @@ formulas of LESS written out) shares no code with it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -95,14 +95,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     "opt": {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(lengths: Sequence[int] = (9, 23, 4, 31, 12, 2, 17), *, seed: int = 3) -> list[Encoded]:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from worker.models import (
     use_exact_mode,
     use_gradient_checkpointing,
 )
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +253,8 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_base_model_alone
 
 
 def test_cpu_threads_are_the_ones_asked_for_or_all_cores_of_the_process() -> None:
-    assert use_cpu_threads(1) == torch.get_num_threads() == 1
     assert use_cpu_threads() == torch.get_num_threads() == len(os.sched_getaffinity(0))
+    assert use_cpu_threads(1) == torch.get_num_threads() == 1
 
 
 def test_exact_mode_keeps_checkpointing_and_nothing_else_of_training(base: PreTrainedModel, tmp_path: Path) -> None:

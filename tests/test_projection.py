@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -17,14 +16,6 @@ SHAPES = [("a.lora_A.weight", torch.Size([4, 150])), ("b.bias", torch.Size([7]))
 SIZE = sum(shape.numel() for _, shape in SHAPES)
 MAPS: list[ProjectionName] = ["blocks", "sjlt", "fft", "rademacher"]
 MASK = (1 << 64) - 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def word(key: int, counter: int) -> int:

@@ -6,12 +6,10 @@ A right guess saves the reading, a wrong one or an error costs nothing but itsel
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from gradstore.types import GradientsRequest
 from sqlalchemy import select
 
@@ -27,14 +25,6 @@ from worker.models import load_model
 from worker.reading import Ahead, Check, Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

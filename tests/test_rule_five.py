@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gradstore import GradientStore
 from gradstore.types import FinetuneRequest, GradientsRequest
 from hypothesis import Phase, given, settings
@@ -55,15 +54,6 @@ def row(number: int) -> dict[str, Any]:
 
 
 PATIENCE = 300.0  # seconds that a job may take on a busy machine
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Bits are promised for one number of threads; workers in processes of their own have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

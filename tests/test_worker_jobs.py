@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,15 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 ENDLESS = {"prompt": "and so on " * 40, "completion": "The end."}
 PATIENCE = 60.0  # seconds
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Numbers are the same to the bit for one number of threads; the workers' own processes have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +437,6 @@ class device_of:  # noqa: N801 - used like a function
 @pytest.fixture(scope="module")
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
     """The features of 2,500 rows, three shards, computed in peace."""
-    torch.set_num_threads(1)
     place = Workplace.at(tmp_path_factory.mktemp("peace"), model=model)
     result = place.done(gradients(place, 2500, token_budget=512))
     return place.stored(result["feature_sets"][0]["id"])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,15 +45,6 @@ for _ in range(int(sys.argv[1])):
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 """So many workers, each a process that does what waits and leaves."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Numbers are the same to the bit for one number of threads; the workers' own processes have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
