@@ -294,7 +294,7 @@ class Catalog:
     def unknown(self, known: Select[str], found: Iterable[str]) -> list[str]:
         """The ids of `found` that `known` does not select."""
         with self.reading() as session:
-            return sorted(set(found) - set(session.scalars(known)))
+            return _unknown(session, known, found)
 
     def delete_unknown(
         self, known: Select[str], found: Iterable[str], *, delete_files: Callable[[str], None]
@@ -303,7 +303,7 @@ class Catalog:
         nobody can record one of them.
         """
         with self.transaction() as session:
-            unknown = sorted(set(found) - set(session.scalars(known)))
+            unknown = _unknown(session, known, found)
             for id in unknown:
                 delete_files(id)
             return unknown
@@ -558,3 +558,7 @@ def _run(session: Session, row: RunRow) -> Run:
 
 def _columns(row: Noun) -> dict[str, Any]:
     return {column.key: getattr(row, column.key) for column in row.__table__.columns}
+
+
+def _unknown(session: Session, known: Select[str], found: Iterable[str]) -> list[str]:
+    return sorted(set(found) - set(session.scalars(known)))

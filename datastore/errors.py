@@ -140,6 +140,11 @@ class UnexpectedError(Exception):
     """What nobody foresaw, in the words that the user is told."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def problem_of(
     error: Exception, *, status: int, instance: str | None, errors: Sequence[ProblemItem] = (), total_errors: int = 0
 ) -> Problem:

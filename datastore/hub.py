@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gradstore.types import ProblemItem
 
-from datastore.errors import HubUnreachable, InvalidInput
+from datastore.errors import HubUnreachable, InvalidInput, first_line
 from datastore.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ def commit(model: str, revision: str | None) -> str:
         raise _refused(f"{model!r} is no model for transformers: it has no {CONFIG} on the hub") from error
     except errors.HfHubHTTPError as error:
         if error.response.status_code in {401, 403}:
-            raise _refused(f"the hub refuses this server's HF_TOKEN for {model!r}: {_first_line(error)}") from error
+            raise _refused(f"the hub refuses this server's HF_TOKEN for {model!r}: {first_line(error)}") from error
         return _downloaded_commit(model, revision, reason=f"it answers {error.response.status_code}")
     except errors.OfflineModeIsEnabled:
         return _downloaded_commit(model, revision, reason="HF_HUB_OFFLINE is set")
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, of whichever version
-        return _downloaded_commit(model, revision, reason=_first_line(error))
+        return _downloaded_commit(model, revision, reason=first_line(error))
     if found is None:
         raise HubUnreachable(model, "it answers without saying which commit that is")
     return found
@@ -95,7 +95,7 @@ def described(model: str, commit: str) -> tuple[Path, dict[str, TensorInfo]] | N
         errors.SafetensorsParsingError,
         OSError,
     ) as error:
-        log.warning("the hub does not describe a model", extra={"model": model, "reason": _first_line(error)})
+        log.warning("the hub does not describe a model", extra={"model": model, "reason": first_line(error)})
         return None
     return folder, {
         name: TensorInfo(tensor.dtype, tuple(tensor.shape), start=tensor.data_offsets[0])
@@ -115,7 +115,3 @@ def _downloaded_commit(model: str, revision: str | None, *, reason: str) -> str:
 
 def _refused(detail: str, *, field: str = "model") -> InvalidInput:
     return InvalidInput(detail, errors=[ProblemItem(pointer=f"/{field}", detail=detail)])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,6 +22,7 @@ from gradstore.types import JobKind
 from kombu.exceptions import OperationalError
 from sqlalchemy.exc import SQLAlchemyError
 
+from datastore.errors import first_line
 from worker.context import Context
 from worker.loop import Caretaker, drain
 
@@ -89,7 +90,7 @@ class Doorbell:
         try:
             shards = drain(self._context, self._caretaker, kinds=self._kinds, on_claim=self._pass_on_once())
         except SQLAlchemyError as error:
-            log.warning("the catalog does not answer", extra={"reason": str(error).splitlines()[0]})
+            log.warning("the catalog does not answer", extra={"reason": first_line(error)})
         else:
             if shards:
                 log.info("nothing waits any more", extra={"shards": shards, "woken_by": woken_by})

@@ -54,7 +54,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from datastore.checkpoints import MOMENTS, Description, link
 from datastore.durable import sync_folder, write_file
-from datastore.errors import InvalidInput
+from datastore.errors import InvalidInput, first_line
 from datastore.rows import Example
 from datastore.selection import count
 from worker import moments
@@ -245,7 +245,7 @@ def _trainable_model(
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, nn.Linear)})
         raise InvalidInput(
-            f"LoRA cannot be put on {request.lora.targets}: {str(error).splitlines()[0]} "
+            f"LoRA cannot be put on {request.lora.targets}: {first_line(error)} "
             f"(linear layers of this model: {', '.join(names)})"
         ) from error
     # peft lets gradients go down to the embeddings where checkpointing is on: work for nothing here

@@ -14,6 +14,7 @@ from typing import Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from datastore.errors import first_line
 from datastore.leases import Claim, Jobs
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Heartbeat:
             try:
                 held = self._jobs.renew(self._claim, done=current[0], total=current[1])
             except SQLAlchemyError as error:  # the catalog may be back before the lease ends; the commit is fenced
-                log.warning("heartbeat missed", extra={"job": self._claim.job, "reason": str(error).splitlines()[0]})
+                log.warning("heartbeat missed", extra={"job": self._claim.job, "reason": first_line(error)})
                 continue
             if not held:
                 self._lost.set()

@@ -19,6 +19,7 @@ from typing import Self
 from gradstore.types import JobKind
 from sqlalchemy.exc import SQLAlchemyError
 
+from datastore.errors import first_line
 from datastore.leases import Claim, Publication
 from worker.context import Context
 from worker.jobs import KINDS, Outcome, compute, tend, tidy
@@ -54,7 +55,7 @@ class Caretaker:
         try:
             self._context.jobs.leave(self._context.owner)
         except SQLAlchemyError as problem:
-            log.warning("the catalog does not answer", extra={"reason": _first_line(problem)})
+            log.warning("the catalog does not answer", extra={"reason": first_line(problem)})
 
     def working_on(self, claim: Claim | None) -> None:
         """Say which job the worker is at; that it is at none any more is seen at the next look."""
@@ -81,7 +82,7 @@ class Caretaker:
                     tidied = time.monotonic()
                     tidy(self._context)
             except (SQLAlchemyError, OSError) as problem:  # the worker outlives a catalog or a disk that is away
-                log.warning("care is late", extra={"reason": _first_line(problem)})
+                log.warning("care is late", extra={"reason": first_line(problem)})
             self._wake.wait(interval)
 
 
@@ -140,13 +141,9 @@ def work_until_left(context: Context, *, kinds: Collection[JobKind] = KINDS, onc
             try:
                 drain(context, caretaker, kinds=kinds)
             except SQLAlchemyError as problem:
-                log.warning("the catalog does not answer", extra={"reason": _first_line(problem)})
+                log.warning("the catalog does not answer", extra={"reason": first_line(problem)})
                 context.leaving.wait(1.0)
             if once:
                 break
             context.leaving.wait(context.settings.poll_interval)
     log.info("worker left", extra={"worker": context.owner})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

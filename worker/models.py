@@ -285,6 +285,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
+    # as datastore.errors.first_line, which the engine would bring the whole datastore for
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

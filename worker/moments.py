@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from datastore.checkpoints import ADAPTER_WEIGHTS, file_key, parameter_name, trainable
-from datastore.errors import GradstoreError, InvalidCheckpoint
+from datastore.errors import GradstoreError, InvalidCheckpoint, first_line
 from datastore.tensors import read_header
 from worker.directions import Moments
 
@@ -112,7 +112,7 @@ def _load(optimizer: Path) -> dict[str, Any]:
             "save the optimizer's state_dict() alone"
         ) from error
     except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, struct.error) as error:
-        raise InvalidCheckpoint(f"it cannot be read: {_first_line(error)}") from error
+        raise InvalidCheckpoint(f"it cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InvalidCheckpoint(f"it holds a {type(content).__name__} instead of an optimizer's state_dict()")
     return cast("dict[str, Any]", content)
@@ -163,7 +163,7 @@ def _model_parameters(adapter: Path, model: str, revision: str | None) -> list[t
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise InvalidCheckpoint(
             f"its parameters are numbered, and the model {model!r} that would name them cannot be built: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     decaying = set(get_parameter_names(skeleton, [nn.LayerNorm], NOT_DECAYING))  # type: ignore[no-untyped-call]  # likewise
     return [(name, name in decaying) for name, parameter in skeleton.named_parameters() if parameter.requires_grad]
@@ -231,10 +231,6 @@ def _refused(error: Exception) -> str:
     """What torch met: it writes a page, and names the thing in one of its lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

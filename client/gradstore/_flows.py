@@ -34,6 +34,7 @@ from gradstore.results import Selection, SucceededJob
 from gradstore.types import (
     AnyJob,
     FeatureRow,
+    FeatureRows,
     Job,
     Page,
     Problem,
@@ -260,15 +261,11 @@ def gradients_rows(job: str, /, *, feature_set: str | None = None) -> Stream[Fea
     `feature_set` is the id of one of the job's feature sets; Conflict lists them where it is left out and there are
     several.
     """
-    seen = 0
-    while True:
-        call = _endpoints.gradients_rows(job, feature_set=feature_set, limit=PAGE, after=_rows_seen(seen))
-        page = yield from send(call)
-        for row in page.data:
-            yield Emit(row)
-        seen += len(page.data)
-        if not page.has_more or not page.data:
-            return
+
+    def page(after: str | None) -> Flow[FeatureRows]:
+        return send(_endpoints.gradients_rows(job, feature_set=feature_set, limit=PAGE, after=after))
+
+    yield from _paged(page)
 
 
 def gradients_save_rows(
@@ -281,14 +278,11 @@ def gradients_save_rows(
 
 def selection_rows(selection: str, /) -> Stream[SelectedRow]:
     """Iterate over the chosen rows, best first, with their scores."""
-    seen = 0
-    while True:
-        page = yield from send(_endpoints.selections_get(selection, limit=PAGE, after=_rows_seen(seen)))
-        for row in page.data:
-            yield Emit(row)
-        seen += len(page.data)
-        if not page.has_more or not page.data:
-            return
+
+    def page(after: str | None) -> Flow[Selection]:
+        return send(_endpoints.selections_get(selection, limit=PAGE, after=after))
+
+    yield from _paged(page)
 
 
 def selection(name: str, /, *, limit: int | None = None) -> Flow[Selection]:
@@ -314,6 +308,28 @@ def _page(limit: int | None) -> int:
 
 def _rows_seen(count: int) -> str | None:
     return str(count) if count else None
+
+
+class _Rows(Protocol[EmitT_co]):
+    """A page of rows."""
+
+    @property
+    def data(self) -> Sequence[EmitT_co]: ...
+
+    @property
+    def has_more(self) -> bool: ...
+
+
+def _paged(page: Callable[[str | None], Flow[_Rows[T]]]) -> Stream[T]:
+    """Iterate over the rows of page after page; `page` asks for the one after so many rows."""
+    seen = 0
+    while True:
+        found = yield from page(_rows_seen(seen))
+        for row in found.data:
+            yield Emit(row)
+        seen += len(found.data)
+        if not found.has_more or not found.data:
+            return
 
 
 # Waiting ----------------------------------------------------------------------------------------------------------
@@ -463,16 +479,12 @@ def select(
 
 def scores(*, progress: bool = False, timeout: float | None = None, **question: Unpack[Question]) -> Stream[ScoredRow]:
     """Iterate over the score of every row of the pool, in its order; a row without a feature has None."""
-    seen = 0
-    while True:
-        call = _endpoints.scores(**question, limit=PAGE, after=_rows_seen(seen), wait=_patience(timeout))
-        answer = yield from _scored(call, progress=progress, timeout=timeout)
-        page = parse(Scores, answer)
-        for row in page.data:
-            yield Emit(row)
-        seen += len(page.data)
-        if not page.has_more or not page.data:
-            return
+
+    def page(after: str | None) -> Flow[Scores]:
+        call = _endpoints.scores(**question, limit=PAGE, after=after, wait=_patience(timeout))
+        return parse(Scores, (yield from _scored(call, progress=progress, timeout=timeout)))
+
+    yield from _paged(page)
 
 
 def save_scores(
