@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from benchmarks import peers
 from benchmarks.contestants import ADAM, Contestant, Exact, Less, Ours, Plain, exact_gradients, exact_of
 from benchmarks.counting import PeakMemory, operations, product_rate, projection_bytes
-from benchmarks.stages import shares
+from benchmarks.stages import by_operation, shares
 from benchmarks.workload import PRESETS, Workload, draw_lengths, make_workload, read_lengths
 from worker.batches import Encoded
 from worker.directions import Kind
@@ -98,6 +98,7 @@ class Measured:
     memory: int | None = None
     """Bytes above the loaded model."""
     shares: dict[str, float] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class Line:
     projection_mb: float | None
     """Megabytes that the projection moves for each example."""
     stages: dict[str, float]
+    """Share of the time by the engine's parts."""
+    work: dict[str, float]
+    """Share of the time by operation."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -453,6 +457,8 @@ def _profile(field_: Sequence[Measured], workload: Workload) -> None:
     for entry in field_:
         if isinstance(entry.contestant, Ours) and entry.contestant.projection != "rademacher":
             entry.shares = shares(entry.contestant, rows)
+        if entry.contestant.name in (Plain.name, DEFAULT):
+            entry.work = by_operation(entry.contestant, rows, workload.device)
 
 
 # What comes out ------------------------------------------------------------------------------------------------------
@@ -483,6 +489,7 @@ def _line(entry: Measured, plain: Measured, workload: Workload, each: float, rat
         share_of_product=examples * each / rate,
         projection_mb=None if moved is None else moved / 1e6,
         stages=entry.shares,
+        work=entry.work,
     )
 
 
@@ -504,9 +511,9 @@ def _table(lines: Sequence[Line], rate: float) -> str:
         )
     out += ["", f"A large product reaches {rate / 1e12:.3g} TFLOP/s here. Peaks are those above the loaded model.", ""]
     for line in lines:
-        if line.stages:
-            parts = ", ".join(f"{stage} {share:.1%}" for stage, share in line.stages.items())
-            out.append(f"{line.name}: {parts}")
+        for shares_ in (line.stages, line.work):
+            if shares_:
+                out.append(f"{line.name}: " + ", ".join(f"{part} {share:.1%}" for part, share in shares_.items()))
     return "\n".join(out)
 
 

@@ -1,4 +1,4 @@
-"""Where the engine's time goes: its parts marked from outside, and one pass under torch's profiler."""
+"""Where the time goes, by a profiled pass: by the engine's parts, marked from outside, or by torch's operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.contestants import Ours
+from benchmarks.contestants import Contestant, Ours
 from worker.batches import Encoded
 
 FORWARD, BACKWARD, OUTER, MAP, PROJECTION, REST = STAGES = (
@@ -23,6 +23,9 @@ FORWARD, BACKWARD, OUTER, MAP, PROJECTION, REST = STAGES = (
 )
 _MARK = "stage: "
 
+WORK = {"products": ("mm", "mm_", "bmm", "linear"), "attention": ("attention",), "softmax": ("softmax",)}
+"""What an operation of torch is counted as: what is in its name, for products its end. Others are `elementwise`."""
+
 
 def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
     """Return the share of each stage in a pass over `rows`; they add up to 1.
@@ -33,12 +36,8 @@ def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
     all that follows an outer product, it is the `projection`.
     """
     on_gpu = contestant.engine.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with _marked(contestant), profile(activities=activities) as profiler, record_function(_MARK + "all"):
-        contestant.run(rows)
-        if on_gpu:
-            torch.cuda.synchronize()
-    events = profiler.key_averages()
+    with _marked(contestant):
+        events = _profiled(contestant, rows, on_gpu=on_gpu)
     spent = {
         event.key.removeprefix(_MARK): float(event.device_time_total if on_gpu else event.cpu_time_total)
         for event in events
@@ -53,6 +52,39 @@ def shares(contestant: Ours, rows: Sequence[Encoded]) -> dict[str, float]:
         parts[BACKWARD] = spent[BACKWARD] - sum(spent[stage] for stage in (OUTER, MAP, PROJECTION))
         parts[REST] = total - spent[FORWARD] - spent[BACKWARD]
     return {stage: parts[stage] / total for stage in STAGES if stage in parts}
+
+
+def by_operation(contestant: Contestant, rows: Sequence[Encoded], device: torch.device) -> dict[str, float]:
+    """Return the share of each sort of operation in a pass over `rows`, and of all else: Python, and making calls.
+
+    On a GPU of its time at work, where nothing else is left.
+    """
+    on_gpu = device.type == "cuda"
+    spent = dict.fromkeys((*WORK, "elementwise", "calls"), 0.0)
+    for event in _profiled(contestant, rows, on_gpu=on_gpu):
+        own = float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        spent[_sort_of_work(event.key)] += own
+    return {sort: time / sum(spent.values()) for sort, time in spent.items()}
+
+
+def _sort_of_work(key: str) -> str:
+    library, _, operation = key.rpartition("::")
+    if library != "aten":
+        return "calls"
+    for sort, marks in WORK.items():
+        if operation.endswith(marks) if sort == "products" else any(mark in operation for mark in marks):
+            return sort
+    return "elementwise"
+
+
+def _profiled(contestant: Contestant, rows: Sequence[Encoded], *, on_gpu: bool) -> Any:
+    """Return the profiler's sums of a pass over `rows`."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities) as profiler, record_function(_MARK + "all"):
+        contestant.run(rows)
+        if on_gpu:
+            torch.cuda.synchronize()
+    return profiler.key_averages()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from benchmarks import peers
 from benchmarks.contestants import Less, Ours, Plain, exact_gradients
 from benchmarks.counting import operations, projection_bytes
 from benchmarks.gradients import DEFAULT, Line, _missed, _spread, main
-from benchmarks.stages import shares
+from benchmarks.stages import by_operation, shares
 from benchmarks.workload import PRESETS, Workload, draw_lengths, make_workload, read_lengths
 from worker.directions import Kind
 
@@ -96,6 +96,16 @@ def test_the_stages_add_up(workload: Workload) -> None:
     assert torch.bmm is before
 
 
+def test_every_operation_is_of_some_sort(workload: Workload) -> None:
+    plain, engine = Plain(workload), Ours(workload, Kind("adam"), projection="blocks")
+    for contestant in (plain, engine):
+        contestant.token_budget = 64
+        parts = by_operation(contestant, workload.rows, CPU)
+        assert sum(parts.values()) == pytest.approx(1)
+        assert list(parts) == ["products", "attention", "softmax", "elementwise", "calls"]
+        assert min(parts.values()) > 0
+
+
 def test_operations_are_counted_as_published() -> None:
     """Llama-2-7B, LoRA r 128, 371 tokens: 10.3 TFLOP."""
     preset = PRESETS["llama-2-7b"]
@@ -135,7 +145,7 @@ def test_a_share_has_the_lengths_of_all(workload: Workload) -> None:
 
 
 def _line(name: str, ratio: float, share: float = 0.7, rate: float = 50) -> Line:
-    return Line(name, rate, ratio, ratio, ratio, None, 1, 1, None, None, 1, share, None, {})
+    return Line(name, rate, ratio, ratio, ratio, None, 1, 1, None, None, 1, share, None, {}, {})
 
 
 @pytest.mark.parametrize(
