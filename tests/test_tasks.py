@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import zipfile
 from collections import Counter
@@ -474,7 +475,8 @@ def test_a_pattern_as_large_as_the_memory_is_refused(tmp_path: Path) -> None:
     assert "finds nothing in the row's own answer" in str(error)
     hungry = {"prompt": "Q", "completion": "ab" * 5_000_000, "pattern": "(?:a|b|(c))*z"}
     error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(hungry)}))
-    assert "takes too much memory on a text of 10,000,000 characters" in str(error)
+    # on a machine that is busy or slow its second is over before the memory is
+    assert re.search("takes too (much memory|long) on a text of 10,000,000 characters", str(error))
 
 
 def test_a_null_field_of_a_jsonl_row_is_a_missing_one(tmp_path: Path) -> None:
