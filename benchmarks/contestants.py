@@ -43,6 +43,8 @@ class Contestant(ABC):
     """Padded tokens of a batch; None where it has its own rule."""
     draws_matrix = False
     """Whether it draws a dense matrix for every batch, and so wants the largest one."""
+    default_budget: int | None = None
+    """The batch that such a one gets instead: the default of its own documentation."""
 
     def run(self, rows: Sequence[Encoded]) -> None:
         """Do the work on `rows` as the contestant does it in use."""

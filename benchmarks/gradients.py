@@ -244,6 +244,7 @@ def _makers(workload: Workload) -> Iterator[tuple[str, Make]]:
     yield "LESS's loop", lambda: Less(workload)
     if not peers.missing("bergson"):
         yield "bergson global", lambda: peers.Bergson(workload, "global")
+        yield "bergson global, large batch", lambda: peers.Bergson(workload, "global", large=True)
         yield "bergson per-module", lambda: peers.Bergson(workload, "per-module")
         yield "bergson adam global", lambda: peers.Bergson(workload, "global", adam=True)
     if not peers.missing("dattri-llm"):
@@ -279,7 +280,7 @@ def _spread(rows: Sequence[Encoded], stride: int, start: int = 0) -> list[Encode
 def _find_budgets(field_: Sequence[Measured], workload: Workload) -> None:
     """Give the plain step and the engine each its own best batch; the engine's others and the peers get the same.
 
-    Those that draw a dense matrix for each batch get a large one.
+    Those that draw a dense matrix for each batch get the default of their own, or a large one.
     """
     kind = "cuda" if workload.device.type == "cuda" else "cpu"
     rows = _spread(workload.rows, max(1, len(workload.rows) // SEARCH_ROWS[kind]))
@@ -287,7 +288,7 @@ def _find_budgets(field_: Sequence[Measured], workload: Workload) -> None:
     ours: int | None = None
     for entry in field_:
         if entry.contestant.draws_matrix:
-            entry.contestant.token_budget = LARGE if kind == "cpu" else plain
+            entry.contestant.token_budget = entry.contestant.default_budget or (LARGE if kind == "cpu" else plain)
         elif isinstance(entry.contestant, Ours):
             ours = ours or _best_budget(entry.contestant, rows, workload.device)
             entry.contestant.token_budget = ours

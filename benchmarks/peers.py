@@ -1,7 +1,8 @@
 """Other libraries, where they are installed: bergson and dattri-llm, each as its own documentation has it used.
 
-Both get the batches that the plain step found best, and a copy of the model of their own, since they change which of
-its weights require a gradient and hang hooks on its layers.
+Both get the batches that the plain step found best, but for bergson's global projection, which draws a matrix for each
+batch: that gets bergson's default and, as another contestant, a large one. Both get a copy of the model of their own,
+since they change which of its weights require a gradient and hang hooks on its layers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from benchmarks.contestants import Contestant, losses
 from benchmarks.workload import Workload
 from worker.batches import Encoded
 
+BERGSON_TOKENS = 2048
+"""bergson's default tokens of a batch."""
+
 LORA_LAYERS = ("lora_A.default", "lora_B.default")
 
 NEEDED = {"bergson": ["bergson"], "dattri-llm": ["dattri_llm", "dattri"]}
@@ -38,15 +42,19 @@ def missing(peer: str) -> list[str]:
 class Bergson(Contestant):
     """bergson: `global` projects to all dims with one random matrix, `per-module` each layer's gradient from two sides.
 
-    With `adam` its own map, which divides by the root of the second moment and knows no first one.
+    With `adam` its own map, which divides by the root of the second moment and knows no first one. `large`: in batches
+    so large that the matrix is drawn but a few times.
     """
 
-    def __init__(self, workload: Workload, target: Literal["global", "per-module"], *, adam: bool = False) -> None:
+    def __init__(
+        self, workload: Workload, target: Literal["global", "per-module"], *, adam: bool = False, large: bool = False
+    ) -> None:
         from bergson import GradientProcessor  # noqa: PLC0415  # not a requirement
         from bergson.gradients import AdamNormalizer  # noqa: PLC0415
 
-        self.name = f"bergson{' adam' if adam else ''} {target}"
+        self.name = f"bergson{' adam' if adam else ''} {target}{', large batch' if large else ''}"
         self.draws_matrix = target == "global"
+        self.default_budget = None if large else BERGSON_TOKENS
         self.exact = "adam less" if adam else "sgd"
         self._workload = workload
         self._model = copy.deepcopy(workload.model)
