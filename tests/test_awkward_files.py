@@ -221,6 +221,7 @@ def packed(content: bytes, name: str) -> bytes:
         (b"[]", "holds no rows"),
         (b"\xef\xbb\xbf\n", "holds no rows"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "bytes",  # which have the time in them
 )
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 def test_other_packagings_are_refused_with_advice(
