@@ -98,22 +98,26 @@ def raw_gradients(
 
 
 def adam_direction(raw: Gradients, moments: Path, *, form: str) -> Floats:
-    """Adam's direction with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g² (LESS, arXiv 2402.04333, section 2).
-
-    `less` is m' / √(v' + ε), as LESS's published code has it; `exact` (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at the
-    step t after the checkpoint's.
-    """
+    """Adam's direction at the moments of a file, form `less` or `exact`."""
     stored = load_file(moments)
     m, v = (
         np.concatenate([stored[f"{kind}.{name}"].ravel().astype(np.float64) for name in raw.sizes])
         for kind in ("exp_avg", "exp_avg_sq")
     )
-    g = raw.flat
+    with safe_open(moments, framework="np") as file:
+        return adam_step(raw.flat, m, v, step=int(file.metadata()["step"]), form=form)
+
+
+def adam_step(g: Floats, m: Floats, v: Floats, *, step: int, form: str) -> Floats:
+    """Adam's direction with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g² (LESS, arXiv 2402.04333, section 2).
+
+    `less` is m' / √(v' + ε), as LESS's published code has it; `exact` (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at
+    t = step + 1.
+    """
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
     if form == "less":
         return np.asarray(m / np.sqrt(v + 1e-8))
-    with safe_open(moments, framework="np") as file:
-        t = int(file.metadata()["step"]) + 1
+    t = step + 1
     return np.asarray((m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8))
 
 

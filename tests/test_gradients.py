@@ -1,15 +1,12 @@
-"""The gradient engine against float64 autograd of one example alone, on small models of several architectures.
+"""The gradient engine against float64 autograd of one example alone: unusual adapters, what must not matter, the edges.
 
-Only the engine's `features` is compared; the reference (model in double precision, one example, one backward pass, the
-formulas of LESS written out) shares no code with it.
+Every kind, projection, precision and architecture together is tests/test_engine_matrix.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,23 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from peft import PeftModel
+from transformers import PreTrainedModel
 
+from tests.architectures import (
+    BROKEN_TOKEN,
+    PAD,
+    adapt,
+    base_model,
+    direction,
+    loss_of,
+    reference,
+    relative_error,
+    rows,
+    train,
+    trainable,
+    trained,
+)
 from worker.batches import IGNORED, Encoded
 from worker.directions import AdamForm, FeatureKind, Kind, Moments
 from worker.gradients import (
@@ -38,165 +45,6 @@ from worker.models import Quantisation, load_model, use_gradient_checkpointing
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-VOCABULARY = 96
-BROKEN_TOKEN = VOCABULARY - 1  # in no row but the ones that ask for it
-PAD = 10**6  # outside every vocabulary: padding must not be looked up
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": SHAPE,
-    "mistral": SHAPE | {"sliding_window": 8},
-    "qwen2": SHAPE,
-    "qwen3": SHAPE | {"tie_word_embeddings": True},
-    "gemma2": SHAPE | {"query_pre_attn_scalar": 8, "sliding_window": 8},
-    "gpt2": {
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "initializer_range": 0.2,
-        "attn_pdrop": 0.2,  # on if anything left the model in training mode
-    },
-    "opt": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "word_embed_proj_dim": 32,
-        "init_std": 0.2,
-        "dropout": 0.2,  # a number of the layer's own, not a module
-    },
-    "mixtral": SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": SHAPE
-    | {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-    },
-}
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
-    "opt": {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]},
-}
-
-
-def rows(lengths: Sequence[int] = (9, 23, 4, 31, 12, 2, 17), *, seed: int = 3) -> list[Encoded]:
-    """Random tokens; the first third of each row is a prompt, and a hole in the middle another turn of the user."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for length in lengths:
-        ids = torch.randint(1, BROKEN_TOKEN, (length,), generator=generator).tolist()
-        hole = range(length // 2, length // 2 + length // 6)
-        labels = [IGNORED if t < max(1, length // 3) or t in hole else token for t, token in enumerate(ids)]
-        made.append(Encoded(tuple(ids), tuple(labels)))
-    return made
-
-
-def base_model(architecture: str, **overrides: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | overrides))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-def adapt(model: PreTrainedModel, **settings: Any) -> PeftModel:
-    """Put a LoRA on the model whose A and B are both random: at LoRA's usual start, B = 0, A has no gradient."""
-    settings = {"target_modules": ATTENTION, "r": 3, "lora_alpha": 6, "lora_dropout": 0.3} | settings
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def loss_of(model: torch.nn.Module, row: Encoded) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the features must be, from float64: `gradients` (n, p), flat in the order of named_parameters."""
-
-    gradients: torch.Tensor
-    losses: torch.Tensor
-
-
-def reference(model: PeftModel | PreTrainedModel, examples: Sequence[Encoded]) -> Reference:
-    double = copy.deepcopy(model).double().eval()
-    base = double.get_base_model() if isinstance(double, PeftModel) else double
-    base.set_experts_implementation("eager")  # the fused one has no double precision
-    gradients, losses = [], []
-    for row in examples:
-        loss = loss_of(double, row)
-        parts = torch.autograd.grad(loss, list(trainable(double).values()), allow_unused=True, materialize_grads=True)
-        gradients.append(torch.cat([part.flatten() for part in parts]))
-        losses.append(loss.detach())
-    return Reference(torch.stack(gradients), torch.stack(losses))
-
-
-def train(model: PeftModel, *, steps: int = 12) -> Moments:
-    """Take real AdamW steps and return its moments by name."""
-    parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
-    batches = rows([12, 20, 7, 28], seed=11)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]  # torch's
-        optimizer.step()
-    optimizer.zero_grad()
-    state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
-    return Moments(
-        exp_avg={name: values["exp_avg"] for name, values in state.items()},
-        exp_avg_sq={name: values["exp_avg_sq"] for name, values in state.items()},
-        step=steps,
-    )
-
-
-@cache
-def trained(architecture: str) -> tuple[PeftModel, Moments, Reference]:
-    """A model after twelve steps, its moments, and the reference of `rows()`; not to be changed."""
-    model = adapt(base_model(architecture), **ADAPTERS.get(architecture, {}))
-    moments = train(model.eval())
-    return model, moments, reference(model, rows())
-
-
-def flat(moments: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([moment.double().flatten() for moment in moments.values()])
-
-
-def direction(gradients: torch.Tensor, kind: str, adam: str, moments: Moments) -> torch.Tensor:
-    """LESS's formulas, as its specification writes them, in float64."""
-    if kind == "sgd":
-        return gradients
-    m = 0.9 * flat(moments.exp_avg) + (1 - 0.9) * gradients
-    v = 0.999 * flat(moments.exp_avg_sq) + (1 - 0.999) * gradients**2
-    if adam == "less":
-        return m / torch.sqrt(v + 1e-8)
-    step = moments.step + 1
-    return (m / (1 - 0.9**step)) / (torch.sqrt(v / (1 - 0.999**step)) + 1e-8)
 
 
 def single(
@@ -223,40 +71,7 @@ def run(engine: GradientEngine, examples: Sequence[Encoded], *, token_budget: in
     return features
 
 
-def relative_error(got: NDArray[np.float32] | torch.Tensor, wanted: NDArray[np.float32] | torch.Tensor) -> float:
-    """Largest over the rows of ‖got − wanted‖ / ‖wanted‖."""
-    got, wanted = torch.as_tensor(got).double(), torch.as_tensor(wanted).double()
-    return float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
-
-
 # Correctness ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "adam"), [("sgd", "less"), ("adam", "less"), ("adam", "exact")])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_feature_is_the_float64_gradient_of_its_example_alone(
-    architecture: str, kind: FeatureKind, adam: AdamForm
-) -> None:
-    model, moments, truth = trained(architecture)
-    engine = whole(model, kind=kind, adam=adam, moments=moments)
-    features = run(engine, rows())
-    wanted = direction(truth.gradients, kind, adam, moments)
-    assert engine.one_at_a_time == []
-    assert features.reasons == [None] * len(rows())
-    assert relative_error(only(features), wanted) < 1e-5
-    assert np.allclose(features.norms, wanted.norm(dim=1), rtol=1e-5)
-    assert np.allclose(features.losses, truth.losses, rtol=1e-5)
-    assert features.tokens.tolist() == [sum(label != IGNORED for label in row.labels) for row in rows()]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_signs_are_those_of_the_float64_gradient_wherever_it_is_not_tiny(architecture: str) -> None:
-    model, _, truth = trained(architecture)
-    features = run(whole(model, kind="sign"), rows())
-    decided = truth.gradients.abs() > 1e-5 * truth.gradients.abs().amax(1, keepdim=True)
-    assert decided.float().mean() > 0.5
-    assert torch.equal(torch.as_tensor(only(features)).double()[decided], truth.gradients.sign()[decided])
-    assert np.allclose(features.norms, np.linalg.norm(only(features), axis=1), rtol=1e-6)
 
 
 def test_eager_attention_gives_the_same_features() -> None:
@@ -388,13 +203,6 @@ def test_all_kinds_of_one_pass_are_those_of_a_pass_each() -> None:
         np.testing.assert_array_equal(found[kind].norms, alone.norms)
 
 
-def test_the_length_of_the_gradient_itself_is_told_beside_every_kind() -> None:
-    model, moments, truth = trained("llama")
-    for kind in (Kind("adam"), Kind("sign")):
-        features = run(GradientEngine(model, kinds=[kind], moments=moments, dims=[64]), rows())
-        np.testing.assert_allclose(features.raw_norms, truth.gradients.norm(dim=1), rtol=1e-5)
-
-
 @pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
 def test_mean_hidden_states_come_from_the_same_pass(adapter: dict[str, Any]) -> None:
     model = adapt(base_model("llama"), **adapter)
@@ -495,16 +303,6 @@ def test_the_same_plan_twice_gives_the_same_bytes() -> None:
     assert first.losses.tobytes() == second.losses.tobytes()
 
 
-def test_several_dims_in_one_pass_are_each_alone() -> None:
-    model, moments, _ = trained("llama")
-    for projection in ("blocks", "sjlt", "fft", "rademacher"):
-        settings: dict[str, Any] = {"kind": "adam", "moments": moments, "projection": projection, "seed": 4}
-        together = run(single(model, dims=[96, 700], **settings), rows())
-        for dim in (96, 700):
-            alone = run(single(model, dims=[dim], **settings), rows())
-            assert relative_error(together.by_dim[dim], only(alone)) < 1e-5
-
-
 def test_layers_taken_in_small_slices_of_the_batch_give_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
     model, moments, _ = trained("llama")
     engine = single(model, kind="adam", moments=moments, dims=[128])
@@ -525,6 +323,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(architecture: str
     (layer, *_) = [
         module for name, module in model.named_modules() if name.endswith(("mlp.c_fc", "mlp.up_proj", "fc1"))
     ]
+    run(engine, rows(), token_budget=10_000)  # the first batch also tests the order of flattened tokens (OPT's)
     layer.register_forward_hook(lambda *_: calls.append(1))
     again = run(engine, rows(), token_budget=10_000)
     assert len(calls) == 2, "once forward and once more on the way back"
@@ -573,8 +372,10 @@ def test_projected_inner_products_match_the_unprojected_ones_within_the_bound(pr
     the variance.
     """
     k, seeds = 2048, range(10)
-    model, moments, truth = trained("llama")
-    unit = torch.nn.functional.normalize(direction(truth.gradients, "adam", "less", moments), dim=1)
+    model = adapt(base_model("llama"))
+    moments = train(model.eval())
+    gradients = reference(model, rows()).gradients
+    unit = torch.nn.functional.normalize(direction(gradients, "adam", "less", moments), dim=1)
     pairs = torch.triu_indices(len(unit), len(unit))
     cosines = (unit @ unit.T)[pairs[0], pairs[1]]
     errors = []
