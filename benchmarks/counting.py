@@ -37,15 +37,33 @@ def _linear_size(module: nn.Module) -> int:
     return module.weight.numel() if isinstance(module, nn.Linear) else 0
 
 
-def projection_bytes(projection: str, workload: Workload) -> float | None:
-    """Return the bytes that a projection reads and writes for a row, as written today; None where it is not counted.
+def projection_bytes(projection: str, workload: Workload) -> float:
+    """Return the bytes that a projection reads and writes for a row, as its operations are written today.
 
-    `blocks` reads each number of the gradient, and reads and writes the sum it goes into. `rademacher` reads the
-    gradient, and its matrix is written and read once a batch, which is not counted for a row. `none` reads the
-    gradient, and reads and writes the feature.
+    What all rows of a batch share is not counted: signs, places, chosen outputs, a dense matrix. Numbers are float32.
+
+    `blocks` reads each number of the gradient, and reads and writes the sum it goes into: 3. `rademacher` reads the
+    gradient: 1. `none` reads the gradient, and reads and writes the feature: 3. `sjlt` reads the gradient and writes
+    and reads it with its signs, and reads and writes the sum each number goes into: 5; off the CPU the signed numbers
+    are read and written once more for a zero at their end, and instead of the sums the numbers that the lists name are
+    read, written and read: 7, were all lists equally long (the zeros that fill the shorter ones come on top).
+    `fft` reads the gradient and writes it with its signs: 2 a number; where the transform is longer, it reads that and
+    writes it with zeros behind: 1 a number and 1 an input of the transform; the transform reads its inputs and writes
+    as many outputs, once each however often it passes over them: 2 an input; and the chosen outputs are read, written
+    and read, and the sums read and written: 5 a dimension of each parameter.
     """
-    each = {"blocks": 3, "rademacher": 1, "none": 3}.get(projection)
-    return None if each is None else each * FLOAT32 * workload.parameters
+    sizes = [parameter.numel() for parameter in workload.model.parameters() if parameter.requires_grad]
+    if projection == "fft":
+        return float(FLOAT32 * sum(_fft_numbers(size, workload.dims) for size in sizes))
+    each = {"blocks": 3, "sjlt": 5 if workload.device.type == "cpu" else 7, "rademacher": 1, "none": 3}[projection]
+    return float(each * FLOAT32 * sum(sizes))
+
+
+def _fft_numbers(size: int, dim: int) -> int:
+    """Count the numbers that `fft` reads and writes for one parameter of a row."""
+    length = 1 << (max(size, dim, 2) - 1).bit_length()
+    padding = size + length if length > size else 0
+    return 2 * size + padding + 2 * length + 5 * dim
 
 
 def product_rate(device: torch.device) -> float:

@@ -112,7 +112,20 @@ def test_operations_are_counted_as_published() -> None:
     shape = make_workload(preset, device=torch.device("meta"), lengths=[371], train=False)
     assert shape.parameters == 134_217_728
     assert operations(shape) == pytest.approx(10.3e12, rel=0.005)
-    assert projection_bytes("blocks", shape) == 12 * 134_217_728
+
+
+def test_bytes_of_a_projection_are_those_of_its_operations() -> None:
+    """Llama-2-7B's 256 parameters have 2¹⁹ numbers each, as many as their transforms; the small one's 16 have 128."""
+    shape = make_workload(PRESETS["llama-2-7b"], device=torch.device("meta"), lengths=[371], train=False)
+    tiny = make_workload(PRESETS["tiny"], device=CPU, lengths=[4], train=False)
+    numbers = 134_217_728
+    assert tiny.parameters == 16 * 128
+    assert projection_bytes("blocks", shape) == projection_bytes("none", shape) == 12 * numbers
+    assert projection_bytes("rademacher", shape) == 4 * numbers
+    assert projection_bytes("sjlt", shape) == 28 * numbers
+    assert projection_bytes("sjlt", tiny) == 20 * 16 * 128
+    assert projection_bytes("fft", shape) == 16 * numbers + 256 * 20 * 8192
+    assert projection_bytes("fft", tiny) == 16 * (12 * 128 + 12 * 512 + 20 * 512)
 
 
 @pytest.mark.parametrize("mean", [None, 30.0])
