@@ -394,7 +394,7 @@ def _convert(optimizer: Path, partial: Path, description: Description) -> dict[s
 def _take_model(source: Path, partial: Path, description: Description) -> Description:
     for path in _model_files(source):
         _copy(path, partial / "model" / path.name)
-    return replace(description, moments_note="the model was trained in full: features are those of LoRA adapters")
+    return replace(description, moments_note="a whole model's are those of the service's own fine-tunes only")
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -27,8 +27,9 @@ from datastore.schema import CheckpointRow, JobRow, RunCheckpointRow, RunRow, Us
 from datastore.selection import count
 from datastore.settings import Settings
 
-STORED_BYTES = 12  # of a trainable parameter in a checkpoint: weight and two moments in float32
-TRAINED_BYTES = 16  # of a trainable parameter in memory: the same and its gradient
+MOMENTS_BYTES = 8  # of a trainable parameter in a checkpoint: two moments in float32
+STORED_BYTES = 4 + MOMENTS_BYTES  # of an adapter's parameter in a checkpoint: float32, too
+TRAINED_BYTES = 16  # of a trainable parameter in memory: weight, moments and gradient in float32
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,13 @@ class Finetunes:
     def _stored_bytes(self, request: FinetuneRequest, size: models.Size | None) -> int:
         """Bytes of the checkpoints that are kept; 0 where the base model's size is not known.
 
-        Of a LoRA training those of all epochs, of a full one the last model, without moments and in its precision.
+        Of a LoRA training those of all epochs, of a full one the last model in its precision, and its moments.
         """
         if size is None:
             return 0
         if request.method == "lora":
             return request.epochs * size.lora_parameters(request.lora) * STORED_BYTES
-        return size.stored_bytes(self._precision(request))
+        return size.stored_bytes(self._precision(request)) + size.parameters * MOMENTS_BYTES
 
     def _memory_bytes(self, request: FinetuneRequest, size: models.Size, *, longest: int) -> int:
         precision = self._precision(request)

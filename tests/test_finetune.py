@@ -285,9 +285,14 @@ def test_a_full_fine_tune_leaves_one_whole_model(model: Path, tmp_path: Path, pr
     done = finetune(ROWS, asked, work=tmp_path, device=CPU)
     [last] = done.epochs
     assert (last.description.epoch, last.description.step) == (2, 6)
-    assert "trained in full" in str(last.description.moments_note)
     tuned = AutoModelForCausalLM.from_pretrained(last.folder / "model")
     base = AutoModelForCausalLM.from_pretrained(model)
+    kept = moments.read(last.folder / "moments.safetensors")
+    shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
+    for moment in (kept.exp_avg, kept.exp_avg_sq):
+        assert {name: value.shape for name, value in moment.items()} == shapes
+        assert all(value.any() for value in moment.values())
+    assert (kept.step, last.description.moments_note) == (6, None)
     assert str(tuned.dtype) == f"torch.{precision}"
     assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
     assert load_tokenizer(str(last.folder / "model")).vocab_size == load_tokenizer(str(model)).vocab_size

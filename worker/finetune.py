@@ -1,5 +1,7 @@
 """Fine-tunes: the HF Trainer over a dataset's rows, a checkpoint with Adam's moments at the end of each epoch.
 
+A whole model and its moments take 10 to 12 bytes a parameter, so a full fine-tune leaves those of the last epoch only.
+
 What is ours is what the gradients need and a Trainer does not keep: moments by parameter name, the mean learning rate
 of an epoch as its optimizer steps saw it, and a training that any other worker goes on with.
 
@@ -367,7 +369,7 @@ class _Keeper(TrainerCallback):
         control.should_save = True
         full = self._request.method == "full"
         if full and state.global_step < state.max_steps:
-            return  # a whole model per epoch fills disks, and nothing is computed from them
+            return  # a whole model with its moments per epoch fills disks
         epoch = round(state.epoch or 0)
         description = Description(
             model=self._request.model,
@@ -379,7 +381,6 @@ class _Keeper(TrainerCallback):
             learning_rate=_mean_rate(state.log_history, epoch),
             template=self._request.template,
             max_length=self._request.max_length,
-            moments_note="the model was trained in full: features are those of LoRA adapters" if full else None,
         )
         target = self._home / "epochs" / str(epoch)
         partial = target.with_name(f"{epoch}.partial")
@@ -390,7 +391,7 @@ class _Keeper(TrainerCallback):
             self._tokenizer.save_pretrained(str(partial / "files" / "model"))
         else:
             _save_weights(kept["model"], partial / "files" / "adapter")
-            moments.write(partial / "files" / MOMENTS, moments.of_optimizer(_bare(kept["optimizer"]), kept["model"]))
+        moments.write(partial / "files" / MOMENTS, moments.of_optimizer(_bare(kept["optimizer"]), kept["model"]))
         write_file(partial / "description.json", json.dumps(asdict(description)).encode())
         _sync(partial)
         shutil.rmtree(target, ignore_errors=True)
