@@ -2,7 +2,8 @@
 
     <root>/<id>/checkpoint.json       what it is, and the sha256 of every file
     <root>/<id>/adapter/              PEFT's layout: adapter_config.json, adapter_model.safetensors
-    <root>/<id>/model/                instead of an adapter, where the model was trained in full
+    <root>/<id>/model/                instead of an adapter, where the model was trained in full; a base model that is
+                                      registered as it is has neither
     <root>/<id>/moments.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter>; metadata: step
     <root>/unfinished/                what a killed process left behind
 
@@ -31,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from gradstore.types import Checkpoint, Method, Precision, TemplateName
+from gradstore.types import Checkpoint, CheckpointMethod, Precision, TemplateName
 
 from datastore import models
 from datastore.catalog import utc_now
@@ -64,7 +65,7 @@ class Description:
 
     model: str
     revision: str | None
-    method: Method
+    method: CheckpointMethod
     precision: Precision
     epoch: int | None = None
     step: int | None = None
@@ -116,6 +117,30 @@ class Checkpoints:
                 description = _take_model(source, partial, description)
             return self._place(partial, description, name=name)
 
+    def register_base(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        learning_rate: float | None = None,
+        precision: Precision = "float32",
+        name: str | None = None,
+    ) -> Checkpoint:
+        """Register a base model as it is before any training; its files stay where they are.
+
+        Raises `InvalidInput` where there is no such model, and `HubUnreachable`.
+        """
+        description = Description(
+            model=model,
+            revision=models.revision_of(model, revision),
+            method="none",
+            precision=precision,
+            learning_rate=learning_rate,
+            moments_note="a base model has none before its training",
+        )
+        with unfinished(self._unfinished, "register") as partial:
+            return self._place(partial, description, name=name)
+
     def add(self, folder: Path, description: Description, *, name: str | None = None) -> Checkpoint:
         """Take in a folder that is laid out as a checkpoint is (`adapter/` or `model/`, perhaps moments).
 
@@ -133,7 +158,7 @@ class Checkpoints:
             return self._place(partial, description, name=name)
 
     def weights(self, checkpoint: str) -> Path:
-        """Folder of the adapter in PEFT's layout, or of the whole model. Raises `NotFound`."""
+        """Folder of the adapter in PEFT's layout, or of the whole model; a base model has none. Raises `NotFound`."""
         home = self._home(checkpoint)
         return home / "adapter" if (home / "adapter").is_dir() else home / "model"
 
@@ -141,6 +166,13 @@ class Checkpoints:
         """File of Adam's moments, where there are any. Raises `NotFound`."""
         path = self._home(checkpoint) / MOMENTS
         return path if path.exists() else None
+
+    def trained(self, checkpoint: str) -> dict[str, int]:
+        """Sizes of the parameters that have moments, by their names in the model. Raises `NotFound`."""
+        path = self.moments(checkpoint)
+        tensors = {} if path is None else read_header(path).tensors
+        moment = "exp_avg."
+        return {name.removeprefix(moment): each.size for name, each in tensors.items() if name.startswith(moment)}
 
     def exists(self, checkpoint: str) -> bool:
         """Whether a checkpoint's files are there."""

@@ -87,7 +87,7 @@ def _plan(
     return {
         "model": model,
         "revision": revision,
-        "checkpoint": checkpoint.id if checkpoint else None,
+        "checkpoint": checkpoint.id if checkpoint and checkpoint.method != "none" else None,
         "template": request.template or (checkpoint and checkpoint.template) or "tulu",
         "max_length": request.max_length or (checkpoint and checkpoint.max_length) or DEFAULT_MAX_LENGTH,
         "precision": request.precision or (checkpoint.precision if checkpoint else "float32"),

@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 
 from datastore import models, shards
 from datastore.catalog import Catalog, utc_now
+from datastore.checkpoints import Checkpoints
 from datastore.durations import duration
 from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound
 from datastore.gradients import FeatureStore
@@ -48,6 +49,7 @@ from datastore.schema import (
 from datastore.scores import ScoreCache
 from datastore.segments import FeatureView, stored_bytes
 from datastore.settings import Settings
+from datastore.weights import chosen
 
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection.py): features of two versions are never mixed."""
@@ -172,7 +174,6 @@ class Features:
         plan = self.plan(request)
         settings = plan.settings
         batch = max(1, round((request.token_budget or USUAL_TOKEN_BUDGET) / max(tokens_per_row, 1)))
-        model_bytes = None if size is None else size.stored_bytes(settings["quantisation"] or settings["precision"])
         time = duration(
             self.jobs,
             kind="gradients",
@@ -189,7 +190,7 @@ class Features:
             free_bytes=self._free_bytes(),
             seconds=time.seconds,
             basis=time.basis,
-            memory_bytes=None if model_bytes is None else model_bytes * 2 + batch * plan.dims * 4,
+            memory_bytes=None if size is None else self._memory_bytes(plan, size, examples=batch),
             reused_rows=plan.reused_rows,
         )
 
@@ -199,13 +200,14 @@ class Features:
         owner, rows = self._owner(request)
         kinds = request.kinds or _default_kinds(request)
         for checkpoint in checkpoints:
-            _check(checkpoint, kinds=kinds, request=request)
+            self._check(checkpoint, kinds=kinds, request=request)
         first = checkpoints[0]
         settings: dict[str, Any] = {
             "dataset": owner if request.dataset else None,
             "task": owner if request.task else None,
             "rows": rows,
             "model": first.model,
+            "weights": _weights(kinds, request),
             "reduction": request.reduction,
             # a job without gradients has another rate, and tells nothing of those with them
             "projection": request.projection if _has_gradients(kinds) else None,
@@ -318,6 +320,42 @@ class Features:
             raise InvalidInput("the checkpoints have different base models: send one request for each model")
         return found
 
+    def _check(self, checkpoint: Checkpoint, *, kinds: Sequence[FeatureKind], request: GradientsRequest) -> None:
+        """Refuse what cannot be computed at a checkpoint. Raises `InvalidInput`."""
+        if checkpoint.method == "lora" and request.weights:
+            raise _refusal(
+                f"{checkpoint.id} is a LoRA adapter, whose gradients are those of its own matrices: leave weights out, "
+                "or name checkpoints without an adapter",
+                pointer="/weights",
+            )
+        if not _has_gradients(kinds):
+            return
+        if checkpoint.method != "lora" and not request.weights:
+            raise _refusal(
+                f"{checkpoint.id} has no adapter: say which of the model's weights the gradients are of, for example "
+                'weights=["*.q_proj.weight", "*.v_proj.weight"]',
+                pointer="/weights",
+            )
+        if "adam" in kinds and not checkpoint.has_moments:
+            register = ", or register the checkpoint with its optimizer state" if checkpoint.method == "lora" else ""
+            raise _refusal(
+                f"{checkpoint.id} has no Adam moments ({checkpoint.moments_note or 'none were given'}): "
+                f"ask for kinds sgd or sign{register}",
+                pointer="/kinds",
+            )
+        size = self._gradient_size(checkpoint, request)
+        if request.projection == "none" and size is not None and request.dims != [size]:
+            raise _refusal(f"projection=none stores the gradient itself: send dims=[{size}]", pointer="/dims")
+
+    def _gradient_size(self, checkpoint: Checkpoint, request: GradientsRequest) -> int | None:
+        """Numbers of a gradient; None where only the worker, which has the model, will know which weights are meant."""
+        if request.weights is None:
+            return checkpoint.parameters
+        if not checkpoint.has_moments:
+            return None
+        trained = Checkpoints(self.settings.checkpoints).trained(checkpoint.id)
+        return sum(trained[name] for name in chosen(request.weights, trained))
+
     def _owner(self, request: GradientsRequest) -> tuple[str, int]:
         if request.dataset is not None:
             dataset = self.catalog.dataset(request.dataset)
@@ -363,7 +401,9 @@ class Features:
 
     def _operations(self, plan: Plan, size: Size, tokens_per_row: float) -> float:
         """Floating-point operations of a plan: its rows' passes through the model, and projections that multiply."""
-        adapter = self.catalog.checkpoint(plan.feature_sets[0].checkpoint).parameters
+        checkpoint = self.catalog.checkpoint(plan.feature_sets[0].checkpoint)
+        adapter = checkpoint.parameters if checkpoint.method == "lora" else 0
+        weights = size.chosen_parameters(plan.settings["weights"] or ())
         checkpointing = plan.settings["gradient_checkpointing"]
         total = 0.0
         for _, start, stop, features in plan.missing_ranges():
@@ -373,11 +413,21 @@ class Features:
                     kind = feature.kind, feature.parameters["adam"]
                     dims[kind] = max(dims[kind], feature.dim)
             by_token = (
-                size.operations(adapter, checkpointing=checkpointing) if dims else size.forward_operations(adapter)
+                size.operations(adapter, checkpointing=checkpointing) + 2 * weights
+                if dims
+                else size.forward_operations(adapter)
             )
-            dense = 2 * adapter * sum(dims.values()) if plan.settings["projection"] == "rademacher" else 0
+            dense = 2 * (adapter + weights) * sum(dims.values()) if plan.settings["projection"] == "rademacher" else 0
             total += (stop - start) * (tokens_per_row * by_token + dense)
         return total
+
+    def _memory_bytes(self, plan: Plan, size: Size, *, examples: int) -> int:
+        """Bytes that a worker needs: the model twice over, the features of a batch, and Adam's two numbers a weight."""
+        settings = plan.settings
+        model = size.stored_bytes(settings["quantisation"] or settings["precision"])
+        forms = {feature.parameters["adam"] for feature in plan.feature_sets} - {None}
+        moments = 8 * len(forms) * size.chosen_parameters(settings["weights"] or ())
+        return model * 2 + examples * plan.dims * 4 + moments
 
     def _free_bytes(self) -> int:
         self.settings.features.mkdir(parents=True, exist_ok=True)
@@ -395,6 +445,7 @@ def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, hidden
     for.
     """
     projected = {
+        "weights": _weights(kinds, request),
         "reduction": request.reduction,
         "projection": request.projection,
         "projection_version": PROJECTION_VERSION,
@@ -419,33 +470,25 @@ def _has_gradients(kinds: Sequence[FeatureKind]) -> bool:
     return any(kind != "hidden" for kind in kinds)
 
 
+def _weights(kinds: Sequence[FeatureKind], request: GradientsRequest) -> list[str] | None:
+    """The patterns of the weights whose gradients are computed."""
+    return list(request.weights) if request.weights and _has_gradients(kinds) else None
+
+
 def _hidden_size(checkpoint: Checkpoint) -> int:
     """The width of a checkpoint's hidden states. Raises `InvalidInput` where it is not known here."""
     found = models.hidden_size(checkpoint.model, checkpoint.revision)
     if found is None:
-        detail = (
+        raise _refusal(
             f"the width of {checkpoint.model}'s hidden states is not known: it stands in the config.json, which "
-            "is neither on the service's machine nor on the hub; put the model there, or ask for other kinds"
+            "is neither on the service's machine nor on the hub; put the model there, or ask for other kinds",
+            pointer="/kinds",
         )
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kinds")])
     return found
 
 
-def _check(checkpoint: Checkpoint, *, kinds: Sequence[FeatureKind], request: GradientsRequest) -> None:
-    if checkpoint.method != "lora":
-        detail = f"{checkpoint.id} is a full fine-tune, without the LoRA adapter whose gradients are stored"
-        raise InvalidInput(
-            detail, errors=[ProblemItem(detail=detail, pointer="/run" if request.run else "/checkpoints")]
-        )
-    if "adam" in kinds and not checkpoint.has_moments:
-        detail = (
-            f"{checkpoint.id} has no Adam moments ({checkpoint.moments_note or 'none were given'}): "
-            "ask for kinds sgd or sign, or register the checkpoint with its optimizer state"
-        )
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kinds")])
-    if _has_gradients(kinds) and request.projection == "none" and request.dims != [checkpoint.parameters]:
-        detail = f"projection=none stores the gradient itself: send dims=[{checkpoint.parameters}]"
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/dims")])
+def _refusal(detail: str, *, pointer: str) -> InvalidInput:
+    return InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer=pointer)])
 
 
 def _computed_rows(job: JobRow, settings: dict[str, Any]) -> float:

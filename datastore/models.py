@@ -24,6 +24,7 @@ from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
 from datastore.identity import DIGITS
 from datastore.rows import Example
 from datastore.tensors import TensorInfo, read_header
+from datastore.weights import matching
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.ASCII)
@@ -169,6 +170,10 @@ class Size:
             for name, size in sizes.items()
             if tied or _last(name) not in _EMBEDDINGS
         )
+
+    def chosen_parameters(self, patterns: Sequence[str]) -> int:
+        """Numbers of the weights that the patterns name, as far as the files call them as the model does."""
+        return sum(self.tensors[name].size for name in matching(patterns, self.tensors))
 
     def activation_bytes(self, *, tokens: int, item_bytes: float, checkpointing: bool) -> int:
         """Bytes of what a training step of this many padded tokens keeps for its backward pass.

@@ -43,6 +43,7 @@ class Query:
     datasets: Sequence[str] = ()
     run: str | None = None
     checkpoints: Sequence[str] = ()
+    weights: Sequence[str] | None = None
     kind: FeatureKind | None = None
     adam: AdamForm | None = None
     reduction: Reduction | None = None
@@ -72,13 +73,13 @@ class Sources:
 _OWN = ("kind", "adam")
 """Parameters of a pool's features that its task's may have otherwise."""
 _SHARED = (
-    "reduction", "dim", "dtype", "projection", "projection_version", "seed", "template", "max_length", "precision",
-    "quantisation",
+    "weights", "reduction", "dim", "dtype", "projection", "projection_version", "seed", "template", "max_length",
+    "precision", "quantisation",
 )  # fmt: skip
 """Parameters in which the features of pool and task must agree: like is compared with like."""
 _ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version")
 """Parameters that a query can name."""
-_OF_GRADIENTS = ("adam", "reduction", "dim", "projection", "seed")
+_OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
 _TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
 """A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
@@ -187,7 +188,7 @@ class Recipes:
             datasets=list(candidate.pools),
             tasks=list(targets),
             checkpoints=list(candidate.checkpoints),
-            weights=self._weights(candidate),
+            checkpoint_weights=self._weights(candidate),
             run=candidate.run.id if candidate.run else None,
             task_kind=kinds.pop(),
             aggregate=query.aggregate,

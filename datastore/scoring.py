@@ -38,7 +38,11 @@ class Scoring:
         found = []
         for sets in sources.datasets.values():
             pool = scores.cached(
-                self._views(sets), targets, weights=recipe.weights, aggregate=recipe.aggregate, cache=self.cache
+                self._views(sets),
+                targets,
+                weights=recipe.checkpoint_weights,
+                aggregate=recipe.aggregate,
+                cache=self.cache,
             )
             if pool is None:
                 return None
@@ -54,7 +58,7 @@ class Scoring:
             "tasks": {id: [feature.id for feature in found] for id, found in sources.tasks.items()},
         }
         id = content_id("scores", scored)
-        plan = {"feature_sets": sets, "weights": recipe.weights, "aggregate": recipe.aggregate}
+        plan = {"feature_sets": sets, "weights": recipe.checkpoint_weights, "aggregate": recipe.aggregate}
         shard = NewShard(payload={}, units=rows * len(recipe.checkpoints))
         job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=[shard])
         if job.status == "succeeded":  # and yet not cached: the folder was emptied, or its bytes were damaged

@@ -24,7 +24,8 @@ BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, Checkpoint
 """Models that routes name by hand."""
 
 CONFLICTING = {
-    "/select", "/scores", "/finetunes/{reference}/content", "/gradients/{reference}/rows", "/jobs/{reference}",
+    "/select", "/scores", "/checkpoints/{reference}/content", "/finetunes/{reference}/content",
+    "/gradients/{reference}/rows", "/jobs/{reference}",
 }  # fmt: skip
 """Paths whose GET can answer 409."""
 

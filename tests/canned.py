@@ -220,6 +220,7 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
 
 
 FEATURES: dict[str, Any] = {
+    "weights": None,
     "kind": "adam",
     "adam": "less",
     "reduction": "mean",
@@ -319,7 +320,7 @@ def recipe() -> dict[str, Any]:
         "datasets": ["ds_pool"],
         "tasks": ["task_mmlu"],
         "checkpoints": ["ck_1"],
-        "weights": [1.0],
+        "checkpoint_weights": [1.0],
         "run": "run_1",
         **FEATURES,
         "task_kind": "sgd",

@@ -435,7 +435,7 @@ def test_a_row_without_a_feature_is_named_with_its_reason(store: Store) -> None:
     ("changes", "message"),
     [
         pytest.param({"checkpoints": ["ck_9"], "run": None}, "no Adam moments", id="adam without moments"),
-        pytest.param({"checkpoints": ["ck_8"], "run": None}, "full fine-tune", id="no adapter"),
+        pytest.param({"checkpoints": ["ck_8"], "run": None}, "say which of the model's weights", id="no adapter"),
         pytest.param({"projection": "none"}, r"dims=\[100\]", id="no projection, other dim"),
         pytest.param({"checkpoints": ["ck_0", "ck_7"], "run": None}, "different base models", id="two models"),
     ],
@@ -508,7 +508,7 @@ def test_with_one_candidate_everything_but_the_task_may_be_left_out(store: Store
     filled(store, tmp_path, rows=50)
     recipe, _ = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
     assert (recipe.run, recipe.kind, recipe.task_kind, recipe.dim) == ("run_1", "adam", "sgd", DIM)
-    assert recipe.weights == pytest.approx([2 / 3, 1 / 3])
+    assert recipe.checkpoint_weights == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -211,3 +212,66 @@ def test_a_fine_tune_on_a_selection_is_estimated_from_its_own_rows(service: Serv
     cost = service.http.post("/finetunes", json=body).json()
     assert cost["rows"] == 2
     assert 2 <= cost["tokens"] <= 2 * 4
+
+
+# Weights of a model without an adapter --------------------------------------------------------------------------------
+
+
+def test_a_base_model_is_registered_and_selected_from_by_the_gradients_of_its_weights(service: Service) -> None:
+    service.pool(40, name="pool")
+    service.task("target")
+    asked = {"model": "org/base", "name": "base"}
+    base = service.http.post("/checkpoints", json=asked)
+    assert (base.status_code, base.json()["method"], base.json()["model"]) == (201, "none", "org/base")
+    assert service.http.post("/checkpoints", json=asked).json() == base.json()
+    assert "nothing is stored here" in problem_of(service.http.get("/checkpoints/base/content"), 409).detail
+    weights = ["*.v_proj.weight", "*.q_proj.weight"]
+    body = {"checkpoints": ["base"], "kinds": ["sgd"], "dims": [DIM], "weights": weights}
+    for owner in ({"dataset": "pool"}, {"task": "target"}):
+        assert service.http.post("/gradients", json={**body, **owner}).status_code == 202
+    work(service)
+    service.http.post("/gradients", json={**body, "dataset": "pool", "weights": ["lm_head.weight"]})
+    work(service)
+    recipe = select(service, checkpoint="base", weights=weights)["recipe"]
+    assert (recipe["weights"], recipe["checkpoint_weights"]) == (sorted(weights), [1.0])
+    missing = service.http.get(
+        "/select", params={"task": "target", "k": 1, "checkpoint": "base", "weights": "lm_head.weight"}
+    )
+    assert '"weights": ["lm_head.weight"]' in problem_of(missing, 409).detail
+    hidden = {"task": "target", "k": 1, "kind": "hidden", "weights": weights}
+    assert "have no weights" in problem_of(service.http.get("/select", params=hidden), 422).detail
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer", "words"),
+    [
+        ({"checkpoints": ["base"]}, "/weights", "has no adapter: say which"),
+        ({"checkpoints": ["base"], "weights": ["*.mlp.*"]}, "/kinds", "no Adam moments .* ask for kinds sgd or sign$"),
+        ({"checkpoints": ["lora"], "kinds": ["sgd"], "weights": ["*.mlp.*"]}, "/weights", "is a LoRA adapter"),
+        ({"checkpoints": ["base"], "kinds": ["sgd"], "weights": []}, "/weights", "at least 1"),
+        ({"checkpoints": ["base"], "weights": ["*"], "quantisation": "nf4"}, "", "leave quantisation out"),
+    ],
+)  # fmt: skip
+def test_gradients_of_weights_that_cannot_be_are_refused(
+    shared_service: Service, body: dict[str, Any], pointer: str, words: str
+) -> None:
+    shared_service.pool(3, name="pool")
+    shared_service.http.post("/checkpoints", json={"model": "org/base", "name": "base"})
+    shared_service.checkpoint(name="lora")
+    problem = problem_of(shared_service.http.post("/gradients", json={"dataset": "pool", **body}), 422)
+    assert problem.errors[0].pointer == pointer
+    assert re.search(words, problem.detail)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "name the path of an adapter, or a model"),
+        ({"model": "org/base", "step": 3}, "has no step"),
+        ({"model": "nothing here"}, "no hub id"),
+    ],
+)
+def test_a_base_model_that_cannot_be_registered_is_refused(
+    shared_service: Service, body: dict[str, Any], words: str
+) -> None:
+    assert words in problem_of(shared_service.http.post("/checkpoints", json=body), 422).detail

@@ -11,6 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,8 +21,11 @@ import pytest
 import torch
 from gradstore.types import Checkpoint, EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from sqlalchemy import select
+from transformers import AutoModelForCausalLM
 
+from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
 from datastore.evaluations import passes
 from datastore.recipes import Query
 from datastore.schema import ChunkRow, JobRow, ShardRow
@@ -1084,3 +1089,151 @@ def test_a_full_fine_tune_is_evaluated_as_the_model_it_is(place: Workplace) -> N
     result = place.done(EvaluationRequest(finetune="full", tasks=["sums"]))
     losses = {row["model"]: row["loss"] for row in result["rows"] if row["subtask"] is None}
     assert losses["tuned"] < 0.8 * losses["base"]
+
+
+# Weights of models without an adapter ---------------------------------------------------------------------------------
+
+PROJECTIONS = ["*.q_proj.weight", "model.layers.0.mlp.*"]
+
+
+def of_weights(place: Workplace, checkpoint: str, **changes: Any) -> GradientsRequest:
+    """A request for the gradients of some weights at one checkpoint."""
+    dataset = place.pool(numbered(range(12))).id
+    values = {"dataset": dataset, "checkpoints": [checkpoint], "weights": PROJECTIONS, "dtype": "float32", "dims": [64]}
+    return GradientsRequest.model_validate(values | changes)
+
+
+def fine_tuned(place: Workplace, **changes: Any) -> Checkpoint:
+    """The checkpoint of a full fine-tune."""
+    result = place.done(training(place, method="full", learning_rate=1e-3, max_length=64, **changes))
+    return place.context.catalog.checkpoint(result["checkpoints"][-1])
+
+
+def raw_gradients(
+    place: Workplace, weights: Path, patterns: list[str], dataset: str
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Float64 autograd of one example after the other: (rows, numbers), and the parameters' names."""
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float64)
+    named = {n: p for n, p in model.named_parameters() if any(fnmatch(n, pattern) for pattern in patterns)}
+    tokenizer = load_tokenizer(str(place.model))
+    found = []
+    for example in place.context.datasets.examples(dataset):
+        row = encode(example, tokenizer=tokenizer, template="tulu", max_length=64)
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=-100)
+        parts = torch.autograd.grad(loss, list(named.values()))
+        found.append(torch.cat([part.flatten() for part in parts]).numpy())
+    return np.array(found), list(named)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_full_fine_tune_has_the_gradients_of_the_weights_named(place: Workplace, kind: str) -> None:
+    checkpoint = fine_tuned(place)
+    folder = place.context.checkpoints.weights(checkpoint.id)
+    asked = of_weights(place, checkpoint.id)
+    wanted, names = raw_gradients(place, folder, PROJECTIONS, asked.dataset or "")
+    assert len(names) == 2 + 3
+    if kind == "adam":
+        stored = place.context.checkpoints.moments(checkpoint.id)
+        assert stored is not None
+        kept = load_file(stored)
+        m, v = (np.concatenate([kept[f"{one}.{name}"].ravel() for name in names]) for one in ("exp_avg", "exp_avg_sq"))
+        m, v = 0.9 * m.astype(np.float64) + 0.1 * wanted, 0.999 * v.astype(np.float64) + 0.001 * wanted**2
+        wanted = m / np.sqrt(v + 1e-8)
+    whole = {"kinds": [kind], "projection": "none", "dims": [wanted.shape[1]]}
+    [found] = place.done(asked.model_copy(update=whole))["feature_sets"]
+    assert found["weights"] == sorted(PROJECTIONS)
+    stored_features = place.stored(found["id"])
+    errors = np.linalg.norm(stored_features - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert errors.max() < 1e-4
+
+
+def test_a_base_model_itself_has_gradients_and_hidden_states(place: Workplace) -> None:
+    base = place.base()
+    assert (base.method, base.parameters, base.has_moments) == ("none", 0, False)
+    asked = of_weights(place, base.id, kinds=["sgd", "sign", "hidden"])
+    wanted, _ = raw_gradients(place, place.model, PROJECTIONS, asked.dataset or "")
+    found = place.done(asked)["feature_sets"]
+    assert [(one["kind"], one["weights"] is None) for one in found] == [
+        ("sgd", False),
+        ("sign", False),
+        ("hidden", True),
+    ]
+    view = place.context.store.view(place.context.features.segments(found[0]["id"]))
+    np.testing.assert_allclose(view.norms, np.linalg.norm(wanted, axis=1), rtol=1e-4)
+    with model_passes() as counted:
+        alone = place.done(of_weights(place, base.id, weights=None, kinds=["hidden"]))["feature_sets"]
+    assert (alone, counted.forward) == (found[2:], 0)
+    with pytest.raises(InvalidInput, match="a base model has none before its training"):
+        place.start(of_weights(place, base.id, kinds=["adam"]))
+
+
+def test_weights_are_a_part_of_what_features_are(place: Workplace) -> None:
+    base = place.base()
+    first = of_weights(place, base.id, kinds=["sgd"])
+    [one] = place.done(first)["feature_sets"]
+    [same] = place.done(of_weights(place, base.id, kinds=["sgd"], weights=[*PROJECTIONS[::-1], PROJECTIONS[0]]))[
+        "feature_sets"
+    ]
+    assert one == same
+    [other] = place.done(of_weights(place, base.id, kinds=["sgd"], weights=["*.k_proj.weight"]))["feature_sets"]
+    assert other["id"] != one["id"]
+    assert not np.array_equal(place.stored(other["id"]), place.stored(one["id"]))
+
+
+def test_a_weight_that_does_not_exist_fails_the_job_with_those_that_do(place: Workplace) -> None:
+    job = place.start(of_weights(place, place.base().id, kinds=["sgd"], weights=["*.c_attn.weight"]))
+    assert place.work() == ["failed"]
+    error = place.job(job.id).error
+    assert error is not None
+    assert error.status == 422
+    assert "no parameter '*.c_attn.weight'; it has model.embed_tokens.weight, model.layers.*.self_attn" in error.detail
+
+
+def test_a_weight_that_a_full_fine_tune_does_not_have_is_refused_at_once(place: Workplace) -> None:
+    checkpoint = fine_tuned(place)
+    with pytest.raises(InvalidInput, match=r"no parameter 'q_proj'; it has .*model.layers.\*.self_attn.q_proj.weight"):
+        place.start(of_weights(place, checkpoint.id, weights=["q_proj"]))
+    with pytest.raises(InvalidInput, match=r"dims=\[\d+\]"):
+        place.start(of_weights(place, checkpoint.id, projection="none"))
+
+
+def test_features_of_weights_leave_the_base_model_as_it_was_for_adapters(place: Workplace) -> None:
+    asked = gradients(place, kinds=["sgd"], token_budget=128)
+    alone = Workplace.at(place.folder / "alone", model=place.model)
+    [expected] = alone.done(gradients(alone, kinds=["sgd"], token_budget=128))["feature_sets"]
+    place.done(of_weights(place, place.base().id, kinds=["sgd"]))
+    [found] = place.done(asked)["feature_sets"]
+    np.testing.assert_array_equal(place.stored(found["id"]), alone.stored(expected["id"]))
+    place.done(of_weights(place, place.base().id, kinds=["sgd"], weights=["*.k_proj.weight"]))
+    model = place.context.loaded.base(Base(str(place.model), place.base().revision))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_base_model_registered_as_a_checkpoint_is_evaluated_as_the_base(place: Workplace) -> None:
+    place.task(2, name="sums")
+    result = place.done(EvaluationRequest(checkpoint=place.base().id, tasks=["sums"]))
+    assert {row["model"] for row in result["rows"]} == {"base"}
+
+
+def test_a_selection_compares_features_of_the_same_weights(place: Workplace) -> None:
+    place.task(2, name="sums")
+    base = place.base()
+    changes = {"kinds": ["sgd"], "max_length": 64}
+    place.done(of_weights(place, base.id, **changes))
+    query = Query(tasks=["sums"], checkpoints=[base.id], k=2)
+    other = of_weights(place, base.id, **changes, dataset=None, task="sums", weights=["*.k_proj.weight"])
+    place.done(other)
+    with pytest.raises(GradientsMissing) as missing:
+        place.context.recipes.resolve(query, path="/select")
+    assert missing.value.body["weights"] == tuple(sorted(PROJECTIONS))
+    place.done(GradientsRequest.model_validate(missing.value.body))
+    recipe, _ = place.context.recipes.resolve(query, path="/select")
+    assert recipe.weights == tuple(sorted(PROJECTIONS))
+    place.done(of_weights(place, base.id, **changes, weights=["*.k_proj.weight"]))
+    with pytest.raises(Ambiguous, match="weights") as several:
+        place.context.recipes.resolve(query, path="/select")
+    assert len(several.value.choices) == 2
+    narrowed = replace(query, weights=("*.k_proj.weight",))
+    recipe, _ = place.context.recipes.resolve(narrowed, path="/select")
+    assert recipe.weights == ("*.k_proj.weight",)

@@ -122,6 +122,10 @@ class Workplace:
         )  # fmt: skip
         return self.context.catalog.add_checkpoint(self.context.checkpoints.add(source, description))
 
+    def base(self) -> Checkpoint:
+        """The base model itself as a checkpoint."""
+        return self.context.catalog.add_checkpoint(self.context.checkpoints.register_base(str(self.model)))
+
     def start(self, request: GradientsRequest | FinetuneRequest | EvaluationRequest) -> AnyJob:
         """Start a job."""
         if isinstance(request, GradientsRequest):

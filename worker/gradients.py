@@ -105,7 +105,7 @@ class GradientEngine:
     ) -> None:
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.parameters:
+        if not self.parameters and any(kind.needs_gradient for kind in kinds):
             raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError("features are those of causal language models; this one is an encoder-decoder")

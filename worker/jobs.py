@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 import torch
 from gradstore.types import (
+    Checkpoint,
     EvaluationRequest,
     EvaluationResult,
     EvaluationRow,
@@ -34,6 +35,7 @@ from gradstore.types import (
     JobKind,
     Problem,
 )
+from peft import PeftModel
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +57,7 @@ from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
+from datastore.weights import chosen
 from worker import budgets, moments
 from worker.budgets import is_out_of_memory
 from worker.context import Context
@@ -237,7 +240,7 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
         attention=plan["attention"],
         gradient_checkpointing=plan["gradient_checkpointing"],
     )
-    engine = _engine(context, base, checkpoint.id, plan, payload["outputs"])
+    engine = _engine(context, base, checkpoint, plan, payload["outputs"])
     laps.end("loading")
     _read_ahead(claim, context, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
@@ -333,30 +336,44 @@ class _Laps:
 
 
 def _engine(
-    context: Context, base: Base, checkpoint: str, plan: dict[str, Any], outputs: Sequence[dict[str, Any]]
+    context: Context, base: Base, checkpoint: Checkpoint, plan: dict[str, Any], outputs: Sequence[dict[str, Any]]
 ) -> GradientEngine:
     kinds = tuple(dict.fromkeys(_kind(output) for output in outputs))
     dims = tuple(dict.fromkeys(output["dim"] for output in outputs if _kind(output).needs_gradient))
-    settings = tuple(plan[key] for key in ("reduction", "projection", "seed"))
+    settings = (*(plan[key] for key in ("reduction", "projection", "seed")), tuple(plan["weights"] or ()))
 
     def make() -> GradientEngine:
-        model = context.loaded.adapted(base, context.checkpoints.weights(checkpoint))
-        adam = any(kind.name == "adam" for kind in kinds)
-        stored = context.checkpoints.moments(checkpoint) if adam else None
+        model = _model(context, base, checkpoint)
+        stored = context.checkpoints.moments(checkpoint.id) if any(kind.name == "adam" for kind in kinds) else None
+        names = None
+        if plan["weights"] is not None:
+            names = chosen(plan["weights"], dict(model.named_parameters()))
+            for name in names:
+                model.get_parameter(name).requires_grad_(True)
         try:
             return GradientEngine(
                 model,
                 kinds=kinds,
-                moments=moments.read(stored) if stored else None,
+                moments=moments.read(stored, names=names) if stored else None,
                 projection=plan["projection"],
                 dims=dims,
                 seed=plan["seed"],
                 reduction=plan["reduction"],
             )
         except ValueError as error:
-            raise InvalidCheckpoint(f"{checkpoint}: {error}") from error
+            raise InvalidCheckpoint(f"{checkpoint.id}: {error}") from error
 
-    return context.loaded.engine((base, checkpoint, settings, kinds, dims), make)
+    return context.loaded.engine((base, checkpoint.id, settings, kinds, dims), make)
+
+
+def _model(context: Context, base: Base, checkpoint: Checkpoint) -> PreTrainedModel | PeftModel:
+    """The model of a checkpoint: an adapter on its base model, a model of its own, or the base model itself."""
+    if checkpoint.method == "none":
+        return context.loaded.base(base)
+    weights = context.checkpoints.weights(checkpoint.id)
+    if checkpoint.method == "full":
+        return context.loaded.base(replace(base, model=str(weights), revision=None))
+    return context.loaded.adapted(base, weights)
 
 
 def _kind(output: dict[str, Any]) -> Kind:
@@ -661,11 +678,10 @@ def _subject(
     base = Base(plan["model"], plan["revision"], precision=plan["precision"], quantisation=request.quantisation)
     if subject == "base":
         return context.loaded.base(base), tokenizer
-    weights = context.checkpoints.weights(plan["checkpoint"])
-    if context.catalog.checkpoint(plan["checkpoint"]).method == "full":
-        return context.loaded.base(replace(base, model=str(weights), revision=None)), tokenizer
-    adapted = context.loaded.adapted(base, weights).get_base_model()  # the adapter is inside its layers
-    return cast("PreTrainedModel", adapted), tokenizer
+    model = _model(context, base, context.catalog.checkpoint(plan["checkpoint"]))
+    if isinstance(model, PeftModel):
+        return cast("PreTrainedModel", model.get_base_model()), tokenizer  # the adapter is inside its layers
+    return model, tokenizer
 
 
 def _evaluation_row(subject: Subject, task: str, name: str, measured: Measured) -> EvaluationRow:

@@ -74,9 +74,9 @@ class Loaded:
             if base.gradient_checkpointing:
                 use_gradient_checkpointing(model)
             self._base, self._base_key = model, key
-        elif self._adapted is not None:
-            self._base = unload_adapter(self._adapted)
-            self._engine, self._engine_key = None, None
+        else:
+            self._engine, self._engine_key = None, None  # it works with what is taken off, or frozen again
+            self._base = unload_adapter(self._adapted) if self._adapted else self._base.requires_grad_(False)
         self._adapted, self._adapter_key = None, None
         return self._base
 

@@ -19,7 +19,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,15 +54,16 @@ def write(path: Path, moments: Moments) -> None:
     save_file(ready, path, metadata={"step": str(moments.step)})
 
 
-def read(path: Path) -> Moments:
-    """Read what `write` wrote. Raises InvalidCheckpoint."""
+def read(path: Path, *, names: Collection[str] | None = None) -> Moments:
+    """Read what `write` wrote, of the parameters named or of all. Raises InvalidCheckpoint."""
     found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     try:
         with safe_open(path, framework="pt") as file:
             step = int((file.metadata() or {})["step"])
             for key in file.keys():  # noqa: SIM118 - not a dictionary
                 moment, _, name = key.partition(".")
-                found[moment][name] = file.get_tensor(key)
+                if names is None or name in names:
+                    found[moment][name] = file.get_tensor(key)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InvalidCheckpoint(f"the moments cannot be read ({type(error).__name__}: {error})") from error
     return Moments(found["exp_avg"], found["exp_avg_sq"], step)

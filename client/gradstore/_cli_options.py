@@ -78,6 +78,7 @@ HELP = {
     "warmup_fraction": "Fraction of the pool to warm up on.",
     "warmup_ratio": "Fraction of the steps in which the learning rate rises.",
     "weight_decay": "Weight decay.",
+    "weights": "Weights whose gradients are meant where there is no adapter, as *.q_proj.weight; repeatable.",
 }
 
 

@@ -178,9 +178,11 @@ def checkpoints_upload(
     return _uploading("checkpoints", Checkpoint, folder, "files", form, progress=progress)
 
 
-def checkpoints_register(path: str | os.PathLike[str], **fields: Unpack[CheckpointFields]) -> Call[Checkpoint]:
-    """Register an adapter folder that lies on the server, inside an allowed root."""
-    return _post("checkpoints", Checkpoint, path=os.fspath(path), **fields)
+def checkpoints_register(
+    path: str | os.PathLike[str] | None = None, **fields: Unpack[CheckpointFields]
+) -> Call[Checkpoint]:
+    """Register an adapter folder that lies on the server, inside an allowed root; without one the `model` itself."""
+    return _post("checkpoints", Checkpoint, path=None if path is None else os.fspath(path), **fields)
 
 
 def runs_create(checkpoints: Sequence[str], *, name: str | None = None) -> Call[Run]:
@@ -198,6 +200,7 @@ class GradientsFields(TypedDict, total=False):
     task: str | None
     run: str | None
     checkpoints: str | Sequence[str] | None
+    weights: str | Sequence[str] | None
     kinds: FeatureKind | Sequence[FeatureKind] | None
     adam: AdamForm | Literal["both"] | None
     reduction: Reduction | None
@@ -245,6 +248,7 @@ class Question(TypedDict, total=False):
     dataset: str | Sequence[str] | None
     run: str | None
     checkpoint: str | Sequence[str] | None
+    weights: str | Sequence[str] | None
     kind: FeatureKind | None
     adam: AdamForm | None
     reduction: Reduction | None
@@ -479,7 +483,7 @@ def _many(value: Any) -> list[Any]:
 
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    several = {"checkpoints", "dims", "kinds", "tasks"}
+    several = {"checkpoints", "dims", "kinds", "tasks", "weights"}
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 
 

@@ -311,7 +311,7 @@ COLUMNS: dict[str, Columns] = {
 HELP = {
     "datasets": "Pools of examples to choose from.",
     "tasks": "What a model should get better at, by a few rows.",
-    "checkpoints": "Adapters: from fine-tunes, or your own.",
+    "checkpoints": "Adapters and models: from fine-tunes, or your own.",
     "runs": "The checkpoints of one training, in order.",
     "gradients": "Projected gradients of datasets and tasks.",
     "selections": "What select has answered.",
@@ -523,8 +523,16 @@ def upload_checkpoint(ctx: typer.Context, path: LocalPath, *, as_json: Json = Fa
 
 @groups["checkpoints"].command("register")
 @takes(endpoints.checkpoints_register)
-def register_checkpoint(ctx: typer.Context, path: ServerPath, *, as_json: Json = False, **fields: Any) -> None:
-    """Register an adapter folder of the server. Prints its id."""
+def register_checkpoint(
+    ctx: typer.Context,
+    path: Annotated[
+        str | None, typer.Argument(metavar="PATH", help="Path on the server; left out, the model itself is registered.")
+    ] = None,
+    *,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Register an adapter folder of the server, or a base model itself. Prints its id."""
     with _session(ctx) as store:
         _stored_checkpoint(store.checkpoints.register(path, **given(fields)), as_json=as_json)
 
@@ -577,7 +585,8 @@ def create_gradients(
 ) -> None:
     """Compute the gradients of a dataset, or of a task's rows.
 
-    Prints the job's id. Of a task these are the validation rows. Name a dataset or a task, and a run or checkpoints.
+    Prints the job's id. Of a task these are the validation rows. Name a dataset or a task, and a run or checkpoints;
+    of models without an adapter, which weights are meant.
     What exists already is not computed again.
     """
     with _session(ctx) as store:

@@ -29,6 +29,7 @@ TaskKind = str  # the server has a reader for each: mmlu, bbh, tydiqa, gsm8k, sc
 Metric = Literal["choice", "exact_match", "token_f1", "none"]
 Split = Literal["validation", "test"]
 Method = Literal["lora", "full"]
+CheckpointMethod = Literal[Method, "none"]
 Basis = Literal["measured", "estimated"]
 
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
@@ -77,6 +78,23 @@ ServerPath = Annotated[str, Field(max_length=4096)]
 ModelName = Annotated[str, Field(max_length=4096)]
 """Hub id, or a folder of the server inside an allowed root."""
 Revision = Annotated[str, Field(max_length=200)]
+
+
+def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(value)))
+
+
+Weights = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=255)], ...],
+    Field(
+        min_length=1,
+        max_length=100,
+        description="Patterns over the names of a model's parameters: `*.q_proj.weight`, `model.layers.0.mlp.*`. A "
+        "`*` stands for any text, dots included.",
+    ),
+    AfterValidator(_patterns),
+]
+"""In order and each once, so that the same patterns name the same features."""
 
 
 class Body(BaseModel):
@@ -314,14 +332,15 @@ class LoraSettings(Request):
 
 
 class Checkpoint(Body):
-    """An adapter, its Adam moments and the mean learning rate of its epoch."""
+    """An adapter or a whole model, its Adam moments and the mean learning rate of its epoch; or a base model alone."""
 
     id: str
     name: str | None
     run: str | None
     model: str
     revision: str | None
-    method: Method
+    method: CheckpointMethod
+    """What was trained: an adapter (`lora`), the whole model (`full`) or nothing (`none`: the base model itself)."""
     epoch: int | None
     step: int | None
     learning_rate: float | None
@@ -331,7 +350,7 @@ class Checkpoint(Body):
     moments_note: str | None
     """Why there are no moments, where there are none."""
     parameters: int
-    """Trainable parameters."""
+    """Parameters that were trained."""
     precision: Precision
     template: TemplateName | None
     max_length: int | None
@@ -340,9 +359,12 @@ class Checkpoint(Body):
 
 
 class CheckpointRegister(Request):
-    """Register an adapter folder of the server (inside an allowed root): PEFT, HF Trainer or LESS layout."""
+    """Register an adapter folder of the server (inside an allowed root): PEFT, HF Trainer or LESS layout.
 
-    path: ServerPath
+    Without a path: the base model itself, as it is before any training.
+    """
+
+    path: ServerPath | None = None
     name: Name | None = None
     model: ModelName | None = None
     """Base model; by default the one named in the adapter's own configuration."""
@@ -350,6 +372,14 @@ class CheckpointRegister(Request):
     learning_rate: float | None = Field(None, gt=0)
     step: int | None = Field(None, ge=0, lt=1 << 53)
     precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _something(self) -> CheckpointRegister:
+        if self.path is None and self.model is None:
+            raise ValueError("name the path of an adapter, or a model to register as it is")
+        if self.path is None and self.step is not None:
+            raise ValueError("a base model itself has no step: leave it out, or name the path of what was trained")
+        return self
 
 
 class Run(Body):
@@ -377,6 +407,8 @@ class RunCreate(Request):
 class GradientsRequest(Request):
     """Compute the projected gradient of every example of a dataset or of a task's validation rows.
 
+    At a LoRA checkpoint it is the gradient of the adapter's parameters, at any other that of the `weights` named.
+
     Every checkpoint, kind (`adam` in each form) and dim is a feature set of its own; all of them come from one pass.
     """
 
@@ -384,6 +416,8 @@ class GradientsRequest(Request):
     task: Named | None = None
     run: Named | None = None
     checkpoints: list[Named] | None = None
+    weights: Weights | None = None
+    """Whose gradient it is, at checkpoints without an adapter; hidden states have none."""
     kinds: list[FeatureKind] | None = Field(None, min_length=1)
     """`adam` for a dataset and `sgd` for a task, unless said otherwise. `hidden` is the mean of the hidden states that
     the output layer gets: no gradient, and as wide as the model."""
@@ -420,6 +454,8 @@ class GradientsRequest(Request):
             raise ValueError("dims holds a number twice")
         if len(set(self.kinds or [])) != len(self.kinds or []):
             raise ValueError("kinds holds a kind twice")
+        if self.weights and self.quantisation:
+            raise ValueError("the weights of a quantised model have no gradients: leave quantisation out")
         return self
 
 
@@ -436,13 +472,15 @@ class ExcludedRow(Body):
 class FeatureSet(Body):
     """The features of one dataset or task at one checkpoint: rows × dim.
 
-    What hidden states do without is null: `reduction`, `projection`, `seed` and `projection_version`.
+    What hidden states do without is null: `weights`, `reduction`, `projection`, `seed` and `projection_version`.
     """
 
     id: str
     dataset: str | None
     task: str | None
     checkpoint: str
+    weights: Weights | None
+    """The patterns of the weights whose gradient it is; null at a LoRA checkpoint."""
     kind: FeatureKind
     adam: AdamForm | None
     reduction: Reduction | None
@@ -516,9 +554,11 @@ class SelectionRecipe(Body):
     datasets: list[str]
     tasks: list[str]
     checkpoints: list[str]
-    weights: list[float]
+    checkpoint_weights: list[float]
     """Weight of each checkpoint: its mean learning rate over the sum."""
     run: str | None
+    weights: Weights | None
+    """The patterns of the weights whose gradients are compared; null for those of an adapter."""
     kind: FeatureKind
     task_kind: FeatureKind
     adam: AdamForm | None

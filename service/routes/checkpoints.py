@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from pydantic import Field
 from datastore import models
 from datastore.archives import allowed_folder
 from datastore.checkpoints import base_model
-from datastore.errors import InvalidCheckpoint, PathNotAllowed
+from datastore.errors import Conflict, InvalidCheckpoint, PathNotAllowed
 from datastore.schema import CheckpointRow
 from service import zips
 from service.dependencies import Backend, BackendDep, Paging, Reference
@@ -52,9 +53,14 @@ ZIP: dict[int | str, dict[str, Any]] = {
     responses={200: {"model": Checkpoint, "description": "The same checkpoint was stored already."}},
 )
 def create_checkpoint(backend: BackendDep, sent: Sent, response: Response) -> Checkpoint:
-    """Store an adapter folder of PEFT, the HF Trainer or LESS: its files or one zip, or JSON naming a server folder."""
+    """Store an adapter folder of PEFT, the HF Trainer or LESS: its files or one zip, or JSON naming a server folder.
+
+    JSON that names a model and no folder registers the base model itself, as it is before any training.
+    """
     if isinstance(sent, Form):
         return _register(backend, sent.read(CheckpointForm, files=["files", "file"]), sent.content(), response)
+    if sent.path is None:
+        return _register_base(backend, sent, response)
     return _register(backend, sent, allowed_folder(sent.path, backend.settings.allowed_roots), response)
 
 
@@ -72,8 +78,11 @@ def get_checkpoint(backend: BackendDep, reference: Reference) -> Checkpoint:
 
 @router.get("/{reference}/content", response_class=StreamingResponse, responses=ZIP)
 def get_checkpoint_content(backend: BackendDep, reference: Reference) -> StreamingResponse:
-    """The adapter as a zip of a PEFT folder; of a full fine-tune, the model."""
-    return weights(backend, backend.catalog.checkpoint(reference).id)
+    """The adapter as a zip of a PEFT folder; of a full fine-tune, the model. 409 for a base model itself."""
+    checkpoint = backend.catalog.checkpoint(reference)
+    if checkpoint.method == "none":
+        raise Conflict(f"{checkpoint.id} is {checkpoint.model} itself, of which nothing is stored here")
+    return weights(backend, checkpoint.id)
 
 
 @router.patch("/{reference}")
@@ -106,6 +115,22 @@ def _register(
             precision=wanted.precision, name=wanted.name,
         )  # fmt: skip
 
+    return _recorded(backend, register, response)
+
+
+def _register_base(backend: Backend, wanted: CheckpointRegister, response: Response) -> Checkpoint:
+    model = models.resolve(wanted.model or "", roots=backend.settings.allowed_roots)
+
+    def register() -> Checkpoint:
+        return backend.checkpoints.register_base(
+            model, revision=wanted.revision, learning_rate=wanted.learning_rate, precision=wanted.precision,
+            name=wanted.name,
+        )  # fmt: skip
+
+    return _recorded(backend, register, response)
+
+
+def _recorded(backend: Backend, register: Callable[[], Checkpoint], response: Response) -> Checkpoint:
     _, checkpoint, new = store_and_record(
         backend.catalog, CheckpointRow, store=register, record=backend.catalog.add_checkpoint,
         look=backend.checkpoints.weights, delete=backend.checkpoints.delete,

@@ -28,6 +28,7 @@ from gradstore.types import (
     Selection,
     SelectionRecipe,
     TemplateName,
+    Weights,
 )
 from gradstore.types import Request as RequestBody
 from numpy.typing import NDArray
@@ -54,6 +55,7 @@ class ScoresQuery(RequestBody):
     dataset: list[Named] = Field([], max_length=100)
     run: Named | None = None
     checkpoint: list[Named] = Field([], max_length=1000)
+    weights: Weights | None = None
     kind: FeatureKind | None = None
     adam: AdamForm | None = None
     reduction: Reduction | None = None
@@ -89,6 +91,7 @@ class ScoresQuery(RequestBody):
             datasets=self.dataset,
             run=self.run,
             checkpoints=self.checkpoint,
+            weights=self.weights,
             kind=self.kind,
             adam=self.adam,
             reduction=self.reduction,
