@@ -76,13 +76,23 @@ def hidden_states(
 
 
 def raw_gradients(
-    model: Path, adapter: Path | None, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    model: Path,
+    adapter: Path | None,
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: Sequence[str] = (),
 ) -> Gradients:
-    """The gradient of each row's mean loss by the adapter's parameters; without an adapter only the losses."""
+    """The gradient of each row's mean loss by the adapter's parameters, or without an adapter by the model's own whose
+    names have one of the texts `weights` in them; where there are none of either, only the losses.
+    """
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     loaded = base if adapter is None else PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     loaded = loaded.double().eval()
-    named = {} if adapter is None else {name: p for name, p in loaded.named_parameters() if p.requires_grad}
+    if adapter is None:
+        for name, parameter in loaded.named_parameters():
+            parameter.requires_grad_(any(text in name for text in weights))
+    named = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
     gradients, losses = [], []
     for row in rows:
         ids, labels = tokens_and_labels(row, tokenizer)

@@ -600,12 +600,17 @@ class Truth:
         return np.sign(self.pool.flat) if name == "sign" else self.pool.flat
 
 
+def rows_of(world: World) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the pool that have a token to learn from, and the task's validation rows by subtask."""
+    validation = bruteforce.lines_of(world.folder / "target" / "validation.jsonl")
+    task = [row for part in ("sums", "talks") for row in validation if row["subtask"] == part]
+    return [json.loads(line) for line in pool_lines(0, ROWS)[:ROWS]], task
+
+
 @pytest.fixture(scope="module")
 def truths(world: World) -> list[Truth]:
     """The brute force at every checkpoint, without the row that has no token to learn from."""
-    pool = [json.loads(line) for line in pool_lines(0, ROWS)[:ROWS]]
-    validation = bruteforce.lines_of(world.folder / "target" / "validation.jsonl")
-    task = [row for part in ("sums", "talks") for row in validation if row["subtask"] == part]
+    pool, task = rows_of(world)
     tokenizer = AutoTokenizer.from_pretrained(world.model)
     found = []
     for checkpoint in world.store.runs.get("warm-up").checkpoints:
@@ -679,9 +684,7 @@ def lengths(truth: Truth, kind: str, adam: str | None) -> list[tuple[str, Floats
 def test_scores_of_hidden_states_are_their_cosines(world: World) -> None:
     """At every checkpoint, from the hidden states that `transformers` gives out in double precision."""
     run = world.store.runs.get("warm-up")
-    pool = [json.loads(line) for line in pool_lines(0, ROWS)[:ROWS]]
-    validation = bruteforce.lines_of(world.folder / "target" / "validation.jsonl")
-    task = [row for part in ("sums", "talks") for row in validation if row["subtask"] == part]
+    pool, task = rows_of(world)
     tokenizer = AutoTokenizer.from_pretrained(world.model)
     found: tuple[list[Floats], list[Floats]] = ([], [])
     for checkpoint in run.checkpoints:
@@ -697,6 +700,29 @@ def test_scores_of_hidden_states_are_their_cosines(world: World) -> None:
     recipe = selection.recipe
     assert (recipe.kind, recipe.task_kind, recipe.dim, recipe.reduction) == ("hidden", "hidden", 32, None)
     assert [row.score for row in selection.data] == sorted((score for score in served if score), reverse=True)[:3]
+
+
+def test_scores_at_a_full_fine_tune_are_those_of_the_weights_named(world: World) -> None:
+    run = world.train(dataset="pool", fraction=0.5, method="full", epochs=1, learning_rate=1e-3).run
+    weights = ["model.layers.1.mlp.*", "*.k_proj.weight"]
+    world.gradients(dataset="pool", run=run, weights=weights, dims=[256])
+    world.gradients(task="target", run=run, weights=weights, dims=[256])
+    [checkpoint] = world.store.runs.get(run).checkpoints
+    model = world.store.checkpoints.download(checkpoint.id, world.folder / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    texts = ["model.layers.1.mlp.", ".k_proj.weight"]
+    of_pool, of_task = (
+        bruteforce.raw_gradients(model, None, rows, tokenizer, weights=texts) for rows in rows_of(world)
+    )
+    truth = Truth(of_pool, of_task, world.service.folder / "checkpoints" / checkpoint.id / "moments.safetensors", 1.0)
+    table = brute_force([truth], "less", matrix=bruteforce.matrix("blocks", 256, 0, of_pool.sizes))
+    served = np.array(world.scores(run=run)[:ROWS], dtype=np.float64)
+    assert np.abs(served - bruteforce.aggregated(table, SUBTASKS)).max() <= 1e-4  # float16 features
+    selection = world.store.select(task="target", dataset="pool", run=run, weights=weights, k=3)
+    assert selection.recipe.weights == tuple(sorted(weights))
+    assert [row.row for row in selection.data] == np.argsort(-served, kind="stable")[:3].tolist()
+    with pytest.raises(Invalid, match=r"\*.c_attn.weight"):
+        world.store.gradients.create(dataset="pool", run=run, weights="*.c_attn.weight")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,14 +20,13 @@ import pytest
 import torch
 from gradstore.types import Checkpoint, EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from sqlalchemy import select
-from transformers import AutoModelForCausalLM
 
 from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
 from datastore.evaluations import passes
 from datastore.recipes import Query
 from datastore.schema import ChunkRow, JobRow, ShardRow
+from tests import bruteforce
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
 from worker import budgets, moments
@@ -1109,50 +1107,33 @@ def fine_tuned(place: Workplace, **changes: Any) -> Checkpoint:
     return place.context.catalog.checkpoint(result["checkpoints"][-1])
 
 
-def raw_gradients(
-    place: Workplace, weights: Path, patterns: list[str], dataset: str
-) -> tuple[NDArray[np.float64], list[str]]:
-    """Float64 autograd of one example after the other: (rows, numbers), and the parameters' names."""
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float64)
-    named = {n: p for n, p in model.named_parameters() if any(fnmatch(n, pattern) for pattern in patterns)}
-    tokenizer = load_tokenizer(str(place.model))
-    found = []
-    for example in place.context.datasets.examples(dataset):
-        row = encode(example, tokenizer=tokenizer, template="tulu", max_length=64)
-        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=-100)
-        parts = torch.autograd.grad(loss, list(named.values()))
-        found.append(torch.cat([part.flatten() for part in parts]).numpy())
-    return np.array(found), list(named)
+def truth_of(place: Workplace, weights: Path) -> bruteforce.Gradients:
+    """Float64 autograd of the same weights, one row after the other."""
+    texts = [".q_proj.weight", "model.layers.0.mlp."]
+    return bruteforce.raw_gradients(weights, None, numbered(range(12)), load_tokenizer(str(place.model)), weights=texts)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_full_fine_tune_has_the_gradients_of_the_weights_named(place: Workplace, kind: str) -> None:
     checkpoint = fine_tuned(place)
-    folder = place.context.checkpoints.weights(checkpoint.id)
-    asked = of_weights(place, checkpoint.id)
-    wanted, names = raw_gradients(place, folder, PROJECTIONS, asked.dataset or "")
-    assert len(names) == 2 + 3
+    truth = truth_of(place, place.context.checkpoints.weights(checkpoint.id))
+    assert len(truth.sizes) == 2 + 3
+    wanted = truth.flat
     if kind == "adam":
-        stored = place.context.checkpoints.moments(checkpoint.id)
-        assert stored is not None
-        kept = load_file(stored)
-        m, v = (np.concatenate([kept[f"{one}.{name}"].ravel() for name in names]) for one in ("exp_avg", "exp_avg_sq"))
-        m, v = 0.9 * m.astype(np.float64) + 0.1 * wanted, 0.999 * v.astype(np.float64) + 0.001 * wanted**2
-        wanted = m / np.sqrt(v + 1e-8)
-    whole = {"kinds": [kind], "projection": "none", "dims": [wanted.shape[1]]}
-    [found] = place.done(asked.model_copy(update=whole))["feature_sets"]
+        kept = place.context.checkpoints.moments(checkpoint.id)
+        assert kept is not None
+        wanted = bruteforce.adam_direction(truth, kept, form="less")
+    asked = of_weights(place, checkpoint.id, kinds=[kind], projection="none", dims=[wanted.shape[1]])
+    [found] = place.done(asked)["feature_sets"]
     assert found["weights"] == sorted(PROJECTIONS)
-    stored_features = place.stored(found["id"])
-    errors = np.linalg.norm(stored_features - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert errors.max() < 1e-4
+    errors = np.linalg.norm(place.stored(found["id"]) - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert errors.max() < 1e-5
 
 
 def test_a_base_model_itself_has_gradients_and_hidden_states(place: Workplace) -> None:
     base = place.base()
     assert (base.method, base.parameters, base.has_moments) == ("none", 0, False)
     asked = of_weights(place, base.id, kinds=["sgd", "sign", "hidden"])
-    wanted, _ = raw_gradients(place, place.model, PROJECTIONS, asked.dataset or "")
     found = place.done(asked)["feature_sets"]
     assert [(one["kind"], one["weights"] is None) for one in found] == [
         ("sgd", False),
@@ -1160,7 +1141,7 @@ def test_a_base_model_itself_has_gradients_and_hidden_states(place: Workplace) -
         ("hidden", True),
     ]
     view = place.context.store.view(place.context.features.segments(found[0]["id"]))
-    np.testing.assert_allclose(view.norms, np.linalg.norm(wanted, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(view.norms, np.linalg.norm(truth_of(place, place.model).flat, axis=1), rtol=1e-5)
     with model_passes() as counted:
         alone = place.done(of_weights(place, base.id, weights=None, kinds=["hidden"]))["feature_sets"]
     assert (alone, counted.forward) == (found[2:], 0)
