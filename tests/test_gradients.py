@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from tests.architectures import (
     BROKEN_TOKEN,
+    EXPERTS,
     PAD,
     adapt,
     base_model,
@@ -154,6 +155,64 @@ class Sorted(torch.nn.Module):
         return self.layer(tokens[order])[order.argsort()]
 
 
+class Routed(torch.nn.Module):
+    """A layer that gets some of the flattened tokens, as an expert does."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        chosen = torch.nonzero(tokens[:, 0] > 0).squeeze(1)
+        return torch.zeros_like(tokens).index_add(0, chosen, self.layer(tokens[chosen]))
+
+
+def test_a_layer_that_gets_some_of_the_tokens_is_covered_exactly() -> None:
+    base = base_model("qwen2_moe")
+    for layer in base.model.layers:
+        layer.mlp.shared_expert = Routed(layer.mlp.shared_expert)
+    model = adapt(base, target_modules=["v_proj", "shared_expert.layer.up_proj"], lora_dropout=0.0)
+    engine = whole(model)
+    assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
+    assert all("shared_expert" in name for name in engine.one_at_a_time)
+    assert engine.one_at_a_time
+
+
+def test_an_adapter_beside_one_that_is_not_trained_is_covered_exactly() -> None:
+    model = adapt(base_model("llama"), lora_dropout=0.0)
+    other = LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"], r=2)
+    model.add_adapter("other", other)
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name)
+    assert relative_error(only(run(whole(model), rows())), reference(model, rows()).gradients) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}])
+def test_what_an_adapter_has_beside_a_and_b_counts_where_it_is_not_trained(settings: dict[str, Any]) -> None:
+    model = adapt(base_model("qwen2"), **({"lora_dropout": 0.0} | settings))
+    for name, parameter in trainable(model).items():
+        if not name.endswith(("lora_A.default.weight", "lora_B.default.weight")):
+            parameter.requires_grad_(False).mul_(1.5)  # DoRA's magnitudes change nothing as they begin
+    assert relative_error(only(run(whole(model), rows())), reference(model, rows()).gradients) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["merged", "switched off"])
+def test_an_adapter_that_is_not_in_use_at_a_layer_is_not_added_to_it(how: str) -> None:
+    model = adapt(base_model("llama"), lora_dropout=0.0)
+    layer = model.get_base_model().model.layers[0].self_attn.v_proj
+    if how == "merged":
+        layer.merge()
+    else:
+        layer.enable_adapters(False)
+        for parameters in (layer.lora_A, layer.lora_B):
+            parameters.requires_grad_(True)  # which PEFT has switched off with it
+    truth = reference(model, rows())
+    features = run(whole(model), rows())
+    assert relative_error(only(features), truth.gradients) < 1e-5
+    np.testing.assert_allclose(features.losses, truth.losses, rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # of bitsandbytes, which multiplies in float16
 @pytest.mark.parametrize("quantisation", ["int8", "nf4"])
 def test_on_a_quantised_base_a_feature_is_that_of_its_example_alone(tmp_path: Path, quantisation: Quantisation) -> None:
@@ -180,8 +239,9 @@ def test_flattened_tokens_in_another_order_are_noticed(kind: FeatureKind) -> Non
     assert engine.one_at_a_time
 
 
-def test_the_sum_of_the_losses_has_the_gradient_of_the_mean_times_the_tokens() -> None:
-    model, moments, truth = trained("llama")
+@pytest.mark.parametrize("name", ["llama", EXPERTS])
+def test_the_sum_of_the_losses_has_the_gradient_of_the_mean_times_the_tokens(name: str) -> None:
+    model, moments, truth = trained(name)
     features = run(whole(model, reduction="sum"), rows())
     assert relative_error(only(features), truth.gradients * torch.tensor(features.tokens)[:, None]) < 1e-5
     np.testing.assert_allclose(features.losses, truth.losses, rtol=1e-5)
@@ -259,7 +319,7 @@ def test_chosen_weights_of_a_model_without_an_adapter_have_features(chosen: str)
     assert engine.one_at_a_time == []
 
 
-def test_adam_moves_parameters_that_the_loss_does_not_depend_on() -> None:
+def test_adam_moves_parameters_that_the_loss_does_not_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last layer's o_proj is cut off; its Γ is β₁m / √(β₂v + ε), not 0."""
     model, moments, _ = trained("llama")
     model = copy.deepcopy(model)
@@ -267,6 +327,9 @@ def test_adam_moves_parameters_that_the_loss_does_not_depend_on() -> None:
     layer.o_proj.forward = layer.o_proj.base_layer.forward
     truth = reference(model, rows())
     features = run(whole(model, kind="adam", moments=moments), rows())
+    monkeypatch.setattr("worker.taps.GRADIENT_ELEMENTS", 1)
+    in_slices = run(whole(model, kind="adam", moments=moments), rows())
+    assert relative_error(only(in_slices), only(features)) < 1e-6
     unused = [name for name in moments.exp_avg if "layers.1.self_attn.o_proj" in name]
     start = list(moments.exp_avg).index(unused[0])
     first = sum(moment.numel() for moment in list(moments.exp_avg.values())[:start])
@@ -309,7 +372,10 @@ def test_layers_taken_in_small_slices_of_the_batch_give_the_same_features(monkey
     usual = run(engine, rows())
     monkeypatch.setattr("worker.taps.GRADIENT_ELEMENTS", 1)
     monkeypatch.setattr("worker.losses.LOGIT_ELEMENTS", {"cpu": 1, "cuda": 1})
-    assert relative_error(only(run(engine, rows())), only(usual)) < 1e-6
+    in_slices = run(engine, rows())
+    assert relative_error(only(in_slices), only(usual)) < 1e-6
+    np.testing.assert_allclose(in_slices.norms, usual.norms, rtol=1e-6)
+    np.testing.assert_allclose(in_slices.raw_norms, usual.raw_norms, rtol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
@@ -438,6 +504,8 @@ def test_a_row_that_is_not_finite_is_named_and_touches_no_other(kind: FeatureKin
     assert not only(features)[[1, 4]].any()
     assert np.isfinite(features.losses).all()
     assert not features.norms[[1, 4]].any()
+    assert not features.raw_norms[[1, 4]].any()
+    assert features.raw_norms[others].all()
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "sign"])

@@ -156,7 +156,7 @@ def test_lists_gathered_on_a_gpu_and_places_scattered_on_a_cpu_are_one_map(monke
     scattered = torch.zeros(4, 50)
     sjlt._scatter(flat, places, scattered)
     lists = sjlt._lists(places, 50)
-    for elements in (1 << 20, 4 * 50 * 3, 1):
+    for elements in (1 << 20, 4 * 50 * 5, 4 * 50 * 3, 4 * 50 * 2, 1):  # and a last slice that is not full
         monkeypatch.setattr(sjlt, "GATHERED_ELEMENTS", elements)
         gathered = torch.zeros(4, 50)
         sjlt._gather(flat, lists, gathered)
