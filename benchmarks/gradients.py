@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--adapter", choices=["float32", "model"], default="float32", help="type of LoRA's weights")
+    parser.add_argument("--attention", choices=["sdpa", "eager", "flash_attention_2"], default="sdpa")
     parser.add_argument("--only", action="append", metavar="NAME", help="contestants whose name holds this; repeatable")
     parser.add_argument("--side-seconds", type=float, default=8.0, help="of a round, for each of the others")
     parser.add_argument("--fidelity", type=int, default=64, metavar="ROWS", help="rows compared with exact; 0: none")
@@ -194,7 +195,9 @@ def _workload(options: argparse.Namespace, device: torch.device, *, train: bool 
         lengths = draw_lengths(preset, examples=examples)
     else:
         lengths = read_lengths(options.lengths, examples=examples, mean_tokens=options.mean_tokens)
-    return make_workload(preset, device=device, lengths=lengths, adapter=options.adapter, train=train)
+    return make_workload(
+        preset, device=device, lengths=lengths, adapter=options.adapter, attention=options.attention, train=train
+    )
 
 
 def _heading(options: argparse.Namespace, workload: Workload) -> str:
@@ -411,6 +414,7 @@ def _measure_memory(field_: Sequence[Measured], workload: Workload, options: arg
         command = [
             *(sys.executable, "-m", "benchmarks.gradients", "--preset", options.preset, "--device", "cpu"),
             *("--threads", str(options.threads), "--adapter", options.adapter, "--examples", str(len(workload.rows))),
+            *("--attention", options.attention),
             *("--memory-of", entry.contestant.name),
             *(("--token-budget", str(budget)) if own else ()),
             *(("--lengths", str(options.lengths)) if options.lengths else ()),

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.batches import IGNORED, Encoded, collate, plan
 from worker.directions import Moments
+from worker.models import Attention
 
 AdapterDtype = Literal["float32", "model"]
 
@@ -136,16 +137,18 @@ def make_workload(
     device: torch.device,
     lengths: Sequence[int],
     adapter: AdapterDtype = "float32",
+    attention: Attention = "sdpa",
     seed: int = 0,
     train: bool = True,
 ) -> Workload:
     """Make the model on `device`, in bfloat16 on a GPU and else in float32, and a row for each length.
 
     `adapter` "float32" keeps LoRA's own weights in float32, as PEFT does by default; "model" gives them the model's
-    type. Without `train` the moments are drawn and not those of a training: the same price, other numbers.
+    type. With FlashAttention the engine packs its rows. Without `train` the moments are drawn and not those of a
+    training: the same price, other numbers.
     """
     torch.manual_seed(seed)
-    model = _make_model(preset, device=device, adapter=adapter)
+    model = _make_model(preset, device=device, adapter=adapter, attention=attention)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(preset.architecture["vocab_size"])
     trained_on = [lengths[index % len(lengths)] for index in range(TRAINING_STEPS * TRAINING_ROWS)]
@@ -194,12 +197,12 @@ def _scaled(sizes: Sequence[float], *, mean: float | None) -> list[int]:
     return [round(min(max(size * factor, 2), LONGEST)) for size in sizes]
 
 
-def _make_model(preset: Preset, *, device: torch.device, adapter: AdapterDtype) -> PeftModel:
+def _make_model(preset: Preset, *, device: torch.device, adapter: AdapterDtype, attention: Attention) -> PeftModel:
     config = AutoConfig.for_model(**preset.architecture, max_position_embeddings=LONGEST)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         made: Any = AutoModelForCausalLM  # transformers leaves it untyped
-        base = made.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        base = made.from_config(config, dtype=dtype, attn_implementation=attention)
         lora = LoraConfig(
             r=preset.rank, lora_alpha=2 * preset.rank, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM"
         )
