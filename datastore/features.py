@@ -54,7 +54,7 @@ from datastore.weights import chosen
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection.py): features of two versions are never mixed."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
-USUAL_TOKEN_BUDGET = 8192  # padded tokens of a batch, where only the worker will know
+USUAL_TOKEN_BUDGET = 8192  # tokens of a batch, padding included, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result
 
 

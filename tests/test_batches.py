@@ -231,6 +231,21 @@ def test_a_plan_pads_little_where_lengths_are_mixed() -> None:
     assert padded < 1.08 * sum(lengths)
 
 
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(1, 120))
+def test_a_packed_plan_covers_every_example_once_in_as_few_batches_as_fit(lengths: list[int], budget: int) -> None:
+    batches = plan(lengths, token_budget=budget, packed=True)
+    in_order = [lengths[index] for batch in batches for index in batch]
+    assert in_order == sorted(lengths, reverse=True)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= budget for batch in batches)
+    fewest, left = 0, 0  # filling each batch in turn leaves the fewest, where the order is given
+    for length in in_order:
+        if length > left:
+            fewest, left = fewest + 1, budget
+        left -= length
+    assert len(batches) == fewest
+
+
 def test_examples_are_padded_on_the_right() -> None:
     batch = collate([Encoded((5, 6, 7), (IGNORED, 6, 7)), Encoded((8,), (IGNORED,))], pad_id=2)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 2, 2]]

@@ -89,18 +89,21 @@ def encode_prompt(
     return tuple(ids[-max_length:])
 
 
-def plan(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group indices into batches of at most `token_budget` padded tokens, longest first.
+def plan(lengths: Sequence[int], *, token_budget: int, packed: bool = False) -> list[list[int]]:
+    """Group indices into batches of at most `token_budget` tokens with their padding, longest first.
 
-    Examples of like length share a batch. Of all such plans this is the one with the least padded tokens, a batch
-    itself counting as much as 1/32 of the budget: full batches of mixed lengths pad a lot, and many small ones cost
-    their calls. An example longer than the budget is a batch of its own.
+    Examples of like length share a batch. Of all such plans this is the one with the least tokens, a batch itself
+    counting as much as 1/32 of the budget: full batches of mixed lengths pad a lot, and many small ones cost their
+    calls. A `packed` batch has no padding, so there the fewest batches win. An example longer than the budget is a
+    batch of its own.
 
     >>> plan([3, 9, 2, 3], token_budget=9)
     [[1], [0, 3, 2]]
+    >>> plan([3, 9, 2, 4, 3], token_budget=12, packed=True)
+    [[1], [3, 0, 4, 2]]
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    stops = _best_stops([lengths[index] for index in order], token_budget=token_budget)
+    stops = _best_stops([lengths[index] for index in order], token_budget=token_budget, packed=packed)
     batches = []
     start = 0
     while start < len(order):
@@ -109,15 +112,22 @@ def plan(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     return batches
 
 
-def _best_stops(lengths: Sequence[int], *, token_budget: int) -> list[int]:
+def _best_stops(lengths: Sequence[int], *, token_budget: int, packed: bool) -> list[int]:
     """Return where the batch that starts at each place stops, from lengths that do not grow (dynamic programming)."""
     count = len(lengths)
+    ends = np.cumsum([0, *lengths])
     stops = [0] * count
     rest = np.zeros(count + 1, dtype=np.int64)  # the price of all from a place on
     for start in reversed(range(count)):
-        most = max(1, min(count - start, token_budget // max(1, lengths[start])))
-        sizes = np.arange(most, 0, -1)  # largest first, which is taken where prices are equal
-        prices = sizes * lengths[start] + rest[start + sizes]
+        if packed:
+            most = int(np.searchsorted(ends, ends[start] + token_budget, side="right")) - 1 - start
+        else:
+            most = token_budget // max(1, lengths[start])
+        sizes = np.arange(
+            max(1, min(count - start, most)), 0, -1
+        )  # largest first, which is taken where prices are equal
+        tokens = ends[start + sizes] - ends[start] if packed else sizes * lengths[start]
+        prices = tokens + rest[start + sizes]
         best = int(prices.argmin())
         stops[start] = start + int(sizes[best])
         rest[start] = prices[best] + max(1, token_budget // BATCH_PRICE)

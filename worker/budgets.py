@@ -1,4 +1,4 @@
-"""How many padded tokens share a batch: found on the shard at hand, once for a model on a device, and remembered.
+"""How many tokens share a batch, with their padding: found on the shard at hand, once for a model, and remembered.
 
 More tokens keep a device busier up to a point, and take memory without end. So the budget is doubled while a doubling
 still pays and fits, timing two batches of real rows each time, and what they computed is thrown away: 2 % of a shard
@@ -32,7 +32,7 @@ Measure = Callable[[int], "Trial"]
 
 @dataclass(frozen=True)
 class Range:
-    """The budgets that come into question on a device, in padded tokens."""
+    """The budgets that come into question on a device, in tokens with their padding."""
 
     least: int
     usual: int
@@ -154,7 +154,7 @@ class _Measure:
 
     def __call__(self, budget: int) -> Trial:
         """Do the two batches."""
-        batches = plan([len(row.input_ids) for row in self.rows], token_budget=budget)
+        batches = plan([len(row.input_ids) for row in self.rows], token_budget=budget, packed=self.engine.packing)
         chosen = [[self.rows[index] for index in batch] for batch in (batches[0], batches[len(batches) // 2])]
         memory = _Memory(self.engine)
         began = time.perf_counter()

@@ -10,6 +10,9 @@ What no tap can attribute to examples (LoRA on fused experts, a layer used twice
 the parameter by another way, and from then on the engine runs the examples one at a time through plain autograd: as
 exact, and some three to twenty times slower. `GradientEngine.one_at_a_time` names the cause.
 
+Where attention is FlashAttention's, the rows of a batch are packed one after another instead of padded, once two of
+them have shown that the model keeps them apart (worker/packing.py). `GradientEngine.packing` tells.
+
 Mean hidden states are a kind of features beside those of gradients: they come from the same forward pass, and asked
 for alone they need no other.
 
@@ -33,9 +36,10 @@ from worker import taps
 from worker.batches import IGNORED, Encoded, plan, slices
 from worker.directions import Kind, Moments, make_direction
 from worker.losses import Inputs, Model, Outputs, run
-from worker.models import use_exact_mode
+from worker.models import use_exact_mode, uses_flash_attention
+from worker.packing import packing_fault, same_gradient
 from worker.projection import Projection, ProjectionName, make_projection
-from worker.sites import find_sites, tapped
+from worker.sites import drop_gradients, find_sites, tapped
 from worker.sums import Sums, Totals, make_sums
 
 Reduction = Literal["mean", "sum"]
@@ -49,9 +53,6 @@ NOTHING_SUPERVISED = "no supervised token"
 HIDDEN = Kind("hidden")
 
 HALF_LOSS_SCALE = 1024.0  # float16 loses gradients below 6e-8; a power of two changes no digit of the others
-
-LEAST_COSINE = {torch.float32: 0.999, torch.float64: 0.999}  # of one feature computed in two ways
-LEAST_COSINE_HALF = 0.95
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class GradientEngine:
     `hidden` the mean over an example's tokens of what the output layer gets, which no projection touches. Where it is
     the only kind there is no backward pass, and `dims` are of no account.
     `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum.
+    `packing`: whether the rows of a batch follow one another without padding; by default where the model's attention is
+    FlashAttention's, which alone gets faster by it. A model that does not keep packed rows apart gets them padded.
 
     The model is put in the mode of evaluation (gradient checkpointing stays on where it is on), a `.grad` left from
     training is dropped, and nothing else of it changes. Memory beside the training step's: per kind examples × sum of
@@ -102,6 +105,7 @@ class GradientEngine:
         dims: Sequence[int],
         seed: int = 0,
         reduction: Reduction = "mean",
+        packing: bool | None = None,
     ) -> None:
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -129,8 +133,10 @@ class GradientEngine:
         self._hidden_size = _hidden_size(model) if len(self._directions) < len(self._kinds) else None
         self._sites, self.one_at_a_time = find_sites(model, self.parameters)
         self._in_order = False
+        self.packing = (uses_flash_attention(model) if packing is None else packing) and not self.one_at_a_time
+        self._packing_tested = False
         self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-        self._drop_gradients()
+        drop_gradients(self.parameters)
         use_exact_mode(model)
 
     def features(
@@ -141,7 +147,7 @@ class GradientEngine:
         token_budget: int,
         on_batch: Callable[[int], None] | None = None,
     ) -> dict[Kind, Features]:
-        """Compute the features of `rows`, in batches of at most `token_budget` padded tokens, planned by length.
+        """Compute the features of `rows`, in batches of at most `token_budget` tokens with their padding.
 
         `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
         """
@@ -166,14 +172,46 @@ class GradientEngine:
         A GPU works on the next batch while the numbers of the last one are waited for.
         """
         last: tuple[_Batch, list[int]] | None = None
-        for batch in plan([len(rows[row].input_ids) for row in todo], token_budget=token_budget):
-            indices = [todo[position] for position in batch]
+        for indices in self._plan(rows, todo, token_budget=token_budget):
             computed = self._compute([rows[index] for index in indices], pad_id=pad_id)
             if last is not None:
-                yield last
+                yield from self._apart(rows, *last, pad_id=pad_id)
             last = computed, indices
         if last is not None:
-            yield last
+            yield from self._apart(rows, *last, pad_id=pad_id)
+
+    def _plan(self, rows: Sequence[Encoded], todo: Sequence[int], *, token_budget: int) -> list[list[int]]:
+        """Plan the batches of the rows `todo`; before the first packed ones the model is tested."""
+        planned = plan([len(rows[row].input_ids) for row in todo], token_budget=token_budget, packed=self.packing)
+        batches = [[todo[position] for position in batch] for batch in planned]
+        shared = next((batch for batch in batches if len(batch) > 1), None)
+        if not self.packing or self._packing_tested or shared is None:
+            return batches
+        self._test_packing((rows[shared[0]], rows[shared[-1]]))
+        return self._plan(rows, todo, token_budget=token_budget)
+
+    def _test_packing(self, pair: tuple[Encoded, Encoded]) -> None:
+        """Give packing up for good where the model does not keep two packed rows apart."""
+        fault = packing_fault(
+            self.model, pair, sites=self._sites, parameters=self.parameters, scale=self._scale, device=self.device
+        )
+        self._packing_tested = True
+        if fault:
+            self.packing = False
+            log.info("rows are padded", extra={"reason": fault})
+
+    def _apart(
+        self, rows: Sequence[Encoded], batch: _Batch, indices: list[int], *, pad_id: int
+    ) -> Iterator[tuple[_Batch, list[int]]]:
+        """Give out a batch; a packed one in which something is not finite row by row, each computed alone.
+
+        A masked attention weight is zero, and zero times NaN is NaN: a broken row spoils what it is packed with.
+        """
+        if not self.packing or len(indices) == 1 or batch.finite():
+            yield batch, indices
+            return
+        for index in indices:
+            yield self._compute([rows[index]], pad_id=pad_id), [index]
 
     def _compute(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         """Compute one batch; where its parameters turn out not to be covered by taps, one at a time from now on."""
@@ -188,18 +226,18 @@ class GradientEngine:
     @torch.no_grad()
     def _compute_forward(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         batch = self._batch(len(rows))
-        inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
+        inputs = self._inputs(rows, pad_id=pad_id)
         batch.take_outputs(run(self.model, inputs, hidden=True), slice(0, len(rows)))
         return batch
 
     def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch | None:
-        inputs = Inputs.of(rows, pad_id=pad_id, device=self.device)
+        inputs = self._inputs(rows, pad_id=pad_id)
         batch = self._batch(len(rows))
-        with tapped(self._sites, inputs.shape, batch.take) as recorder:
+        with tapped(self._sites, inputs.layout, batch.take) as recorder:
             outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
             self._objective(outputs, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         batch.take_outputs(outputs, slice(0, len(rows)))
-        self.one_at_a_time = recorder.strays + self._drop_gradients()
+        self.one_at_a_time = recorder.strays + drop_gradients(self.parameters)
         if not self.one_at_a_time and recorder.flattened:
             self.one_at_a_time = self._out_of_order(rows, recorder.flattened, pad_id=pad_id)
         if self.one_at_a_time:
@@ -220,30 +258,22 @@ class GradientEngine:
         """
         if self._in_order or len(rows) == 1:
             return []
-        inputs = Inputs.of(rows[:1], pad_id=pad_id, device=self.device)
+        inputs = self._inputs(rows[:1], pad_id=pad_id)
         objective = self._objective(run(self.model, inputs), inputs)
         alone = torch.autograd.grad(objective, [self.parameters[name] for name in flattened], materialize_grads=True)
-        least = LEAST_COSINE.get(self.model.dtype, LEAST_COSINE_HALF)
         wrong = [
             name
             for (name, together), gradient in zip(flattened.items(), alone, strict=True)
-            if not _cosine(together, gradient.flatten()) >= least
+            if not same_gradient([together], [gradient.flatten()], dtype=self.model.dtype)
         ]
         self._in_order = not wrong
         return wrong
-
-    def _drop_gradients(self) -> list[str]:
-        """Name the parameters that autograd gave a gradient by another way than a tap, and drop it."""
-        reached = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
-        for name in reached:
-            self.parameters[name].grad = None
-        return reached
 
     def _compute_one_by_one(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
         batch = self._batch(len(rows))
         for position, row in enumerate(rows):
             here = slice(position, position + 1)
-            inputs = Inputs.of([row], pad_id=pad_id, device=self.device)
+            inputs = self._inputs([row], pad_id=pad_id)
             outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
             gradients = torch.autograd.grad(
                 self._objective(outputs, inputs),
@@ -256,6 +286,12 @@ class GradientEngine:
                 # autograd may give two parameters one tensor, and what is taken may be overwritten
                 batch.take(name, gradient.flatten().clone().unsqueeze(0), here)
         return batch
+
+    def _inputs(self, rows: Sequence[Encoded], *, pad_id: int) -> Inputs:
+        """Put rows on the device as one batch; a row alone is the same packed and padded."""
+        if self.packing and len(rows) > 1:
+            return Inputs.packed(rows, device=self.device)
+        return Inputs.of(rows, pad_id=pad_id, device=self.device)
 
     def _batch(self, examples: int) -> _Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
@@ -350,6 +386,15 @@ class _Batch:
                 self._hidden = torch.zeros(len(self._losses), outputs.hidden.shape[1], device=self._losses.device)
             self._hidden[examples] = outputs.hidden
 
+    def finite(self) -> bool:
+        """Whether nothing in it is NaN or infinite."""
+        parts = [self._losses]
+        if self._sums is not None:
+            parts.append(self._sums.totals().peaks)
+        if self._hidden is not None:
+            parts.append(self._hidden)
+        return all(bool(part.isfinite().all()) for part in parts)
+
     def store(self, found: _Found, rows: Sequence[int]) -> None:
         """Write the batch to its rows, with a reason and zeros for what is no feature."""
         found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
@@ -385,10 +430,3 @@ def _hidden_size(model: Model) -> int:
 def _supervised_tokens(row: Encoded) -> int:
     """Count the tokens that are predicted and supervised; nothing predicts the first one."""
     return sum(label != IGNORED for label in row.labels[1:])
-
-
-def _cosine(first: Tensor, second: Tensor) -> float:
-    """Return the cosine of two vectors; 1 where both are zero."""
-    if not bool(first.any()) and not bool(second.any()):
-        return 1.0
-    return float(torch.nn.functional.cosine_similarity(first.float(), second.float(), dim=0))

@@ -1,6 +1,8 @@
 """The loss of every example of a batch, at the price of the supervised tokens alone.
 
 * Padding stands on the right, where a causal model's real tokens never look, so there is no attention mask to build.
+* Packed, a batch has no padding at all: the examples follow one another in a single row, and position ids that begin
+  anew with each of them tell the model where one ends. Not every model listens (worker/packing.py).
 * Logits are made for supervised positions only, and their cross-entropy keeps two float32 numbers per token beside
   them, where log-softmax would keep a second copy.
 """
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.batches import IGNORED, Encoded, collate, slices
-from worker.models import ModelError
+from worker.layouts import Layout, Packed, Padded
+from worker.models import ModelError, takes, uses_flash_attention
 
 Model = PeftModel | PreTrainedModel
 
@@ -30,21 +33,16 @@ LOGIT_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 class Inputs:
     """A batch on its device, and where its N supervised tokens are."""
 
+    layout: Layout
+    """How the examples lie in `input_ids`, and in all that the model makes of them."""
     input_ids: Tensor
-    """(examples, tokens)."""
+    """(examples, width), or packed (1, total tokens)."""
     positions: Tensor
     """(N,) positions, in the flattened batch, whose logits predict the supervised tokens."""
     targets: Tensor
     """(N,) the supervised tokens."""
     counts: Tensor
     """(examples,) supervised tokens, float32."""
-    lengths: Tensor
-    """(examples,) tokens without the padding."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """(examples, tokens)."""
-        return self.input_ids.shape
 
     @classmethod
     def of(cls, rows: Sequence[Encoded], *, pad_id: int, device: torch.device) -> Inputs:
@@ -59,8 +57,20 @@ class Inputs:
         positions = examples * input_ids.shape[1] + predictors
         targets = batch.labels[examples, predictors + 1]
         counts = torch.bincount(examples, minlength=len(rows)).float()
-        tensors = (input_ids, positions, targets, counts, mask.sum(1))
-        return cls(*(tensor.to(device) for tensor in tensors))
+        tensors = (tensor.to(device) for tensor in (input_ids, positions, targets, counts))
+        return cls(Padded(input_ids.shape, mask.sum(1).to(device)), *tensors)
+
+    @classmethod
+    def packed(cls, rows: Sequence[Encoded], *, device: torch.device) -> Inputs:
+        """Put `rows` one after another, without padding, on the device."""
+        lengths = [len(row.input_ids) for row in rows]
+        input_ids = torch.tensor([[token for row in rows for token in row.input_ids]])
+        labels = torch.tensor([label for row in rows for label in (IGNORED, *row.labels[1:])])
+        (supervised,) = torch.nonzero(labels != IGNORED, as_tuple=True)
+        examples = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
+        counts = torch.bincount(examples[supervised], minlength=len(rows)).float()
+        tensors = (tensor.to(device) for tensor in (input_ids, supervised - 1, labels[supervised], counts))
+        return cls(Packed(tuple(lengths)), *tensors)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Outputs:
 def run(model: Model, inputs: Inputs, *, hidden: bool = False) -> Outputs:
     """Run the model forward, with a graph of the losses. Raises ModelError where hidden states do not come by."""
     with _logits_only_at(inputs, model, hidden=hidden) as seen:
-        logits = model(input_ids=inputs.input_ids, use_cache=False).logits
+        logits = model(input_ids=inputs.input_ids, use_cache=False, **_boundaries(inputs, model)).logits
     if hidden and seen.hidden is None:
         raise ModelError(
             f"the output layer of {type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__} "
@@ -88,7 +98,26 @@ def run(model: Model, inputs: Inputs, *, hidden: bool = False) -> Outputs:
     by_token: Tensor = _CrossEntropy.apply(logits, inputs.targets)  # type: ignore[no-untyped-call]  # torch's
     # laid out in rows and summed: adding by index has no fixed order on a GPU
     spread = torch.zeros(inputs.input_ids.numel(), device=by_token.device).index_copy(0, inputs.positions, by_token)
-    return Outputs(spread.view(inputs.shape).sum(1) / inputs.counts, seen.hidden)
+    return Outputs(inputs.layout.sums(spread) / inputs.counts, seen.hidden)
+
+
+def _boundaries(inputs: Inputs, model: Model) -> dict[str, Any]:
+    """Say where the examples of a packed batch begin and end; nothing of a padded one.
+
+    Every attention of transformers goes by the position ids. FlashAttention's kernels want the boundaries themselves,
+    and would read them off the position ids in each layer anew, waiting for the device.
+    """
+    layout = inputs.layout
+    if isinstance(layout, Padded):
+        return {}
+    device = inputs.input_ids.device
+    told: dict[str, Any] = {
+        "position_ids": torch.cat([torch.arange(length) for length in layout.lengths]).unsqueeze(0).to(device)
+    }
+    if uses_flash_attention(model) and takes(model, "cu_seq_lens_q"):
+        bounds, longest = torch.tensor(layout.bounds, dtype=torch.int32, device=device), max(layout.lengths)
+        told |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return told
 
 
 @dataclass
@@ -116,10 +145,10 @@ def _logits_only_at(inputs: Inputs, model: Model, *, hidden: bool) -> Iterator[_
 
     def reduce(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         states = arguments[0]
-        if states.shape[:-1] != inputs.shape:
+        if states.shape[:-1] != inputs.layout.shape:
             return None
         if hidden:
-            seen.hidden = _means(states.detach(), inputs.lengths.to(states.device))
+            seen.hidden = inputs.layout.means(states.detach())
         if not frozen:
             return None
         seen.reduced = True
@@ -131,12 +160,6 @@ def _logits_only_at(inputs: Inputs, model: Model, *, hidden: bool) -> Iterator[_
         yield seen
     finally:
         handle.remove()
-
-
-def _means(states: Tensor, lengths: Tensor) -> Tensor:
-    """Return the mean of each example's own states, from (examples, tokens, size) with padding: float32."""
-    own = torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1)
-    return torch.where(own.unsqueeze(2), states.float(), 0).sum(1) / lengths.unsqueeze(1)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ embeddings are never resized: a resized matrix would be trained, and its gradien
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import warnings
@@ -178,6 +179,18 @@ def use_exact_mode(model: torch.nn.Module) -> None:
             for name, value in vars(module).items():
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
+
+
+def uses_flash_attention(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether attention is one of FlashAttention's kernels, whatever its version and whoever built it."""
+    return "flash" in str(getattr(model.config, "_attn_implementation", None))
+
+
+def takes(model: PreTrainedModel | PeftModel, argument: str) -> bool:
+    """Whether the architecture's forward takes an argument of this name, or hands on whatever it gets."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(base.forward).parameters
+    return argument in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _refuse_pickled_weights(folder: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from worker.layouts import Layout
 from worker.taps import LinearSite, LoraSite, ModuleSite, Recorder, Site, Take
 
 
@@ -74,9 +74,9 @@ def _module_site(path: str, module: nn.Module, parameters: Mapping[str, nn.Param
 
 
 @contextmanager
-def tapped(sites: Sequence[Site], shape: torch.Size, take: Take) -> Iterator[Recorder]:
-    """Let the modules of `sites` run as tapped ones for one forward and backward pass of a batch of this shape."""
-    recorder = Recorder(shape, take)
+def tapped(sites: Sequence[Site], layout: Layout, take: Take) -> Iterator[Recorder]:
+    """Let the modules of `sites` run as tapped ones for one forward and backward pass of a batch that lies so."""
+    recorder = Recorder(layout, take)
     sites = [part for site in sites for part in _in_use(site)]
     before = [vars(site.module).get("forward") for site in sites]
     try:
@@ -89,6 +89,14 @@ def tapped(sites: Sequence[Site], shape: torch.Size, take: Take) -> Iterator[Rec
                 vars(site.module).pop("forward", None)
             else:
                 vars(site.module)["forward"] = forward  # as a hook of accelerate left it
+
+
+def drop_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Name the parameters that autograd gave a gradient by another way than a tap, and drop it."""
+    reached = [name for name, parameter in parameters.items() if parameter.grad is not None]
+    for name in reached:
+        parameters[name].grad = None
+    return reached
 
 
 def _in_use(site: Site) -> Sequence[Site]:

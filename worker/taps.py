@@ -10,10 +10,10 @@ magnitudes, norms, embeddings and LoRA on them, biases of a Conv1D or of a quant
 module's own forward again on the way back, an example at a time, and asks autograd. That costs one more forward and
 backward pass of this module alone.
 
-Both need the examples to be the first dimension of what comes in. Where they are not (fused experts get the tokens
-they are sent), or where a layer is used twice, autograd reaches the parameter without a tap, or it becomes one of
-`Recorder.strays`.
-Tokens that a mixture of experts has flattened to (examples · tokens, features) are taken for rows in order, and
+Both need what comes in to lie as the batch does (worker/layouts.py): the examples in rows, or packed one after another.
+Where it does not (fused experts get the tokens they are sent), or where a layer is used twice, autograd reaches the
+parameter without a tap, or it becomes one of `Recorder.strays`.
+Tokens that a mixture of experts has flattened to (all tokens, features) are taken to be in the batch's order, and
 `Recorder.flattened` has what came of it: whether they were in order is for the caller to test.
 """
 
@@ -28,6 +28,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from worker.batches import slices
+from worker.layouts import Layout, Packed
 
 Take = Callable[[str, Tensor, slice], None]
 """Takes in the flat gradients (examples, size) of the named parameter for a slice of the batch's examples."""
@@ -41,8 +42,8 @@ GRADIENT_ELEMENTS = 1 << 26  # per-example gradients of one layer at a time: 256
 class Recorder:
     """Where the taps of one batch put what they get, and what they could not attribute to examples."""
 
-    shape: torch.Size
-    """(examples, tokens) of the batch."""
+    layout: Layout
+    """How the batch's examples lie in what the modules get."""
     take: Take
     strays: list[str] = field(default_factory=list)
     flattened: dict[str, Tensor] = field(default_factory=dict)
@@ -57,22 +58,24 @@ class Recorder:
         self.used.update(names)
         return True
 
-    def in_rows(self, tokens: Tensor) -> bool:
-        """Whether these are all tokens of the batch, flattened to (examples · tokens, features)."""
-        return tokens.dim() == 2 and len(tokens) == self.shape.numel()
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether these are all tokens of the batch, as it has them or flattened."""
+        return self.flat(inputs) or inputs.shape[:-1] == self.layout.shape
+
+    def flat(self, tokens: Tensor) -> bool:
+        """Whether these are as many as all tokens of the batch, flattened to (tokens, features)."""
+        return tokens.dim() == 2 and len(tokens) == self.layout.shape.numel()
 
     def record_weight(self, name: str, inputs: Tensor, deltas: Tensor) -> None:
         """Hand out the gradients of a linear map's weight: Σ_t δ_bt ⊗ x_bt of every example b.
 
-        `inputs` are (examples, tokens, in) and the outputs' gradients (…, out), or both flattened.
+        `inputs` are those of all tokens (…, in), as the batch has them or flattened, `deltas` the outputs' gradients
+        (…, out).
         """
-        in_rows = self.in_rows(inputs)
-        inputs, deltas = (tensor.reshape(*self.shape, -1) for tensor in (inputs, deltas))
-        if in_rows:
-            self.flattened[name] = (deltas[0].T @ inputs[0]).flatten()
-        for part in slices(inputs.shape[0], inputs.shape[-1] * deltas.shape[-1], elements=GRADIENT_ELEMENTS):
-            outer = torch.bmm(deltas[part].transpose(1, 2), inputs[part])
-            self.take(name, outer.flatten(1), part)
+        if self.flat(inputs):
+            self.flattened[name] = self.layout.outer(deltas, inputs, slice(0, 1)).flatten()
+        for part in slices(self.layout.examples, inputs.shape[-1] * deltas.shape[-1], elements=GRADIENT_ELEMENTS):
+            self.take(name, self.layout.outer(deltas, inputs, part).flatten(1), part)
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,15 @@ class LinearSite:
         return tapped_forward
 
     def record(self, inputs: Tensor, deltas: Tensor, recorder: Recorder) -> None:
-        """Hand out the gradients, from the inputs (examples, tokens, in) and those of the outputs (…, out)."""
-        in_rows = self.weight is not None and recorder.in_rows(inputs)
-        if not recorder.admit(self.names, fits=in_rows or inputs.shape[:-1] == recorder.shape):
+        """Hand out the gradients, from the inputs of all tokens (…, in) and those of the outputs (…, out)."""
+        in_order = self.weight is not None or not recorder.flat(inputs)  # a bias alone has nothing to test that by
+        if not recorder.admit(self.names, fits=in_order and recorder.holds(inputs)):
             return
         if self.weight is not None:
             recorder.record_weight(self.weight, inputs, deltas)
         if self.bias is not None:
-            recorder.take(self.bias, deltas.reshape(*recorder.shape, -1).sum(1), slice(0, recorder.shape[0]))
+            layout = recorder.layout
+            recorder.take(self.bias, layout.sums(deltas.reshape(-1, deltas.shape[-1])), slice(0, layout.examples))
 
 
 class _TappedLinear(torch.autograd.Function):
@@ -185,7 +189,7 @@ class LoraSite:
 
     def record(self, inputs: Tensor, inner: Tensor, inner_deltas: Tensor, deltas: Tensor, recorder: Recorder) -> None:
         """Hand out the gradients of A and B; `inner` is s·xAᵀ, and `inner_deltas` the gradient of xAᵀ."""
-        if recorder.admit(self.names, fits=recorder.in_rows(inputs) or inputs.shape[:-1] == recorder.shape):
+        if recorder.admit(self.names, fits=recorder.holds(inputs)):
             recorder.record_weight(self.a, inputs, inner_deltas)
             recorder.record_weight(self.b, inner, deltas)
 
@@ -242,10 +246,10 @@ class ModuleSite:
         return list(self.parameters)
 
     def tap(self, forward: Forward, recorder: Recorder) -> Forward:
-        """Return a forward that taps, or is `forward` itself where the examples are not the first dimension."""
+        """Return a forward that taps, or is `forward` itself where what comes in does not lie as the batch does."""
 
         def tapped_forward(*tensors: Any, **settings: Any) -> Any:
-            if not _by_example(tensors, settings, recorder.shape):
+            if not _by_example(tensors, settings, recorder.layout):
                 return forward(*tensors, **settings)
             anchor = next(iter(self.parameters.values()))
             call = _Call(self, lambda *inputs: forward(*inputs, **settings), recorder)
@@ -264,13 +268,14 @@ class _Call:
 
     def gradients(self, inputs: Sequence[Tensor], deltas: Tensor, example: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return one example's gradients: of the parameters, and of those inputs that are real numbers."""
-        one = slice(example, example + 1)
-        own = [tensor[one].detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+        layout = self.recorder.layout
+        own = [layout.cut(tensor, example).detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
         parameters = list(self.site.parameters.values())
         asked = [*parameters, *(tensor for tensor in own if tensor.requires_grad)]
         with torch.enable_grad():
             output = self.forward(*own)
-            found = torch.autograd.grad(output, asked, deltas[one], allow_unused=True, materialize_grads=True)
+            upstream = layout.cut(deltas, example)
+            found = torch.autograd.grad(output, asked, upstream, allow_unused=True, materialize_grads=True)
         return list(found[: len(parameters)]), list(found[len(parameters) :])
 
 
@@ -297,22 +302,26 @@ class _TappedModule(torch.autograd.Function):
         recorder = call.recorder
         wanted = recorder.admit(call.site.names, fits=True)
         upstream: list[list[Tensor]] = []
-        for example in range(recorder.shape[0]):
+        for example in range(recorder.layout.examples):
             own, above = call.gradients(inputs, deltas[0], example)
             upstream.append(above)
             for name, gradient in zip(call.site.names, own, strict=True) if wanted else ():
                 # autograd may give two parameters one tensor, and what is taken may be overwritten
                 recorder.take(name, gradient.flatten().clone().unsqueeze(0), slice(example, example + 1))
-        whole = iter(torch.cat(parts) for parts in zip(*upstream, strict=True))
+        whole = iter(recorder.layout.join(parts) for parts in zip(*upstream, strict=True))
         return (None, None, *(next(whole) if tensor.is_floating_point() else None for tensor in inputs))
 
 
-def _by_example(tensors: Sequence[Any], settings: Mapping[str, Any], shape: torch.Size) -> bool:
-    """Whether a module got nothing but tensors (examples, tokens, …) and settings that are no tensors."""
+def _by_example(tensors: Sequence[Any], settings: Mapping[str, Any], layout: Layout) -> bool:
+    """Whether a module got nothing but tensors (examples, tokens, …) and settings that are no tensors.
+
+    Of a packed batch no setting may hold tensors inside either: the rotations of all positions, say.
+    """
+    refused = (Tensor, tuple, list, dict) if isinstance(layout, Packed) else Tensor
     return (
         bool(tensors)
-        and all(isinstance(tensor, Tensor) and tensor.shape[:2] == shape for tensor in tensors)
-        and not any(isinstance(setting, Tensor) for setting in settings.values())
+        and all(isinstance(tensor, Tensor) and tensor.shape[:2] == layout.shape for tensor in tensors)
+        and not any(isinstance(setting, refused) for setting in settings.values())
     )
 
 

@@ -74,7 +74,7 @@ HELP = {
     "task": "Task by id or name.",
     "tasks": "Task by id or name; repeat for several.",
     "template": "How a conversation is written as text.",
-    "token_budget": "Padded tokens per batch; by default what the worker's device does best.",
+    "token_budget": "Tokens per batch, padding included; by default what the worker's device does best.",
     "warmup_fraction": "Fraction of the pool to warm up on.",
     "warmup_ratio": "Fraction of the steps in which the learning rate rises.",
     "weight_decay": "Weight decay.",

@@ -436,11 +436,12 @@ class GradientsRequest(Request):
     """Precision of the base model; by default the one the run was trained in."""
     quantisation: Quantisation | None = None
     attention: Attention | None = None
-    """How the base model computes attention; by default as transformers chooses, `sdpa` where the model has it."""
+    """How the base model computes attention; by default as transformers chooses, `sdpa` where the model has it. With
+    `flash_attention_2` rows share a batch without padding."""
     gradient_checkpointing: bool = False
     token_budget: int | None = Field(None, ge=1)
-    """Padded tokens per batch. Left out, the job's first worker finds what its device does best; either way it is
-    recorded, since it fixes the batch plan."""
+    """Tokens per batch, padding included. Left out, the job's first worker finds what its device does best; either way
+    it is recorded, since it fixes the batch plan."""
     name: Name | None = None
     dry_run: bool = False
 
