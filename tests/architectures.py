@@ -153,7 +153,7 @@ def reference(model: PeftModel | PreTrainedModel, examples: Sequence[Encoded]) -
     return Reference(torch.stack(gradients), torch.stack(losses), torch.stack(hidden))
 
 
-def train(model: PeftModel, *, steps: int = 12) -> Moments:
+def train(model: PeftModel | PreTrainedModel, *, steps: int = 12) -> Moments:
     """Take real AdamW steps and return its moments by name."""
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)

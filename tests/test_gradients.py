@@ -15,8 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from datastore.weights import chosen
 from tests.architectures import (
     BROKEN_TOKEN,
     EXPERTS,
@@ -309,14 +312,83 @@ def test_hidden_states_that_are_not_finite_are_named() -> None:
     assert not only(features)[1].any()
 
 
-@pytest.mark.parametrize("chosen", ["mlp.down_proj", "self_attn", "norm", "embed_tokens"])
-def test_chosen_weights_of_a_model_without_an_adapter_have_features(chosen: str) -> None:
-    model = base_model("llama").requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen in name)
-    engine = whole(model)
-    assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
+CHOSEN: dict[str, tuple[str, list[str], bool]] = {
+    "a linear layer": ("llama", ["*.mlp.down_proj.weight"], True),
+    "attention": ("llama", ["*.self_attn.*"], True),
+    "norms": ("llama", ["*norm*"], True),
+    "embeddings": ("llama", ["*.embed_tokens.weight"], True),
+    "the output layer": ("llama", ["lm_head.weight"], True),
+    "biases": ("qwen2", ["*.bias"], True),
+    "weights, biases and norms": ("opt", ["*.fc1.*", "*.fc2.*", "*.self_attn_layer_norm.*"], True),
+    "norms of flattened tokens": ("opt", ["*.layers.0.*"], False),
+    "Conv1D": ("gpt2", ["*.c_attn.*", "*.mlp.c_proj.weight"], True),
+    "embeddings that are the output layer too": ("qwen3", ["*.embed_tokens.weight", "*.q_proj.weight"], False),
+    "fused experts": ("mixtral", ["*.experts.*"], False),
+    "a router": ("qwen2_moe", ["*.gate.weight"], False),
+    "all weights": ("llama", ["*"], True),
+}
+"""Architecture, patterns, and whether all examples of a batch go together."""
+
+
+def choose(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
+    """Let the parameters that the patterns name require gradients, and no others; returns their names."""
+    model.requires_grad_(False)
+    names = chosen(patterns, dict(model.named_parameters()))
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return names
+
+
+@pytest.mark.parametrize("what", CHOSEN)
+def test_chosen_weights_of_a_model_without_an_adapter_have_their_exact_features(what: str) -> None:
+    architecture, patterns, together = CHOSEN[what]
+    model = base_model(architecture)
+    choose(model, patterns)
+    moments = train(model.eval())
+    truth = reference(model, rows())
+    kinds: tuple[FeatureKind, ...] = ("sgd", "adam")
+    for kind in kinds:
+        engine = whole(model, kind=kind, moments=moments)
+        wanted = direction(truth.gradients, kind, "less", moments)
+        assert relative_error(only(run(engine, rows())), wanted) < 1e-5
+        assert (engine.one_at_a_time == []) == together
+
+
+class Sizes(TorchDispatchMode):
+    """Hears the shape of every tensor that is made, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.made |= {each.shape for each in tree_leaves(found) if isinstance(each, torch.Tensor)}
+        return found
+
+
+def test_no_more_than_one_weight_of_one_example_need_exist_and_nothing_of_weights_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = base_model("llama", hidden_size=64, intermediate_size=512)
+    names = choose(model, ["*.mlp.up_proj.weight", "*.mlp.down_proj.weight"])
+    moments = train(model.eval())
+    engine = GradientEngine(model, kinds=[Kind("sgd"), Kind("adam")], moments=moments, dims=[256])
+    monkeypatch.setattr("worker.taps.GRADIENT_ELEMENTS", 64 * 512)
+    examples = rows([9] * 7)
+    with Sizes() as sizes:
+        features = engine.features(examples, pad_id=PAD, token_budget=10_000)
+    assert features[Kind("sgd")].reasons == [None] * 7
     assert engine.one_at_a_time == []
+    assert max(shape.numel() for shape in sizes.made) == 64 * 512
+    ends = {tuple(shape[-2:]) for shape in sizes.made}
+    assert {(64, 512), (512, 64)} <= ends, "the gradients asked for"
+    others = {tuple(p.shape) for name, p in model.named_parameters() if name not in names and p.dim() == 2}
+    others -= {(64, 512), (512, 64)}
+    assert len(others) >= 3
+    assert ends.isdisjoint(others | {shape[::-1] for shape in others})
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_adam_moves_parameters_that_the_loss_does_not_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
