@@ -315,6 +315,23 @@ def row(rank: int) -> dict[str, Any]:
     }
 
 
+def base_model() -> dict[str, Any]:
+    """A base model registered as a checkpoint."""
+    unknown = ("name", "run", "revision", "epoch", "step", "learning_rate", "template", "max_length")
+    return {
+        "id": "ck_1",
+        **dict.fromkeys(unknown),
+        "model": "org/base",
+        "method": "none",
+        "has_moments": False,
+        "moments_note": "a base model has none",
+        "parameters": 0,
+        "precision": "float32",
+        "bytes": 400,
+        "created_at": NOW,
+    }
+
+
 def recipe() -> dict[str, Any]:
     return {
         "datasets": ["ds_pool"],

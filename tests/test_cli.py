@@ -464,6 +464,16 @@ def test_lists_are_given_by_repeating(run: Run) -> None:
     assert asked.json == {"task": "t", "checkpoints": ["a", "b"], "dims": [64]}
 
 
+def test_weights_are_named_by_patterns_and_a_model_is_registered_without_a_path(run: Run) -> None:
+    words = ["gradients", "create", "--task", "t", "--run", "r", "--weight", "*.q_proj.weight", "--weight", "*.mlp.*"]
+    _, (asked,) = asked_by(run, Said(canned.job("queued", kind="gradients"), status=202), *words)
+    assert asked.json == {"task": "t", "run": "r", "weights": ["*.q_proj.weight", "*.mlp.*"]}
+    answer = Said(canned.base_model(), status=201)
+    ran, (asked,) = asked_by(run, answer, "checkpoints", "register", "--model", "org/base")
+    assert asked.json == {"model": "org/base"}
+    assert (ran.out, ran.err) == ("ck_1\n", "a base model has none\n")
+
+
 def test_a_dry_run_prints_the_cost(run: Run) -> None:
     ran, (asked,) = asked_by(
         run, Said(canned.estimate()), "gradients", "create", "--task", "t", "--run", "r", "--dry-run", "--json"

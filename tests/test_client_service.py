@@ -125,6 +125,13 @@ def test_an_adapter_goes_up_as_a_folder_and_comes_down_as_one(store: GradientSto
         store.checkpoints.register(folder)
 
 
+def test_a_model_that_nobody_has_trained_is_a_checkpoint_too(store: GradientStore, tmp_path: Path) -> None:
+    checkpoint = store.checkpoints.register(model="org/base", name="untrained", precision="bfloat16")
+    assert (checkpoint.method, checkpoint.precision, checkpoint.has_moments) == ("none", "bfloat16", False)
+    with pytest.raises(Conflict, match="nothing is stored here"):
+        store.checkpoints.download("untrained", tmp_path / "back")
+
+
 def test_a_job_is_found_again_waited_for_and_followed(service: Service, store: GradientStore, tmp_path: Path) -> None:
     pool = service.pool()
     job = store.finetunes.create(dataset=pool["id"], model="org/base", epochs=2, lora=LoraSettings(r=8), name="warmup")

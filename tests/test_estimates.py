@@ -18,6 +18,7 @@ from datastore import models
 from datastore.durations import EFFICIENCY
 from datastore.leases import Jobs
 from datastore.models import Lengths
+from datastore.weights import chosen
 from tests.serving import Service, serving
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.workplace import Workplace, numbered
@@ -92,6 +93,15 @@ def test_a_precision_left_open_is_the_workers_own(place: Service, model: Path) -
     assert training(place, model, method="full")["bytes"] * (2 + 8) == stored * (4 + 8), "weights and moments"
 
 
+def test_the_gradients_of_weights_are_estimated_as_what_they_are(place: Service, model: Path) -> None:
+    announce(place.backend.jobs, "one")
+    place.http.post("/checkpoints", json={"model": str(model), "name": "base"})
+    body = {"dataset": "pool", "checkpoints": ["base"], "weights": ["*.q_proj.*"], "kinds": ["sgd"], "dry_run": True}
+    cost = place.http.post("/gradients", json=body).json()
+    expected = cost["tokens"] * (4 * MULTIPLIED + 2 * WIDTH * WIDTH) / (FLOPS["float32"] * EFFICIENCY)
+    assert (cost["seconds"], cost["basis"]) == (pytest.approx(expected), "estimated")
+
+
 def test_a_worker_that_is_gone_still_tells(place: Service, model: Path) -> None:
     jobs = place.backend.jobs
     announce(jobs, "old")
@@ -133,21 +143,29 @@ def test_a_finished_job_of_the_model_knows_better(place: Service, model: Path, t
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_the_operations_of_a_token_are_those_that_torch_counts(tmp_path: Path, full: bool) -> None:
+@pytest.mark.parametrize("trained", ["lora", "full", "weights"])
+def test_the_operations_of_a_token_are_those_that_torch_counts(tmp_path: Path, trained: str) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256}
     size = models.size(str(save_tiny_model(tmp_path / "model", **shape)), None)
     assert size is not None
     model: Any = tiny_model(tiny_tokenizer(), **shape)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    if not full:
+    patterns = [f"*.{name}.weight" for name in targets]
+    if trained == "lora":
         model = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
+    if trained == "weights":
+        model.requires_grad_(False)
+        for name in chosen(patterns, dict(model.named_parameters())):
+            model.get_parameter(name).requires_grad_(True)
     tokens = torch.arange(16).reshape(1, 16)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, labels=tokens).loss.backward()
-    adapter = size.lora_parameters(LoraSettings(r=8, targets=targets))
-    expected = size.operations(0 if full else adapter, full=full) * tokens.numel()
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
+    operations = {
+        "lora": size.operations(size.lora_parameters(LoraSettings(r=8, targets=targets))),
+        "full": size.operations(0, full=True),
+        "weights": size.operations(0) + 2 * size.chosen_parameters(patterns),
+    }
+    assert counter.get_total_flops() == pytest.approx(operations[trained] * tokens.numel(), rel=0.1)
 
 
 def test_checkpointing_costs_another_forward_pass(model: Path) -> None:

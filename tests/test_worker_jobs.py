@@ -1179,6 +1179,22 @@ def test_a_weight_that_a_full_fine_tune_does_not_have_is_refused_at_once(place: 
         place.start(of_weights(place, checkpoint.id, projection="none"))
 
 
+def test_tied_weights_go_by_the_name_of_the_first(tmp_path: Path) -> None:
+    place = Workplace.at(tmp_path, model=save_tiny_model(tmp_path / "model", hidden_size=16, tie_word_embeddings=True))
+    checkpoint = fine_tuned(place, epochs=1)
+    asked = of_weights(place, checkpoint.id, weights=["*.embed_tokens.weight"])
+    folder, tokenizer = place.context.checkpoints.weights(checkpoint.id), load_tokenizer(str(place.model))
+    truth = bruteforce.raw_gradients(folder, None, numbered(range(12)), tokenizer, weights=["embed_tokens"])
+    [found] = place.done(asked.model_copy(update={"projection": "none", "dims": [truth.flat.shape[1]]}))["feature_sets"]
+    kept = place.context.checkpoints.moments(checkpoint.id)
+    assert kept is not None
+    np.testing.assert_allclose(
+        place.stored(found["id"]), bruteforce.adam_direction(truth, kept, form="less"), rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(InvalidInput, match=r"no parameter 'lm_head.weight'.*has the name of the first one"):
+        place.start(of_weights(place, checkpoint.id, weights=["lm_head.weight"]))
+
+
 def test_features_of_weights_leave_the_base_model_as_it_was_for_adapters(place: Workplace) -> None:
     asked = gradients(place, kinds=["sgd"], token_budget=128)
     alone = Workplace.at(place.folder / "alone", model=place.model)

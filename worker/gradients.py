@@ -92,6 +92,9 @@ class GradientEngine:
     training is dropped, and nothing else of it changes. Memory beside the training step's: per kind examples × sum of
     `dims` float32 per batch and, for `adam`, two float32 numbers per parameter; the projection's (`worker/projection`).
 
+    Beside these, two or three times the gradients of one weight (`taps.GRADIENT_ELEMENTS`): of one example, where the
+    weight is that large, however many a batch has. What requires no gradient never gets one.
+
     Raises ValueError where `moments` do not fit the parameters, `dims` the projection, or a kind the model.
     """
 

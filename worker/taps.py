@@ -35,7 +35,8 @@ Take = Callable[[str, Tensor, slice], None]
 
 Forward = Callable[..., Any]
 
-GRADIENT_ELEMENTS = 1 << 26  # per-example gradients of one layer at a time: 256 MiB as float32
+GRADIENT_ELEMENTS = 1 << 26
+"""Per-example gradients of one weight at a time, 256 MiB as float32; at least those of one example, however large."""
 
 
 @dataclass
