@@ -492,8 +492,8 @@ def _refusal(detail: str, *, pointer: str) -> InvalidInput:
 
 
 def _computed_rows(job: JobRow, settings: dict[str, Any]) -> float:
-    """Rows that a finished job computed, 0 where its model or projection was another."""
-    like = all(job.plan[key] == settings[key] for key in ("model", "projection"))
+    """Rows that a finished job computed, 0 where its model, weights or projection were others."""
+    like = all(job.plan[key] == settings[key] for key in ("model", "weights", "projection"))
     return float((job.result or {}).get("computed_rows", 0)) if like else 0.0
 
 

@@ -318,6 +318,19 @@ def test_of_more_kinds_only_those_that_are_missing_are_computed(store: Store) ->
     assert len(kinds_of(store, job.id)) == 12
 
 
+def test_a_job_tells_how_fast_others_of_the_same_weights_are(store: Store) -> None:
+    store.pool(1100, name="pool")
+    store.checkpoint(6, method="none", has_moments=False)
+    asked = {"dataset": "pool", "run": None, "checkpoints": ["ck_6"], "kinds": ["sgd"]}
+    store.features.start(request(**asked, weights=["*.q_proj.*", "*.mlp.*"]))
+    store.work(numbers)
+    again, other = (
+        store.features.estimate(request(**asked, dims=[8], weights=weights), tokens_per_row=3, size=None)
+        for weights in (["*.mlp.*", "*.q_proj.*"], ["*.mlp.*"])
+    )
+    assert (again.basis, other.basis) == ("measured", None)
+
+
 def test_rows_of_which_a_part_exists_are_counted_once(store: Store) -> None:
     store.pool(2000, name="pool")
     store.features.start(request(dataset="pool"))
