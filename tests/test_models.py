@@ -257,6 +257,18 @@ def test_cpu_threads_are_the_ones_asked_for_or_all_cores_of_the_process() -> Non
     assert use_cpu_threads(1) == torch.get_num_threads() == 1
 
 
+def test_exact_mode_has_flash_attention_add_in_a_fixed_order(
+    base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "set so that it is put back")
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
+    use_exact_mode(base)
+    assert "FLASH_ATTENTION_DETERMINISTIC" not in os.environ
+    monkeypatch.setattr(base.config, "_attn_implementation_internal", "flash_attention_2")
+    use_exact_mode(base)
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+
+
 def test_exact_mode_keeps_checkpointing_and_nothing_else_of_training(base: PreTrainedModel, tmp_path: Path) -> None:
     use_gradient_checkpointing(base)
     model = load_adapter(base, save_adapter(tmp_path, lora_dropout=0.5)).train()

@@ -166,13 +166,16 @@ def use_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     base.disable_input_require_grads()  # which only reentrant checkpoints need
 
 
-def use_exact_mode(model: torch.nn.Module) -> None:
+def use_exact_mode(model: PreTrainedModel | PeftModel) -> None:
     """Turn dropout off and keep gradient checkpointing on, which transformers ties to training mode.
 
     Only modules that checkpoint are left in training mode, none of their children; a dropout that such a module
-    applies by itself, from a number of its own, is set to zero.
+    applies by itself, from a number of its own, is set to zero. FlashAttention's backward pass adds in a fixed order
+    from now on, in the whole process and unless the environment says otherwise: it gives other bits each time if not.
     """
     model.eval()
+    if uses_flash_attention(model):
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
