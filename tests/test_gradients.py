@@ -46,6 +46,7 @@ from worker.gradients import (
     GradientEngine,
 )
 from worker.models import Quantisation, load_model, use_gradient_checkpointing
+from worker.packing import same_gradient
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -352,6 +353,30 @@ def test_chosen_weights_of_a_model_without_an_adapter_have_their_exact_features(
         wanted = direction(truth.gradients, kind, "less", moments)
         assert relative_error(only(run(engine, rows())), wanted) < 1e-5
         assert (engine.one_at_a_time == []) == together
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_order_of_flattened_tokens_is_tested_by_some_outputs_of_a_weight(
+    in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = base_model("qwen2_moe")
+    if not in_order:
+        for layer in model.model.layers:
+            layer.mlp.shared_expert = Sorted(layer.mlp.shared_expert)
+    choose(model, ["*.shared_expert.*"])
+    compared: list[int] = []
+
+    def spy(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], **settings: Any) -> bool:
+        compared.extend(part.numel() for part in (*first, *second))
+        return same_gradient(first, second, **settings)
+
+    monkeypatch.setattr("worker.gradients.same_gradient", spy)
+    monkeypatch.setattr("worker.taps.COMPARED_OUTPUTS", 3)
+    engine = whole(model)
+    assert relative_error(only(run(engine, rows())), reference(model, rows()).gradients) < 1e-5
+    assert (engine.one_at_a_time == []) == in_order
+    assert 0 < max(compared) <= 3 * 32
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class Sizes(TorchDispatchMode):

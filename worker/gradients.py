@@ -257,17 +257,20 @@ class GradientEngine:
     def _out_of_order(self, rows: Sequence[Encoded], flattened: Mapping[str, Tensor], *, pad_id: int) -> list[str]:
         """Name the parameters whose flattened tokens were no rows in order: tested once, by the first example alone.
 
-        A router that sorts tokens by their expert gives as many as there are, in another order.
+        A router that sorts tokens by their expert gives as many as there are, in another order; of an example alone
+        all of them are its own.
         """
         if self._in_order or len(rows) == 1:
             return []
         inputs = self._inputs(rows[:1], pad_id=pad_id)
-        objective = self._objective(run(self.model, inputs), inputs)
-        alone = torch.autograd.grad(objective, [self.parameters[name] for name in flattened], materialize_grads=True)
+        with tapped(self._sites, inputs.layout, _drop) as alone:
+            self._objective(run(self.model, inputs), inputs).backward()  # type: ignore[no-untyped-call]  # likewise
+        drop_gradients(self.parameters)
         wrong = [
             name
-            for (name, together), gradient in zip(flattened.items(), alone, strict=True)
-            if not same_gradient([together], [gradient.flatten()], dtype=self.model.dtype)
+            for name, together in flattened.items()
+            if name not in alone.flattened
+            or not same_gradient([together], [alone.flattened[name]], dtype=self.model.dtype)
         ]
         self._in_order = not wrong
         return wrong
@@ -420,6 +423,10 @@ class _Batch:
                 GRADIENT_ZERO: peaks == 0,
             }
             found.put(kind, rows, of_kind.by_dim, norms, faults)
+
+
+def _drop(_name: str, _gradients: Tensor, _examples: slice) -> None:
+    """Take in gradients for nothing."""
 
 
 def _hidden_size(model: Model) -> int:

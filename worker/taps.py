@@ -38,6 +38,9 @@ Forward = Callable[..., Any]
 GRADIENT_ELEMENTS = 1 << 26
 """Per-example gradients of one weight at a time, 256 MiB as float32; at least those of one example, however large."""
 
+COMPARED_OUTPUTS = 64
+"""Outputs of a weight by which the order of flattened tokens is tested: all of a large model would be another model."""
+
 
 @dataclass
 class Recorder:
@@ -48,7 +51,8 @@ class Recorder:
     take: Take
     strays: list[str] = field(default_factory=list)
     flattened: dict[str, Tensor] = field(default_factory=dict)
-    """The first example's flat gradient of each weight whose examples were told apart by the order of their tokens."""
+    """Of each weight whose examples were told apart by the order of their tokens, the first example's gradient at some
+    outputs, flat."""
     used: set[str] = field(default_factory=set)
 
     def admit(self, names: Sequence[str], *, fits: bool) -> bool:
@@ -74,7 +78,8 @@ class Recorder:
         (…, out).
         """
         if self.flat(inputs):
-            self.flattened[name] = self.layout.outer(deltas, inputs, slice(0, 1)).flatten()
+            some = deltas[..., :: -(-deltas.shape[-1] // COMPARED_OUTPUTS)]
+            self.flattened[name] = self.layout.outer(some, inputs, slice(0, 1)).flatten()
         for part in slices(self.layout.examples, inputs.shape[-1] * deltas.shape[-1], elements=GRADIENT_ELEMENTS):
             self.take(name, self.layout.outer(deltas, inputs, part).flatten(1), part)
 
