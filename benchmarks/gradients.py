@@ -50,7 +50,10 @@ BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16_384, 32_
 LARGE = 32_768
 """Tokens of a batch on a CPU for those that draw a matrix for each."""
 
-SEARCH_ROWS = {"cpu": 32, "cuda": 512}
+SEARCH_ROWS = {"cpu": 64, "cuda": 512}
+SEARCH_PASSES = {"cpu": 6, "cuda": 3}
+"""Of which the first warms up, and the fastest counts."""
+
 FEWEST = 16
 """Rows of a turn: as many gradients as LESS projects together."""
 
@@ -304,7 +307,7 @@ def _best_budget(contestant: Contestant, rows: Sequence[Encoded], device: torch.
     kind = "cuda" if device.type == "cuda" else "cpu"
     times: dict[int, float] = {}
     total = sum(len(row.input_ids) for row in rows)
-    for _ in range(3):  # the first pass warms up
+    for _ in range(SEARCH_PASSES[kind]):
         for budget in BUDGETS[kind]:
             if budget > 2 * total and times:
                 break  # one batch holds them all already
