@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_heading(options, workload), flush=True)
     field_ = _field(workload, options)
     rate = product_rate(device)
-    _find_budgets(field_, workload)
+    _find_budgets(field_, workload, options.token_budget)
     _find_shares(field_, workload, options.side_seconds)
     for number in range(options.rounds):
         _round(field_, workload, random.Random(number))  # noqa: S311
@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--adapter", choices=["float32", "model"], default="float32", help="type of LoRA's weights")
     parser.add_argument("--attention", choices=["sdpa", "eager", "flash_attention_2"], default="sdpa")
+    parser.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch, instead of the best found")
     parser.add_argument("--only", action="append", metavar="NAME", help="contestants whose name holds this; repeatable")
     parser.add_argument("--side-seconds", type=float, default=8.0, help="of a round, for each of the others")
     parser.add_argument("--fidelity", type=int, default=64, metavar="ROWS", help="rows compared with exact; 0: none")
@@ -187,7 +188,6 @@ def _parser() -> argparse.ArgumentParser:
         "--target-check", action="store_true", help="exit with 1 where a target of the preset is missed"
     )
     parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
-    parser.add_argument("--token-budget", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -283,15 +283,15 @@ def _spread(rows: Sequence[Encoded], stride: int, start: int = 0) -> list[Encode
     return sorted(rows, key=lambda row: len(row.input_ids))[start::stride]
 
 
-def _find_budgets(field_: Sequence[Measured], workload: Workload) -> None:
-    """Give the plain step and the engine each its own best batch; the engine's others and the peers get the same.
+def _find_budgets(field_: Sequence[Measured], workload: Workload, given: int | None) -> None:
+    """Give the plain step and the engine each its own best batch, or the `given` one; the others get the same.
 
     Those that draw a dense matrix for each batch get the default of their own, or a large one.
     """
     kind = "cuda" if workload.device.type == "cuda" else "cpu"
     rows = _spread(workload.rows, max(1, len(workload.rows) // SEARCH_ROWS[kind]))
-    plain = _best_budget(field_[0].contestant, rows, workload.device)
-    ours: int | None = None
+    plain = given or _best_budget(field_[0].contestant, rows, workload.device)
+    ours = given
     for entry in field_:
         if entry.contestant.draws_matrix:
             entry.contestant.token_budget = entry.contestant.default_budget or (LARGE if kind == "cpu" else plain)
