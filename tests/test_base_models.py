@@ -42,7 +42,6 @@ def test_the_size_of_a_model_is_read_from_its_files(folder: Path) -> None:
     assert size.stored_bytes("float32") == 2 * size.stored_bytes("bfloat16") == 4 * size.parameters
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"])
 def test_the_size_of_an_adapter_is_pefts(folder: Path, targets: list[str] | str) -> None:
     lora = LoraSettings.model_validate({"r": 4, "targets": targets})

@@ -15,8 +15,6 @@ from worker.budgets import RANGES, Budgets, Trial, find, search
 from worker.directions import Kind
 from worker.gradients import GradientEngine
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> GradientEngine:

@@ -16,11 +16,7 @@ from service.queue import CeleryQueue
 from tests.services import RedisServer
 from tests.workplace import Workplace, numbered, worker_process
 
-pytestmark = [
-    pytest.mark.services,
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's
-]
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 PATIENCE = 90.0  # seconds
 

@@ -30,8 +30,6 @@ from worker import moments
 from worker.directions import Moments
 from worker.models import load_adapter, load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 LAYERS = 11  # so that layer 10 comes before layer 2 by name, and after it by position
 
 

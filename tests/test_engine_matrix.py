@@ -22,9 +22,6 @@ from worker.directions import Kind
 from worker.gradients import Features, GradientEngine
 from worker.projection import ProjectionName
 
-# peft 0.21 asks transformers 5.23 for an attribute under its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]
 DIMS = [40, 280]  # less and more than most parameters have
 SEED = 5

@@ -142,7 +142,6 @@ def test_a_finished_job_of_the_model_knows_better(place: Service, model: Path, t
     assert training(place, save_numbers(tmp_path / "other"))["basis"] == "estimated"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("trained", ["lora", "full", "weights"])
 def test_the_operations_of_a_token_are_those_that_torch_counts(tmp_path: Path, trained: str) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256}

@@ -256,7 +256,6 @@ def test_the_first_rows_of_each_subtask_are_kept() -> None:
     assert first_rows(CHOICES, None) == CHOICES
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft on transformers 5
 def test_an_adapter_on_the_model_is_measured_with_it() -> None:
     model = tiny_model(TOKENIZER, seed=3)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

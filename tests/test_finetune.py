@@ -26,8 +26,6 @@ from worker.batches import Encoded, encode
 from worker.finetune import CURVE_POINTS, Diverged, Finetuned, draw, finetune, loss_curve
 from worker.models import ModelError, Quantisation, load_adapter, load_model, load_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 ROWS = [Example(id=None, origin="pool", **row) for row in numbered(range(10))]
 ENDLESS = Example(id="endless", origin="pool", prompt="and so on " * 40, completion="The end.")
 LENGTH = 64  # tokens: enough for all rows but the endless one

@@ -37,10 +37,7 @@ from tests.processes import ServiceProcess
 from tests.stores import Store
 from tests.tiny import save_tiny_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's
-]
+pytestmark = pytest.mark.slow
 
 ROWS, GROWN = 40, 44
 ENDLESS = {"id": "endless", "prompt": "and so on " * 80, "completion": "The end."}

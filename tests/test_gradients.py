@@ -48,9 +48,6 @@ from worker.gradients import (
 from worker.models import Quantisation, load_model, use_gradient_checkpointing
 from worker.packing import same_gradient
 
-# peft 0.21 asks transformers 5.23 for an attribute under its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def single(
     model: PeftModel | PreTrainedModel, *, kind: FeatureKind, adam: AdamForm = "less", **settings: Any

@@ -37,9 +37,6 @@ from worker.directions import Kind
 from worker.gradients import LOSS_NOT_FINITE, Features, GradientEngine
 from worker.models import use_gradient_checkpointing
 
-# peft 0.21 asks transformers 5.23 for an attribute under its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]
 SGD = Kind("sgd")
 FLASH = "flash_attention_2"

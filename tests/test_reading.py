@@ -24,8 +24,6 @@ from worker.loop import work_until_left
 from worker.models import load_model
 from worker.reading import Ahead, Check, Rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -33,8 +33,6 @@ from tests.stores import Store
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, worker_process
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 Floats = NDArray[np.float32]
 KINDS: tuple[dict[str, Any], ...] = (
     {"kinds": ["sgd"]}, {"kinds": ["adam"]}, {"kinds": ["adam"], "adam": "exact", "reduction": "sum"},

@@ -39,8 +39,6 @@ from worker.loaded import Base
 from worker.loop import work_until_left
 from worker.models import DTYPES, load_adapter, load_model, load_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 ENDLESS = {"prompt": "and so on " * 40, "completion": "The end."}
 PATIENCE = 60.0  # seconds
 

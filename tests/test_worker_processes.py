@@ -25,8 +25,6 @@ from tests.workplace import Workplace, numbered, worker_process
 from worker.devices import choose_device, threads, workers
 from worker.loaded import Loaded
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 EIGHT = 8
 FORKED = """
 import os, sys
