@@ -1,11 +1,12 @@
-"""The losses' own arithmetic: cross-entropy from logits of any precision, slice by slice, and mean hidden states."""
+"""Arithmetic of losses and layouts: cross-entropy from logits of any precision in slices, and mean hidden states."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from worker.losses import _CrossEntropy, _means
+from worker.layouts import Layout, Packed, Padded
+from worker.losses import _CrossEntropy
 
 ERRORS = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """What writing the gradient in the logits' own precision may change of each number; the losses are always float32."""
@@ -36,13 +37,20 @@ def test_cross_entropy_is_computed_in_float32_whatever_the_logits_are(
     assert torch.allclose(found.double(), gradient, rtol=ERRORS[dtype], atol=1e-7)
 
 
+LENGTHS = (300, 200)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", ERRORS)
-def test_the_mean_of_hidden_states_is_taken_in_float32_over_an_examples_own_tokens(dtype: torch.dtype) -> None:
+def test_the_mean_of_hidden_states_is_taken_in_float32_over_an_examples_own_tokens(
+    dtype: torch.dtype, packed: bool
+) -> None:
     """A sum of 300 numbers near 1 has two digits in bfloat16."""
     states = (1 + torch.rand(2, 300, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
     states[1, 200:] = float("nan")  # of padding
-    found = _means(states, torch.tensor([300, 200]))
+    own = [states[example, :length] for example, length in enumerate(LENGTHS)]
+    layout: Layout = Packed(LENGTHS) if packed else Padded(states.shape[:2], torch.tensor(LENGTHS))
+    found = layout.means(torch.cat(own).unsqueeze(0) if packed else states)
     assert found.dtype == torch.float32
-    for example, length in enumerate((300, 200)):
-        wanted = states[example, :length].double().mean(0)
-        assert torch.allclose(found[example].double(), wanted, rtol=1e-6)
+    for mean, part in zip(found, own, strict=True):
+        assert torch.allclose(mean.double(), part.double().mean(0), rtol=1e-6)
