@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.contestants import Contestant, Ours
 from worker.batches import Encoded
+from worker.layouts import Packed, Padded
 
 FORWARD, BACKWARD, OUTER, MAP, PROJECTION, REST = STAGES = (
     "forward",
@@ -89,12 +90,13 @@ def _profiled(contestant: Contestant, rows: Sequence[Encoded], *, on_gpu: bool) 
 
 @contextmanager
 def _marked(contestant: Ours) -> Iterator[None]:
-    """Mark the stages: the seams of the engine, and the two functions of torch that it calls for a stage alone."""
+    """Mark the stages: the seams of the engine, and the function of torch that it calls for a stage alone."""
     engine: Any = contestant.engine
     seams: list[tuple[Any, str, str]] = [
         (engine.model, "forward", FORWARD),
         (torch.Tensor, "backward", BACKWARD),
-        (torch, "bmm", OUTER),
+        (Padded, "outer", OUTER),
+        (Packed, "outer", OUTER),
         (engine._projection, "add", PROJECTION),
     ]
     if engine.device.type == "cuda" and find_spec("triton"):

@@ -52,7 +52,7 @@ from datastore.settings import Settings
 from datastore.weights import chosen
 
 PROJECTION_VERSION = 1
-"""Version of the projections' random numbers (worker/projection.py): features of two versions are never mixed."""
+"""Version of the projections' random numbers (worker/projection/words.py): features of two versions are never mixed."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
 USUAL_TOKEN_BUDGET = 8192  # tokens of a batch, padding included, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result

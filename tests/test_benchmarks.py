@@ -14,9 +14,10 @@ from benchmarks import peers
 from benchmarks.contestants import Less, Ours, Plain, exact_gradients
 from benchmarks.counting import operations, projection_bytes
 from benchmarks.gradients import DEFAULT, Line, _missed, _spread, main
-from benchmarks.stages import by_operation, shares
+from benchmarks.stages import STAGES, by_operation, shares
 from benchmarks.workload import PRESETS, Workload, draw_lengths, make_workload, read_lengths
 from worker.directions import Kind
+from worker.layouts import Packed, Padded
 
 CPU = torch.device("cpu")
 
@@ -86,14 +87,18 @@ def test_a_plain_step_leaves_no_gradient(workload: Workload) -> None:
     assert all(parameter.grad is None for parameter in workload.model.parameters())
 
 
-def test_the_stages_add_up(workload: Workload) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_stages_add_up(workload: Workload, packing: bool) -> None:
     engine = Ours(workload, Kind("adam"), projection="blocks")
+    engine.engine.packing = packing
     engine.token_budget = 64
-    before = torch.bmm
+    before = torch.Tensor.backward, Padded.outer, Packed.outer
     parts = shares(engine, workload.rows)
+    assert engine.engine.packing == packing
     assert sum(parts.values()) == pytest.approx(1)
+    assert list(parts) == list(STAGES)
     assert min(parts.values()) > 0
-    assert torch.bmm is before
+    assert (torch.Tensor.backward, Padded.outer, Packed.outer) == before
 
 
 def test_every_operation_is_of_some_sort(workload: Workload) -> None:

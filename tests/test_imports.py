@@ -24,7 +24,10 @@ MAY_IMPORT = {
 KNOW_CELERY = {"service/queue.py", "worker/celery_app.py"}
 ENGINE = [
     f"worker.{name}"
-    for name in ("models", "batches", "losses", "taps", "sites", "directions", "projection", "sums", "gradients")
+    for name in (
+        *("models", "batches", "layouts", "losses", "taps", "sites"),
+        *("packing", "directions", "projection", "sums", "gradients"),
+    )
 ]
 NEEDS_TRITON = "worker.kernels"  # imported where there is a GPU
 

@@ -123,9 +123,7 @@ def _best_stops(lengths: Sequence[int], *, token_budget: int, packed: bool) -> l
             most = int(np.searchsorted(ends, ends[start] + token_budget, side="right")) - 1 - start
         else:
             most = token_budget // max(1, lengths[start])
-        sizes = np.arange(
-            max(1, min(count - start, most)), 0, -1
-        )  # largest first, which is taken where prices are equal
+        sizes = np.arange(max(1, min(count - start, most)), 0, -1)  # the largest first: it wins at equal prices
         tokens = ends[start + sizes] - ends[start] if packed else sizes * lengths[start]
         prices = tokens + rest[start + sizes]
         best = int(prices.argmin())

@@ -3,8 +3,8 @@
 * Padding stands on the right, where a causal model's real tokens never look, so there is no attention mask to build.
 * Packed, a batch has no padding at all: the examples follow one another in a single row, and position ids that begin
   anew with each of them tell the model where one ends. Not every model listens (worker/packing.py).
-* Logits are made for supervised positions only, and their cross-entropy keeps two float32 numbers per token beside
-  them, where log-softmax would keep a second copy.
+* Logits are made for supervised positions only, and their cross-entropy keeps nothing beside them, where torch's own
+  would keep a copy in float32.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def run(model: Model, inputs: Inputs, *, hidden: bool = False) -> Outputs:
 def _boundaries(inputs: Inputs, model: Model) -> dict[str, Any]:
     """Say where the examples of a packed batch begin and end; nothing of a padded one.
 
-    Every attention of transformers goes by the position ids. FlashAttention's kernels want the boundaries themselves,
+    Position ids say it where an architecture listens to them. FlashAttention's kernels want the boundaries themselves,
     and would read them off the position ids in each layer anew, waiting for the device.
     """
     layout = inputs.layout

@@ -5,7 +5,7 @@ product gives those of all examples (Goodfellow, 2015, arXiv 1510.01799). That i
 `nn.Linear`, whatever stands around it. `LoraSite` is the same for A and B of an ordinary LoRA, together with the layer
 under it.
 
-What else PEFT trains is used by a module that treats the examples one by one, only not as a linear map: DoRA's
+What else is trained is used by a module that treats the examples one by one, only not as a linear map: DoRA's
 magnitudes, norms, embeddings and LoRA on them, biases of a Conv1D or of a quantised layer. `ModuleSite` runs such a
 module's own forward again on the way back, an example at a time, and asks autograd. That costs one more forward and
 backward pass of this module alone.

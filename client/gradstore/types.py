@@ -539,7 +539,7 @@ class GradientsResult(Body):
     total_excluded: int
     tokens: int
     token_budget: int | None
-    """Padded tokens per batch, asked for or found; null where nothing had to be computed."""
+    """Tokens per batch, padding included, asked for or found; null where nothing had to be computed."""
     seconds: float
 
 
