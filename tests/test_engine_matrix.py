@@ -19,7 +19,8 @@ from tests import bruteforce
 from tests.architectures import ADAPTERS, EXPERTS, PAD, direction, relative_error, rows, trainable, trained
 from worker.batches import IGNORED
 from worker.directions import Kind
-from worker.gradients import Features, GradientEngine
+from worker.features import Features
+from worker.gradients import GradientEngine
 from worker.projection import ProjectionName
 
 KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]

@@ -264,7 +264,7 @@ def test_words_of_a_reason_are_found_in_any_shard_of_a_grown_set(store: FeatureS
 
 
 def test_the_reasons_of_the_gradient_engine_have_codes() -> None:
-    engine = pytest.importorskip("worker.gradients")
+    engine = pytest.importorskip("worker.features")
     own = {engine.LOSS_NOT_FINITE, engine.GRADIENT_NOT_FINITE, engine.GRADIENT_ZERO, engine.NOTHING_SUPERVISED}
     own.add(engine.FEATURE_NOT_FINITE)
     assert own <= {*REASONS.values()}

@@ -37,14 +37,8 @@ from tests.architectures import (
 )
 from worker.batches import IGNORED, Encoded
 from worker.directions import AdamForm, FeatureKind, Kind, Moments
-from worker.gradients import (
-    GRADIENT_NOT_FINITE,
-    GRADIENT_ZERO,
-    LOSS_NOT_FINITE,
-    NOTHING_SUPERVISED,
-    Features,
-    GradientEngine,
-)
+from worker.features import GRADIENT_NOT_FINITE, GRADIENT_ZERO, LOSS_NOT_FINITE, NOTHING_SUPERVISED, Features
+from worker.gradients import GradientEngine
 from worker.models import Quantisation, load_model, use_gradient_checkpointing
 from worker.packing import same_gradient
 

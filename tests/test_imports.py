@@ -26,7 +26,7 @@ ENGINE = [
     f"worker.{name}"
     for name in (
         *("models", "batches", "layouts", "losses", "taps", "sites"),
-        *("packing", "directions", "projection", "sums", "gradients"),
+        *("packing", "directions", "projection", "sums", "features", "gradients"),
     )
 ]
 NEEDS_TRITON = "worker.kernels"  # imported where there is a GPU

@@ -34,7 +34,8 @@ from tests.architectures import (
 )
 from worker.batches import Encoded
 from worker.directions import Kind
-from worker.gradients import LOSS_NOT_FINITE, Features, GradientEngine
+from worker.features import LOSS_NOT_FINITE, Features
+from worker.gradients import GradientEngine
 from worker.models import use_gradient_checkpointing
 
 KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]

@@ -24,56 +24,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from worker import taps
-from worker.batches import IGNORED, Encoded, plan, slices
+from worker.batches import Encoded, plan
 from worker.directions import Kind, Moments, make_direction
+from worker.features import Batch, Features, Found
 from worker.losses import Inputs, Model, Outputs, run
 from worker.models import use_exact_mode, uses_flash_attention
 from worker.packing import packing_fault, same_gradient
 from worker.projection import Projection, ProjectionName, make_projection
 from worker.sites import drop_gradients, find_sites, tapped
-from worker.sums import Sums, Totals, make_sums
+from worker.sums import make_sums
 
 Reduction = Literal["mean", "sum"]
-
-LOSS_NOT_FINITE = "loss is not finite"
-GRADIENT_NOT_FINITE = "gradient is not finite"
-GRADIENT_ZERO = "gradient is zero"
-FEATURE_NOT_FINITE = "feature is not finite"
-NOTHING_SUPERVISED = "no supervised token"
-
-HIDDEN = Kind("hidden")
 
 HALF_LOSS_SCALE = 1024.0  # float16 loses gradients below 6e-8; a power of two changes no digit of the others
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Features:
-    """The features of n examples of one kind, in the order they were given."""
-
-    by_dim: dict[int, NDArray[np.float32]]
-    """(n, dim) for each dim; zeros where there is a reason. Of hidden states the one dim is the hidden size."""
-    norms: NDArray[np.float32]
-    """(n,) length of the gradient after Adam's map or the sign, before the projection, or of the mean hidden state; 0
-    where there is a reason."""
-    reasons: list[str | None]
-    """Why an example has no feature; None where it has one."""
-    losses: NDArray[np.float32]
-    """(n,) mean cross-entropy over the supervised tokens; 0 where it is not finite."""
-    tokens: NDArray[np.int32]
-    """(n,) supervised tokens."""
-    raw_norms: NDArray[np.float32]
-    """(n,) length of the gradient itself, 0 where it is not finite; of hidden states the same as `norms`."""
 
 
 class GradientEngine:
@@ -90,7 +60,8 @@ class GradientEngine:
 
     The model is put in the mode of evaluation (gradient checkpointing stays on where it is on), a `.grad` left from
     training is dropped, and nothing else of it changes. Memory beside the training step's: per kind examples × sum of
-    `dims` float32 per batch and, for `adam`, two float32 numbers per parameter; the projection's (`worker/projection`).
+    `dims` float32, of two batches at a time (the kernel for GPUs adds them up in parts, of 65,536 numbers together for
+    a smaller dim); for each form of `adam` two float32 numbers per parameter; the projection's (`worker/projection`).
 
     Beside these, two or three times the gradients of one weight (`taps.GRADIENT_ELEMENTS`): of one example, where the
     weight is that large, however many a batch has. What requires no gradient never gets one.
@@ -155,7 +126,7 @@ class GradientEngine:
         `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
         """
         dims = self._projection.dims if self._projection else ()
-        found = _Found(
+        found = Found(
             rows, dims={kind: dims if kind.needs_gradient else (self._hidden_size or 0,) for kind in self._kinds}
         )
         todo = [row for row, tokens in enumerate(found.tokens) if tokens]
@@ -169,12 +140,12 @@ class GradientEngine:
 
     def _batches(
         self, rows: Sequence[Encoded], todo: Sequence[int], *, pad_id: int, token_budget: int
-    ) -> Iterator[tuple[_Batch, list[int]]]:
+    ) -> Iterator[tuple[Batch, list[int]]]:
         """Compute batch after batch, and give each out when the next one is on its way.
 
         A GPU works on the next batch while the numbers of the last one are waited for.
         """
-        last: tuple[_Batch, list[int]] | None = None
+        last: tuple[Batch, list[int]] | None = None
         for indices in self._plan(rows, todo, token_budget=token_budget):
             computed = self._compute([rows[index] for index in indices], pad_id=pad_id)
             if last is not None:
@@ -204,8 +175,8 @@ class GradientEngine:
             log.info("rows are padded", extra={"reason": fault})
 
     def _apart(
-        self, rows: Sequence[Encoded], batch: _Batch, indices: list[int], *, pad_id: int
-    ) -> Iterator[tuple[_Batch, list[int]]]:
+        self, rows: Sequence[Encoded], batch: Batch, indices: list[int], *, pad_id: int
+    ) -> Iterator[tuple[Batch, list[int]]]:
         """Give out a batch; a packed one in which something is not finite row by row, each computed alone.
 
         A masked attention weight is zero, and zero times NaN is NaN: a broken row spoils what it is packed with.
@@ -216,7 +187,7 @@ class GradientEngine:
         for index in indices:
             yield self._compute([rows[index]], pad_id=pad_id), [index]
 
-    def _compute(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
+    def _compute(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch:
         """Compute one batch; where its parameters turn out not to be covered by taps, one at a time from now on."""
         if self._projection is None:
             return self._compute_forward(rows, pad_id=pad_id)
@@ -227,13 +198,13 @@ class GradientEngine:
         return self._compute_one_by_one(rows, pad_id=pad_id)
 
     @torch.no_grad()
-    def _compute_forward(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
+    def _compute_forward(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch:
         batch = self._batch(len(rows))
         inputs = self._inputs(rows, pad_id=pad_id)
         batch.take_outputs(run(self.model, inputs, hidden=True), slice(0, len(rows)))
         return batch
 
-    def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch | None:
+    def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch | None:
         inputs = self._inputs(rows, pad_id=pad_id)
         batch = self._batch(len(rows))
         with tapped(self._sites, inputs.layout, batch.take) as recorder:
@@ -275,7 +246,7 @@ class GradientEngine:
         self._in_order = not wrong
         return wrong
 
-    def _compute_one_by_one(self, rows: Sequence[Encoded], *, pad_id: int) -> _Batch:
+    def _compute_one_by_one(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch:
         batch = self._batch(len(rows))
         for position, row in enumerate(rows):
             here = slice(position, position + 1)
@@ -299,130 +270,14 @@ class GradientEngine:
             return Inputs.packed(rows, device=self.device)
         return Inputs.of(rows, pad_id=pad_id, device=self.device)
 
-    def _batch(self, examples: int) -> _Batch:
+    def _batch(self, examples: int) -> Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         sums = None
         if self._projection is not None:
             sums = make_sums(
                 examples, directions=self._directions, projection=self._projection, unscale=1 / self._scale
             )
-        return _Batch(examples, sizes, sums, device=self.device)
-
-
-class _Found:
-    """The features of all rows of a call, filled batch by batch; `dims` are those of each kind."""
-
-    def __init__(self, rows: Sequence[Encoded], *, dims: Mapping[Kind, Sequence[int]]) -> None:
-        count = len(rows)
-        self.tokens = np.array([_supervised_tokens(row) for row in rows], dtype=np.int32)
-        self.losses = np.zeros(count, dtype=np.float32)
-        self.raw_norms = np.zeros(count, dtype=np.float32)
-        self.features = {
-            kind: {dim: np.zeros((count, dim), dtype=np.float32) for dim in own} for kind, own in dims.items()
-        }
-        self.norms = {kind: np.zeros(count, dtype=np.float32) for kind in dims}
-        self.reasons = {kind: [None if tokens else NOTHING_SUPERVISED for tokens in self.tokens] for kind in dims}
-
-    def put(
-        self,
-        kind: Kind,
-        rows: Sequence[int],
-        features: Mapping[int, Tensor],
-        norms: Tensor,
-        faults: Mapping[str, Tensor],
-    ) -> None:
-        """Write features of a batch to its rows; where one of `faults` is true, its name as the reason, and zeros.
-
-        Of several faults the first is named.
-        """
-        faulty = {reason: found.tolist() for reason, found in faults.items()}
-        reasons = [
-            next((reason for reason, found in faulty.items() if found[example]), None) for example in range(len(rows))
-        ]
-        kept = torch.tensor([reason is None for reason in reasons], device=norms.device)
-        for dim, values in features.items():
-            self.features[kind][dim][rows] = torch.where(kept[:, None], values, 0).cpu().numpy()
-        self.norms[kind][rows] = torch.where(kept, norms, 0).cpu().numpy()
-        for row, reason in zip(rows, reasons, strict=True):
-            self.reasons[kind][row] = reason
-
-    def by_kind(self) -> dict[Kind, Features]:
-        """Return what was found, kind by kind."""
-        return {
-            kind: Features(
-                by_dim=by_dim,
-                norms=self.norms[kind],
-                reasons=self.reasons[kind],
-                losses=self.losses,
-                tokens=self.tokens,
-                raw_norms=self.raw_norms if kind.needs_gradient else self.norms[kind],
-            )
-            for kind, by_dim in self.features.items()
-        }
-
-
-class _Batch:
-    """What is known of one batch while its gradients come in, parameter by parameter."""
-
-    def __init__(self, examples: int, sizes: Mapping[str, int], sums: Sums | None, *, device: torch.device) -> None:
-        self.seen: set[str] = set()
-        self._sizes = sizes
-        self._sums = sums
-        self._losses = torch.zeros(examples, device=device)
-        self._hidden: Tensor | None = None
-
-    def take(self, name: str, gradients: Tensor, examples: slice) -> None:
-        """Take in the flat gradients (examples, size) of one parameter; they may be overwritten."""
-        self.seen.add(name)
-        if self._sums is not None:
-            self._sums.take(name, gradients, examples)
-
-    def take_zeros(self, names: set[str]) -> None:
-        """Take in parameters that the loss did not depend on: Adam moves these too."""
-        for name in sorted(names):
-            for examples in slices(len(self._losses), self._sizes[name], elements=taps.GRADIENT_ELEMENTS):
-                zeros = torch.zeros(examples.stop - examples.start, self._sizes[name], device=self._losses.device)
-                self.take(name, zeros, examples)
-
-    def take_outputs(self, outputs: Outputs, examples: slice) -> None:
-        """Take in the losses and hidden states of some of the batch's examples."""
-        self._losses[examples] = outputs.losses.detach()
-        if outputs.hidden is not None:
-            if self._hidden is None:
-                self._hidden = torch.zeros(len(self._losses), outputs.hidden.shape[1], device=self._losses.device)
-            self._hidden[examples] = outputs.hidden
-
-    def finite(self) -> bool:
-        """Whether nothing in it is NaN or infinite."""
-        parts = [self._losses]
-        if self._sums is not None:
-            parts.append(self._sums.totals().peaks)
-        if self._hidden is not None:
-            parts.append(self._hidden)
-        return all(bool(part.isfinite().all()) for part in parts)
-
-    def store(self, found: _Found, rows: Sequence[int]) -> None:
-        """Write the batch to its rows, with a reason and zeros for what is no feature."""
-        found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
-        if self._sums is not None:
-            self._store_gradients(self._sums.totals(), found, rows)
-        if self._hidden is not None:
-            norms = torch.linalg.vector_norm(self._hidden.double(), dim=1).float()
-            faults = {LOSS_NOT_FINITE: ~self._losses.isfinite(), FEATURE_NOT_FINITE: ~norms.isfinite()}
-            found.put(HIDDEN, rows, {self._hidden.shape[1]: self._hidden}, norms, faults)
-
-    def _store_gradients(self, totals: Totals, found: _Found, rows: Sequence[int]) -> None:
-        raw = totals.raw_squares.sqrt().float()
-        found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
-        peaks = totals.peaks
-        for kind, of_kind in totals.by_kind.items():
-            norms = of_kind.squares.sqrt().float()
-            faults = {
-                LOSS_NOT_FINITE: ~self._losses.isfinite(),
-                GRADIENT_NOT_FINITE: ~(peaks.isfinite() & norms.isfinite()),
-                GRADIENT_ZERO: peaks == 0,
-            }
-            found.put(kind, rows, of_kind.by_dim, norms, faults)
+        return Batch(examples, sizes, sums, device=self.device)
 
 
 def _drop(_name: str, _gradients: Tensor, _examples: slice) -> None:
@@ -435,8 +290,3 @@ def _hidden_size(model: Model) -> int:
     if head is None:
         raise ValueError("the model has no output layer, whose input would be its hidden state")
     return int(head.in_features)
-
-
-def _supervised_tokens(row: Encoded) -> int:
-    """Count the tokens that are predicted and supervised; nothing predicts the first one."""
-    return sum(label != IGNORED for label in row.labels[1:])

@@ -64,8 +64,9 @@ from worker.context import Context
 from worker.directions import Kind
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows
 from worker.evaluate import work as passes_over
+from worker.features import Features
 from worker.finetune import draw, finetune
-from worker.gradients import Features, GradientEngine
+from worker.gradients import GradientEngine
 from worker.heartbeat import Heartbeat, Stopped
 from worker.loaded import Base
 from worker.models import ModelError
