@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.workload import Workload
+from benchmarks.workload import Workload, trainable
 from worker.batches import Encoded
 from worker.directions import BETA1, BETA2, EPSILON, Kind
 from worker.gradients import GradientEngine
@@ -160,7 +160,7 @@ class Less(Contestant):
 
 def exact_gradients(workload: Workload, rows: Sequence[Encoded], exact: Exact) -> Iterator[Tensor]:
     """Yield the unprojected gradient of each row, flat float32, by plain autograd one example at a time."""
-    named = {name: parameter for name, parameter in workload.model.named_parameters() if parameter.requires_grad}
+    named = trainable(workload.model)
     direction = _direction(workload, list(named), exact)
     for row in rows:
         gradients = torch.autograd.grad(losses(workload, [row]).sum(), list(named.values()))

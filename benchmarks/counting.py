@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.workload import Workload
+from benchmarks.workload import Workload, trainable
 
 FLOAT32 = 4  # bytes
 
@@ -52,7 +52,7 @@ def projection_bytes(projection: str, workload: Workload) -> float:
     as many outputs, once each however often it passes over them: 2 an input; and the chosen outputs are read, written
     and read, and the sums read and written: 5 a dimension of each parameter.
     """
-    sizes = [parameter.numel() for parameter in workload.model.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in trainable(workload.model).values()]
     if projection == "fft":
         return float(FLOAT32 * sum(_fft_numbers(size, workload.dims) for size in sizes))
     each = {"blocks": 3, "sjlt": 5 if workload.device.type == "cpu" else 7, "rademacher": 1, "none": 3}[projection]

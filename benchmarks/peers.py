@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.contestants import Contestant, losses
-from benchmarks.workload import Workload
+from benchmarks.workload import Workload, trainable
 from worker.batches import Encoded
 
 BERGSON_TOKENS = 2048
@@ -152,7 +152,7 @@ class DattriLlm(Contestant):
 
 def _optimizer(workload: Workload) -> torch.optim.Optimizer:
     """Return the optimizer that the moments are those of."""
-    named = {name: parameter for name, parameter in workload.model.named_parameters() if parameter.requires_grad}
+    named = trainable(workload.model)
     optimizer = torch.optim.AdamW(named.values(), weight_decay=0.0)
     moments = workload.moments
     for name, parameter in named.items():

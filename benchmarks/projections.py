@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.workload import PRESETS, TOPICS, Preset, Workload, draw_lengths, make_workload
+from benchmarks.workload import PRESETS, TOPICS, Preset, Workload, draw_lengths, make_workload, trainable
 from worker.batches import Encoded
 from worker.directions import Kind
 from worker.gradients import GradientEngine
@@ -123,7 +123,7 @@ def make_gradients(preset: Preset, *, pool: int, each: int, device: torch.device
     """Compute the gradients of `pool` rows and of `each` rows of every topic, at a checkpoint of a few Adam steps."""
     lengths = draw_lengths(preset, examples=pool + TOPICS * each)
     workload = make_workload(preset, device=device, lengths=lengths)
-    shapes = [(name, p.shape) for name, p in workload.model.named_parameters() if p.requires_grad]
+    shapes = [(name, parameter.shape) for name, parameter in trainable(workload.model).items()]
     adam, sgd = _flat(workload, workload.rows[:pool], Kind("adam")), _flat(workload, workload.rows[pool:], Kind("sgd"))
     return Gradients(adam, sgd.roll(pool % TOPICS, 0), shapes)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.batches import IGNORED, Encoded, collate, plan
@@ -116,7 +116,7 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Trainable numbers."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in trainable(self.model).values())
 
     @property
     def mean_tokens(self) -> float:
@@ -129,6 +129,11 @@ class Workload:
 
     def batches(self, rows: Sequence[Encoded], token_budget: int) -> Iterator[list[int]]:
         yield from plan([len(row.input_ids) for row in rows], token_budget=token_budget)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def make_workload(
@@ -228,7 +233,7 @@ def _make_rows(lengths: Sequence[int], vocabulary: int, generator: torch.Generat
 
 def _train(workload: Workload, rows: Sequence[Encoded]) -> Moments:
     """Train the adapter a few steps, and return Adam's moments."""
-    named = {name: parameter for name, parameter in workload.model.named_parameters() if parameter.requires_grad}
+    named = trainable(workload.model)
     optimizer = torch.optim.AdamW(named.values(), lr=LEARNING_RATE, weight_decay=0.0)
     for start in range(0, len(rows), TRAINING_ROWS):
         input_ids, labels = workload.inputs(rows[start : start + TRAINING_ROWS])
@@ -245,7 +250,7 @@ def _train(workload: Workload, rows: Sequence[Encoded]) -> Moments:
 
 def _draw_moments(model: PeftModel, seed: int) -> Moments:
     """Draw the adapter, whose B would be zero, and moments of about a gradient's size."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = trainable(model)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in named.values():
