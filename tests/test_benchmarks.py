@@ -13,7 +13,8 @@ import torch
 from benchmarks import peers
 from benchmarks.contestants import Less, Ours, Plain, exact_gradients
 from benchmarks.counting import operations, projection_bytes
-from benchmarks.gradients import DEFAULT, Line, _missed, _spread, main
+from benchmarks.gradients import _spread, main
+from benchmarks.results import DEFAULT, Line, missed_targets
 from benchmarks.stages import STAGES, by_operation, shares
 from benchmarks.workload import PRESETS, Workload, draw_lengths, make_workload, read_lengths
 from worker.directions import Kind
@@ -171,7 +172,7 @@ def _line(name: str, ratio: float, share: float = 0.7, rate: float = 50) -> Line
     [(0.98, 0.04, []), (0.96, 0.04, ["plain"]), (0.98, 0.06, ["LESS's loop"]), (0.5, 0.05, ["plain", "LESS's loop"])],
 )
 def test_a_missed_ratio_is_named(ours: float, less: float, faults: list[str]) -> None:
-    missed = _missed("256x6", [_line("plain", 1), _line(DEFAULT, ours), _line("LESS's loop", less)])
+    missed = missed_targets("256x6", [_line("plain", 1), _line(DEFAULT, ours), _line("LESS's loop", less)])
     assert len(missed) == len(faults)
     assert all(f"times {name}, not" in fault for name, fault in zip(faults, missed, strict=True))
 
@@ -179,7 +180,7 @@ def test_a_missed_ratio_is_named(ours: float, less: float, faults: list[str]) ->
 @pytest.mark.parametrize(("share", "rate", "missed"), [(0.6, 45, 0), (0.59, 45, 1), (0.6, 44, 1), (0.5, 40, 2)])
 def test_a_missed_rate_is_named(share: float, rate: float, missed: int) -> None:
     lines = [_line("plain", 1, share), _line(DEFAULT, 0.99, share, rate)]
-    assert len(_missed("llama-2-7b", lines)) == missed
+    assert len(missed_targets("llama-2-7b", lines)) == missed
 
 
 @pytest.mark.parametrize(
