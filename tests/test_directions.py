@@ -1,7 +1,4 @@
-"""What is made of a gradient before it is projected, number by number against the formulas in float64.
-
-Which moments are refused is in tests/test_gradients.py.
-"""
+"""What is made of a gradient before it is projected, number by number against the formulas in float64."""
 
 from __future__ import annotations
 
@@ -43,3 +40,24 @@ def test_adams_step_has_its_epsilon_and_its_corrections_where_the_form_says(form
 def test_signs_are_minus_one_zero_and_one() -> None:
     sign = make_direction(Kind("sign"), moments=None, parameters={}, device=CPU)
     assert sign(["a"], torch.tensor([[-1e-30, -0.0, 0.0, 1e-30]])).tolist() == [[-1, 0, 0, 1]]
+
+
+PARAMETERS = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+FITTING = {name: torch.full_like(parameter, 0.5) for name, parameter in PARAMETERS.items()}
+LACKING = {"b": FITTING["b"]}
+REFUSED: dict[str, tuple[Moments | None, str]] = {
+    "none": (None, "needs Adam's moments"),
+    "missing": (Moments(LACKING, FITTING, 1), r"exp_avg\) lack the trainable parameter 'a'"),
+    "extra": (Moments(FITTING, FITTING | {"c": torch.zeros(1)}, 1), r"exp_avg_sq\) name what is no trainable .*: 'c'"),
+    "shape": (Moments(FITTING | {"a": torch.zeros(3, 2)}, FITTING, 1), "the moments belong to another adapter"),
+    "nan": (Moments(FITTING | {"a": FITTING["a"] * float("nan")}, FITTING, 1), "not finite"),
+    "negative": (Moments(FITTING, FITTING | {"a": FITTING["a"] - 1}, 1), "negative"),
+    "step": (Moments(FITTING, FITTING, -1), "step is -1"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_moments_that_do_not_fit_are_refused(fault: str) -> None:
+    moments, message = REFUSED[fault]
+    with pytest.raises(ValueError, match=message):
+        make_direction(Kind("adam"), moments=moments, parameters=PARAMETERS, device=CPU)

@@ -7,7 +7,6 @@ matrix made number by number from its documentation (tests/bruteforce.py) times 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -17,13 +16,13 @@ from numpy.typing import NDArray
 
 from tests import bruteforce
 from tests.architectures import ADAPTERS, EXPERTS, PAD, direction, relative_error, rows, trainable, trained
+from tests.engines import KINDS, only, settled
 from worker.batches import IGNORED
 from worker.directions import Kind
 from worker.features import Features
 from worker.gradients import GradientEngine
 from worker.projection import ProjectionName
 
-KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]
 DIMS = [40, 280]  # less and more than most parameters have
 SEED = 5
 
@@ -60,11 +59,6 @@ def matrix(name: str, projection: str, dim: int) -> NDArray[np.float64]:
     return bruteforce.matrix(projection, dim, SEED, sizes)
 
 
-def only(by_dim: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float32]:
-    (array,) = by_dim.values()
-    return array
-
-
 @everything
 def test_without_a_projection_a_feature_is_made_of_the_float64_gradient_of_its_example_alone(
     name: str, precision: str
@@ -81,11 +75,9 @@ def test_without_a_projection_a_feature_is_made_of_the_float64_gradient_of_its_e
             wanted, raw = truth.hidden, truth.hidden
         else:
             wanted, raw = direction(truth.gradients, kind.name, kind.adam, moments), truth.gradients
-        got = torch.tensor(only(features.by_dim)).double()
-        if kind.name == "sign":  # where a number is zero but for rounding, its sign is anyone's
-            decided = raw.abs() > error / 5 * raw.abs().amax(1, keepdim=True)
-            assert decided.double().mean() > 0.1
-            wanted = wanted.where(decided, got)
+        got = torch.tensor(only(features)).double()
+        if kind.name == "sign":
+            wanted = settled(wanted, got, raw, error=error / 5)
         assert relative_error(got, wanted) < error, kind
         np.testing.assert_allclose(features.norms, wanted.norm(dim=1), rtol=error)
         np.testing.assert_allclose(features.raw_norms, raw.norm(dim=1), rtol=error)
@@ -101,9 +93,9 @@ def test_with_a_projection_a_feature_is_its_documented_matrix_times_the_one_with
         np.testing.assert_allclose(features.norms, plain[kind].norms, rtol=1e-6)
         np.testing.assert_allclose(features.raw_norms, plain[kind].raw_norms, rtol=1e-6)
         if kind.name == "hidden":
-            np.testing.assert_array_equal(only(features.by_dim), only(plain[kind].by_dim))
+            np.testing.assert_array_equal(only(features), only(plain[kind]))
             continue
         assert list(features.by_dim) == DIMS
         for dim, got in features.by_dim.items():
-            wanted = only(plain[kind].by_dim).astype(np.float64) @ matrix(name, projection, dim)
+            wanted = only(plain[kind]).astype(np.float64) @ matrix(name, projection, dim)
             assert relative_error(got, wanted) < 1e-5, (kind, dim)

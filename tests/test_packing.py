@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from tests.architectures import (
     ADAPTERS,
     BROKEN_TOKEN,
     EXPERTS,
-    PAD,
     adapt,
     base_model,
     direction,
@@ -32,14 +30,13 @@ from tests.architectures import (
     rows,
     trained,
 )
+from tests.engines import KINDS, SGD, breakable, features, only, settled, whole
 from worker.batches import Encoded
 from worker.directions import Kind
-from worker.features import LOSS_NOT_FINITE, Features
+from worker.features import LOSS_NOT_FINITE
 from worker.gradients import GradientEngine
 from worker.models import use_gradient_checkpointing
 
-KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]
-SGD = Kind("sgd")
 FLASH = "flash_attention_2"
 NO_SDPA = ("gemma2", "sdpa")  # which cannot cap its scores
 
@@ -129,19 +126,9 @@ def using(attention: str, name: str) -> PeftModel:
     return model
 
 
-def features(engine: GradientEngine, examples: Sequence[Encoded], *, token_budget: int = 80) -> dict[Kind, Features]:
-    return engine.features(examples, pad_id=PAD, token_budget=token_budget)
-
-
 def made(model: PeftModel | PreTrainedModel, *kinds: Kind, **settings: Any) -> GradientEngine:
     """An engine that does not project, and packs unless told otherwise."""
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return GradientEngine(model, kinds=kinds or [SGD], projection="none", dims=[count], **{"packing": True} | settings)
-
-
-def only(found: Features) -> Any:
-    (array,) = found.by_dim.values()
-    return array
+    return whole(model, *kinds, **{"packing": True} | settings)
 
 
 # Correctness ----------------------------------------------------------------------------------------------------------
@@ -166,9 +153,8 @@ def test_packed_features_are_those_of_each_row_alone_and_of_padded_batches(
         gradients = kind.name != "hidden"
         wanted = direction(truth.gradients, kind.name, kind.adam, moments) if gradients else truth.hidden
         got, in_rows = (torch.tensor(only(some)).double() for some in (packed, padded[kind]))
-        if kind.name == "sign":  # where a number is zero but for rounding, its sign is anyone's
-            decided = truth.gradients.abs() > 1e-5 * truth.gradients.abs().amax(1, keepdim=True)
-            got, in_rows = (signs.where(decided, wanted) for signs in (got, in_rows))
+        if kind.name == "sign":
+            got, in_rows = (settled(signs, wanted, truth.gradients, error=1e-5) for signs in (got, in_rows))
         assert relative_error(got, wanted) < 1e-5, kind
         assert relative_error(got, in_rows) < 1e-5, kind
         np.testing.assert_allclose(packed.losses, truth.losses, rtol=1e-5)
@@ -382,8 +368,7 @@ def test_a_row_that_is_not_finite_spoils_none_that_it_is_packed_with(
     model = adapt(base_model("llama"))
     model.config._attn_implementation = attention
     broken = {1, 4}
-    examples = [Encoded((BROKEN_TOKEN, *row.input_ids[1:]), row.labels) if n in broken else row
-                for n, row in enumerate(rows())]  # fmt: skip
+    examples = breakable(rows(), broken)
     engine = made(model, *kinds)
     healthy = features(engine, examples, token_budget=10_000)
     with torch.no_grad():
