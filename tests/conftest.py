@@ -11,8 +11,9 @@ import pytest
 from tests.hub import Hub
 from tests.services import PostgresServer, RedisServer
 from tests.serving import service, shared_service
+from tests.stores import store
 
-__all__ = ["service", "shared_service"]
+__all__ = ["service", "shared_service", "store"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradstore.types import Checkpoint, Dataset, Task
+import pytest
+from gradstore.types import Checkpoint, Dataset, GradientsRequest, Task
 from numpy.typing import NDArray
 
 from datastore.catalog import Catalog, utc_now
@@ -21,6 +22,8 @@ from datastore.store import OpenStore, open_store
 
 Numbers = Callable[[str, int, int, int], NDArray[np.float32]]
 """(checkpoint, first row, last row, dim) → features (n, dim)."""
+
+DIM = 16
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,42 @@ def block_of(features: NDArray[np.float32]) -> Block:
         tokens=np.ones(rows, np.int32),
         reasons=[None if row.any() else "the gradient is zero" for row in features],
     )
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store with a run of two checkpoints, on each of the catalogs."""
+    catalog = "" if request.param == "sqlite" else request.getfixturevalue("postgres_server").database()
+    store = Store.at(tmp_path / "store", catalog=catalog)
+    for number in range(2):
+        store.checkpoint(number)
+    store.catalog.add_run(id="run_1", checkpoints=["ck_0", "ck_1"], name="warm-up")
+    yield store
+    store.catalog.close()
+
+
+def numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+    """Features that depend on the row and the checkpoint only."""
+    rows = [np.random.default_rng([row, int(checkpoint[-1]), dim]).normal(size=dim) for row in range(start, stop)]
+    return np.array(rows, np.float32)
+
+
+def task_numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+    return numbers(checkpoint, start + 1_000_000, stop + 1_000_000, dim)
+
+
+def request(**changes: object) -> GradientsRequest:
+    """A request for features of the run."""
+    return GradientsRequest.model_validate({"run": "warm-up", "dims": [DIM], **changes})
+
+
+def with_config(store: Store, folder: Path, text: str = '{"hidden_size": 24}') -> None:
+    """A run of a model whose config.json is on this machine."""
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    for number in (5, 6):
+        store.checkpoint(number, model=str(folder))
+    store.catalog.add_run(id="run_2", checkpoints=["ck_5", "ck_6"], name="local")
 
 
 def _row(number: int) -> dict[str, Any]:
