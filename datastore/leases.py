@@ -119,7 +119,7 @@ class Jobs:
         uses: Iterable[str] = (),
         before: Callable[[Session, JobRow], Sequence[NewShard]] | None = None,
     ) -> tuple[AnyJob, bool]:
-        """Start a job, or return the one that has this id; one that failed or was cancelled goes on.
+        """Start a job, or return the one that has this id; one that failed or was cancelled goes on, as is asked now.
 
         `before` is called in the same transaction, with the new job: it writes further records, completes the job's
         plan, and returns further shards. Returns the job and whether it has work to do now. Raises `NotFound` where one
@@ -128,7 +128,7 @@ class Jobs:
         with self.catalog.transaction() as session:
             job = session.get(JobRow, id)
             if job is not None:
-                return self._again(session, job, name)
+                return self._again(session, job, name, request=request, plan=plan)
             job = JobRow(
                 id=id, kind=kind, name=None, status="queued", request=request, plan=plan, done=0, total=0,
                 unit=UNITS[kind], created_at=utc_now(), resumed_done=0,
@@ -463,12 +463,16 @@ class Jobs:
     def _at_work(self, session: Session) -> ColumnElement[bool]:
         return WorkerRow.gone.is_(False) & (WorkerRow.seen_at > self._time(session) - WORKER_LIFETIME)
 
-    def _again(self, session: Session, job: JobRow, name: str | None) -> tuple[AnyJob, bool]:
+    def _again(
+        self, session: Session, job: JobRow, name: str | None, *, request: dict[str, Any], plan: dict[str, Any]
+    ) -> tuple[AnyJob, bool]:
         if name is not None:
             if job.name not in (None, name):
                 raise Conflict(f"the same request is called {job.name!r} already ({job.id}): leave the name out")
             _take_job_name(session, job, name)
         if job.status in {"failed", "cancelled"}:
+            if request != job.request:  # what changes no result, smaller batches say, may be what it failed for
+                job.request, job.plan = request, {**job.plan, **plan}
             self._resume(session, job)
             return _describe(job), True
         return _describe(job), False

@@ -379,6 +379,26 @@ def test_asking_again_for_a_failed_job_goes_on_with_it(jobs: Jobs) -> None:
     assert (job.status, started) == ("queued", True)
 
 
+def test_a_failed_job_goes_on_as_it_is_asked_for_now_and_keeps_what_was_settled_where_nothing_is_new(
+    jobs: Jobs,
+) -> None:
+    def ask(**request: object) -> AnyJob:
+        plan = {"batch": request.get("batch"), "kept": "kept"}
+        return jobs.create(id="ft_1", kind="finetune", request=request, plan=plan, shards=[NewShard({}, 10)])[0]
+
+    ask()
+    held = claim(jobs)
+    jobs.settle(held, "batch", 64)
+    jobs.fail(held, PROBLEM, permanent=True)
+    ask()
+    held = claim(jobs)
+    assert held.plan == {"batch": 64, "kept": "kept"}
+    assert ask(batch=8).request.model_dump() == {}, "a job at work is what it was"
+    jobs.fail(held, PROBLEM, permanent=True)
+    assert ask(batch=8).request.model_dump() == {"batch": 8}
+    assert claim(jobs).plan == {"batch": 8, "kept": "kept"}
+
+
 def test_a_cancelled_job_stops_at_the_next_heartbeat(jobs: Jobs) -> None:
     start(jobs, shards=2)
     held = claim(jobs)

@@ -365,6 +365,18 @@ def test_what_this_machine_cannot_do_fails_its_job_with_the_reason(
     assert message in error.detail
 
 
+def test_a_failed_job_that_is_asked_for_otherwise_is_done_so(place: Workplace) -> None:
+    request = gradients(place, 2, attention="flash_attention_2", token_budget=10**6)
+    job = place.start(request)
+    assert place.work() == ["failed"]
+    again = place.start(request.model_copy(update={"attention": "sdpa", "token_budget": 64}))
+    assert again.id == job.id
+    assert place.work() == ["succeeded"]
+    result = place.job(job.id).result
+    assert result is not None
+    assert result.model_dump()["token_budget"] == 64
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize(("quantisation", "least"), [("int8", 0.9), ("nf4", 0.5)])
 def test_a_quantised_base_gives_nearly_the_features_of_the_whole_one(
