@@ -316,6 +316,8 @@ class Features:
         if request.run is not None:
             return self.catalog.run(request.run).checkpoints
         found = [self.catalog.checkpoint(reference) for reference in request.checkpoints or []]
+        if len({checkpoint.id for checkpoint in found}) < len(found):
+            raise _refusal("a checkpoint is named twice", pointer="/checkpoints")
         if len({(checkpoint.model, checkpoint.revision) for checkpoint in found}) > 1:
             raise InvalidInput("the checkpoints have different base models: send one request for each model")
         return found

@@ -321,6 +321,14 @@ def test_gradients_are_named_listed_and_estimated(service: Service) -> None:
     problem_of(service.http.delete(f"/checkpoints/{checkpoint}"), 409)
 
 
+def test_a_checkpoint_is_gone_through_once(service: Service) -> None:
+    service.pool(name="pool")
+    checkpoint = service.checkpoint(name="mine")["id"]
+    body = {"dataset": "pool", "checkpoints": ["mine", checkpoint], "kinds": ["sgd"]}
+    problem = problem_of(service.http.post("/gradients", json=body), 422)
+    assert [item.pointer for item in problem.errors] == ["/checkpoints"]
+
+
 def test_adam_asks_for_moments(service: Service) -> None:
     service.pool(name="pool")
     body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kinds": ["adam"]}
