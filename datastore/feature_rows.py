@@ -19,7 +19,7 @@ _MEASURED = ("norm", "raw_norm", "loss")
 
 def page(view: Rows, start: int, stop: int) -> list[FeatureRow]:
     """Rows `start:stop`, as far as there are any. Raises `Damaged`."""
-    part = table(view).slice(start, stop - start)
+    part = table(view).slice(min(start, view.rows), stop - start)  # pyarrow knows no number beyond 64 bits
     return [FeatureRow.model_validate(row) for row in part.to_pylist()]
 
 
