@@ -439,7 +439,7 @@ class GradientsRequest(Request):
     """How the base model computes attention; by default as transformers chooses, `sdpa` where the model has it. With
     `flash_attention_2` rows share a batch without padding."""
     gradient_checkpointing: bool = False
-    token_budget: int | None = Field(None, ge=1)
+    token_budget: int | None = Field(None, ge=1, le=1 << 30)
     """Tokens per batch, padding included. Left out, the job's first worker finds what its device does best; either way
     it is recorded, since it fixes the batch plan."""
     name: Name | None = None
