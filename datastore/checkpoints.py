@@ -56,6 +56,7 @@ UNFINISHED_LIFETIME = 86400.0  # seconds
 _MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 _SET_VALUED = ("target_modules", "modules_to_save", "exclude_modules")
 _ADAPTER_NAME = re.compile(r"\.default(?=\.|$)")
+_TOKENS = ".trainable_tokens_delta"
 _LORA = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?=\.|$)")
 
 
@@ -252,17 +253,19 @@ def file_key(parameter: str) -> str:
     key = parameter.replace(".modules_to_save.default.", ".")
     if key.endswith(".lora_magnitude_vector.default.weight"):
         return key.removesuffix(".default.weight")
-    return _ADAPTER_NAME.sub("", key) if ".lora_" in key else key
+    return _ADAPTER_NAME.sub("", key) if _of_adapter(key) else key
 
 
 def parameter_name(key: str) -> str:
-    """The name in `PeftModel.named_parameters()` of a LoRA tensor of an adapter's file.
+    """The name in `PeftModel.named_parameters()` of a LoRA tensor of an adapter's file, or of trained tokens.
 
     >>> parameter_name("base_model.model.q_proj.lora_A.weight")
     'base_model.model.q_proj.lora_A.default.weight'
     """
     if key.endswith(".lora_magnitude_vector"):
         return f"{key}.default.weight"
+    if key.endswith(_TOKENS):
+        return f"{key}.default"
     return _LORA.sub(r".\1.default", key)
 
 
@@ -273,8 +276,14 @@ def trainable(header: Header, config: Mapping[str, Any]) -> set[str]:
     return {
         key
         for key in header.tensors
-        if ".lora_" in key or (biases and key.endswith(".bias")) or any(f".{module}." in key for module in saved)
+        # PEFT saves the modules whose path ends so: `norm` means every `input_layernorm`, too
+        if _of_adapter(key) or (biases and key.endswith(".bias")) or any(f"{module}." in key for module in saved)
     }
+
+
+def _of_adapter(key: str) -> bool:
+    """Whether a tensor is not one of the base model's own."""
+    return ".lora_" in key or _TOKENS in key
 
 
 def link(source: Path, target: Path) -> None:

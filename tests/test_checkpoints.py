@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from datastore.checkpoints import Checkpoints, base_model, file_key, parameter_name, run_id
+from datastore.checkpoints import MOMENTS, Checkpoints, base_model, file_key, parameter_name, run_id
 from datastore.errors import InvalidCheckpoint, NotFound
 from datastore.tensors import STEP, check_finite, read_header
 from tests.tiny import save_tiny_model
@@ -102,6 +102,25 @@ def test_an_adapter_folder_is_taken_in_and_loads(checkpoints: Checkpoints, adapt
     assert found.model == str(model)
     assert found.parameters == sum(value.numel() for value in before.values())
     assert (found.name, found.method, found.learning_rate) == ("mine", "lora", 1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"trainable_token_indices": [5, 9]}, {"modules_to_save": ["norm"]}, {"use_dora": True, "bias": "all"}],
+    ids=["tokens", "all norms", "magnitudes and biases"],
+)
+def test_all_that_an_adapter_trains_is_counted_and_has_moments(
+    checkpoints: Checkpoints, model: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapted = get_peft_model(
+        load_model(str(model)), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    )
+    assert isinstance(adapted, PeftModel)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    moments.write(tmp_path / "adapter" / MOMENTS, random_moments(adapted))
+    found = checkpoints.register(tmp_path / "adapter")
+    assert found.has_moments
+    assert found.parameters == sum(value.numel() for value in adapted.parameters() if value.requires_grad)
 
 
 def test_an_adapter_without_an_optimizer_has_no_moments_and_says_why(checkpoints: Checkpoints, adapter: Path) -> None:
@@ -189,8 +208,11 @@ def test_a_deleted_checkpoint_is_gone(checkpoints: Checkpoints, adapter: Path) -
         checkpoints.weights("../checkpoints")
 
 
+TOKENS = "a.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
 def test_parameters_and_files_have_names_for_each_other() -> None:
-    for key in ("a.q_proj.lora_A.weight", "a.lora_embedding_B", "a.q_proj.lora_magnitude_vector"):
+    for key in ("a.q_proj.lora_A.weight", "a.lora_embedding_B", "a.q_proj.lora_magnitude_vector", TOKENS):
         assert file_key(parameter_name(key)) == key
     assert file_key("a.default_head.lora_B.default.weight") == "a.default_head.lora_B.weight"
     assert file_key("a.head.modules_to_save.default.weight") == "a.head.weight"
