@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import KasaConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -175,8 +176,17 @@ def test_an_adapter_comes_back_trainable_and_with_its_own_numbers(
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
-    ids=["plain", "trained biases", "dora", "modules_to_save", "pissa"],
+    [
+        {},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},
+        {"kasa_config": KasaConfig()},
+        {"layer_replication": [[0, 2], [1, 2]], "bias": "all"},
+        {"trainable_token_indices": [5, 9]},
+    ],
+    ids=["plain", "trained biases", "dora", "modules_to_save", "pissa", "kasa", "replicated layers", "tokens"],
 )
 def test_adapters_take_turns_on_one_base_model(tmp_path: Path, base: PreTrainedModel, settings: dict[str, Any]) -> None:
     first, second = (save_adapter(tmp_path / str(seed), seed=seed, **settings) for seed in (1, 2))
@@ -187,6 +197,15 @@ def test_adapters_take_turns_on_one_base_model(tmp_path: Path, base: PreTrainedM
     assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
     assert not any(parameter.requires_grad for parameter in base.parameters())
     assert torch.equal(logits(load_adapter(base, second)), alone)
+
+
+OTHER_CONFIGS: dict[str, dict[str, Any]] = {
+    "modules of two sorts": {"target_modules": ["q_proj", "norm"]},
+    "no such modules": {"target_modules": ["query_key_value"]},
+    "another kind": {"peft_type": "IA3"},
+    "another task": {"task_type": "SEQ_CLS"},
+    "a random beginning": {"init_lora_weights": "pissa_niter_4"},
+}
 
 
 def broken_adapter(fault: str, folder: Path) -> None:
@@ -203,12 +222,8 @@ def broken_adapter(fault: str, folder: Path) -> None:
     save_adapter(folder)
     if fault == "a missing weight":
         change_weights(folder, **{name: None})
-    elif fault == "no such modules":
-        change_config(folder, target_modules=["query_key_value"])
-    elif fault == "another kind":
-        change_config(folder, peft_type="IA3")
-    elif fault == "another task":
-        change_config(folder, task_type="SEQ_CLS")
+    elif fault in OTHER_CONFIGS:
+        change_config(folder, **OTHER_CONFIGS[fault])
     elif fault == "pickled":
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     elif fault == "torn":
@@ -228,6 +243,8 @@ def broken_adapter(fault: str, folder: Path) -> None:
         ("resized embeddings", r"does not fit its base model: size mismatch"),
         ("a missing weight", r"lacks weights that its configuration promises: .*lora_A"),
         ("no such modules", r"does not fit its base model: .*query_key_value"),
+        ("modules of two sorts", r"does not fit its base model: .*RMSNorm"),
+        ("a random beginning", "cannot be made again: convert it"),
         ("another kind", "only LORA adapters"),
         ("another task", "it must be CAUSAL_LM"),
         ("pickled", r"adapter_model.safetensors is missing; adapter_model.bin could run code"),
@@ -244,6 +261,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_base_model_alone
     with pytest.raises(ModelError, match=reason):
         load_adapter(base, tmp_path / "broken")
     assert torch.equal(logits(base), plain)
+    assert not any(parameter.requires_grad for parameter in base.parameters())
     good = save_adapter(tmp_path / "good")
     wanted = logits(load_adapter(load_model(base.name_or_path), good))
     assert torch.equal(logits(load_adapter(base, good)), wanted)

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -43,8 +44,38 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of LoRA that subtract the adapter from the base weights."""
 
-# base weights that an adapter came with (trained biases, saved embeddings), as they were before it
-_overwritten: WeakKeyDictionary[PreTrainedModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Before:
+    """A base model as it was before an adapter was put on it."""
+
+    weights: dict[str, torch.Tensor]
+    """Those of its weights that the adapter changes."""
+    children: dict[str, dict[str, torch.nn.Module | None]]
+    """The modules of each of its modules, by path; the model itself is none of them, and can be let go of."""
+    layers: int | None
+    """What its configuration says."""
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, folder: Path, config: LoraConfig) -> _Before:
+        """Remember the model before the adapter in `folder` is put on it."""
+        children = {path: dict(module._modules) for path, module in base.named_modules()}
+        return cls(_weights_at_risk(base, folder, config), children, getattr(base.config, "num_hidden_layers", None))
+
+    def restore(self, base: PreTrainedModel) -> None:
+        """Make the model what it was: PEFT leaves replicated layers, and what it had put on when it failed."""
+        for path, children in self.children.items():  # from the top down
+            modules = base.get_submodule(path)._modules
+            modules.clear()
+            modules.update(children)
+        if self.layers is not None:
+            base.config.num_hidden_layers = self.layers
+        vars(base).pop("peft_config", None)
+        base.load_state_dict(self.weights, strict=False)
+        base.requires_grad_(False)
+
+
+_before: WeakKeyDictionary[PreTrainedModel, _Before] = WeakKeyDictionary()
 
 
 class ModelError(ValueError):
@@ -126,13 +157,15 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     then as it was.
     """
     config = _lora_config(folder)
-    _overwritten[base] = _base_weights_at_risk(base, folder, config)
+    before = _Before.of(base, folder, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters in them is refused below
         try:
             model = get_peft_model(base, config)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            before.restore(base)
             raise ModelError(f"the adapter does not fit its base model: {_first_line(error)}") from error
+        _before[base] = before
         try:
             _fill_adapter(model, folder)
         except BaseException:
@@ -147,8 +180,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 def unload_adapter(model: PeftModel) -> PreTrainedModel:
     """Take the adapter off and return the base model as it was, ready for the next adapter."""
     base: PreTrainedModel = model.unload()
-    base.load_state_dict(_overwritten.pop(base, {}), strict=False)
-    base.requires_grad_(False)
+    _before.pop(base).restore(base)
     return base
 
 
@@ -244,19 +276,26 @@ def _lora_config(folder: Path) -> LoraConfig:
         config: LoraConfig = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{ADAPTER_CONFIG} is no configuration of a LoRA: {_first_line(error)}") from error
+    if str(config.init_lora_weights).startswith("pissa_niter"):
+        raise ModelError(
+            f"the adapter began with a random decomposition of the base weights ({config.init_lora_weights}), which is "
+            "taken off them and cannot be made again: convert it to a plain LoRA (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
     config.inference_mode = False
     return config
 
 
-def _base_weights_at_risk(base: PreTrainedModel, folder: Path, config: LoraConfig) -> dict[str, torch.Tensor]:
+def _weights_at_risk(base: PreTrainedModel, folder: Path, config: LoraConfig) -> dict[str, torch.Tensor]:
     """Copy the weights of the base model that the adapter would change.
 
     Those are the ones its file holds with other values (trained biases, saved embeddings), or all of them where its
-    initialisation takes the adapter's first values off the base weights: a second base model in memory.
+    initialisation takes the adapter's first values, or what KaSA takes for noise, off the base weights, or where its
+    file calls layers by other names than the base model: a second base model in memory.
     """
     state = base.state_dict()
     initialisation = str(config.init_lora_weights).lower()
-    if initialisation.startswith(CHANGES_BASE):
+    if initialisation.startswith(CHANGES_BASE) or config.kasa_config or config.layer_replication:
         return {name: value.clone() for name, value in state.items()}
     kept = {}
     try:
