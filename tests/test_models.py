@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import KasaConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from worker.models import (
@@ -90,6 +90,12 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(tmp_path: Path) -> None
     tokenizer.pad_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="neither a padding token nor an end of sequence"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_is_refused(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"ByT5Tokenizer of .* a fast tokenizer is needed"):
         load_tokenizer(str(tmp_path))
 
 

@@ -182,10 +182,6 @@ def _tokenise(
     segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> tuple[list[int], list[bool]]:
     """Tokenise the joined segments: token ids, and whether each is learnt from."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not tell where its tokens stand in the text: a fast tokenizer is needed"
-        )
     ids: list[int] = []
     learnt: list[bool] = []
     for number, piece in enumerate(_pieces(segments, tokenizer)):

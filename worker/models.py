@@ -95,7 +95,7 @@ def use_cpu_threads(threads: int | None = None) -> int:
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `model` (hub id or folder); where it has no padding token, the end of sequence pads.
 
-    Raises ModelError where it cannot be loaded or has neither token.
+    Raises ModelError where it cannot be loaded, has neither token, or does not say where its tokens stand in a text.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -103,6 +103,11 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the {type(tokenizer).__name__} of {model!r} does not tell where its tokens stand in the text: a fast "
+            "tokenizer is needed, one with a tokenizer.json"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {model!r} has neither a padding token nor an end of sequence; set one")
