@@ -17,6 +17,7 @@ from tests.architectures import (
     BROKEN_TOKEN,
     EXPERTS,
     PAD,
+    VOCABULARY,
     adapt,
     base_model,
     direction,
@@ -33,7 +34,7 @@ from worker.batches import IGNORED, Encoded
 from worker.directions import FeatureKind, Kind
 from worker.features import GRADIENT_NOT_FINITE, GRADIENT_ZERO, LOSS_NOT_FINITE, NOTHING_SUPERVISED
 from worker.gradients import GradientEngine
-from worker.models import use_gradient_checkpointing
+from worker.models import ModelError, use_gradient_checkpointing
 
 # Correctness ----------------------------------------------------------------------------------------------------------
 
@@ -315,6 +316,27 @@ def test_no_rows_give_no_features() -> None:
 
 
 # The edges ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_a_row_beyond_a_table_of_positions_is_refused_with_the_length_to_ask_for(architecture: str) -> None:
+    engine = whole(trained(architecture)[0], Kind("hidden"))
+    assert run(engine, rows([64])).reasons == [None]
+    with pytest.raises(ModelError, match=r"a row has 65 tokens .* max_length=64"):
+        run(engine, rows([4, 65]))
+
+
+def test_a_row_may_be_longer_than_positions_that_are_computed() -> None:
+    assert run(whole(trained("llama")[0], Kind("hidden")), rows([65])).reasons == [None]
+
+
+@pytest.mark.parametrize("adapter", [{}, {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [5]}])
+def test_a_token_that_the_model_does_not_know_is_refused(adapter: dict[str, Any]) -> None:
+    engine = whole(adapt(base_model("llama"), **({"lora_dropout": 0.0} | adapter)))
+    known = Encoded((5, VOCABULARY - 1), (IGNORED, VOCABULARY - 1))
+    assert run(engine, [known]).reasons == [None]
+    with pytest.raises(ModelError, match="the token 96 and the model has embeddings of 96"):
+        run(engine, [known, Encoded((5, VOCABULARY), (IGNORED, 5))])
 
 
 def test_on_batch_hears_how_many_rows_are_done() -> None:

@@ -33,7 +33,7 @@ from worker.batches import Encoded, plan
 from worker.directions import Kind, Moments, make_direction
 from worker.features import Batch, Features, Found
 from worker.losses import Inputs, Model, Outputs, run
-from worker.models import use_exact_mode, uses_flash_attention
+from worker.models import ModelError, most_tokens, use_exact_mode, uses_flash_attention, vocabulary
 from worker.packing import packing_fault, same_gradient
 from worker.projection import Projection, ProjectionName, make_projection
 from worker.sites import drop_gradients, find_sites, tapped
@@ -104,6 +104,7 @@ class GradientEngine:
                 device=self.device,
             )
         self._reduction = reduction
+        self._most_tokens, self._vocabulary = most_tokens(model), vocabulary(model)
         self._hidden_size = _hidden_size(model) if len(self._directions) < len(self._kinds) else None
         self._sites, self.one_at_a_time = find_sites(model, self.parameters)
         self._in_order = False
@@ -124,7 +125,9 @@ class GradientEngine:
         """Compute the features of `rows`, in batches of at most `token_budget` tokens with their padding.
 
         `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
+        Raises ModelError where a row is longer than the model's positions, or has a token that it does not know.
         """
+        self._refuse_beyond(rows)
         dims = self._projection.dims if self._projection else ()
         found = Found(
             rows, dims={kind: dims if kind.needs_gradient else (self._hidden_size or 0,) for kind in self._kinds}
@@ -137,6 +140,21 @@ class GradientEngine:
             if on_batch is not None:
                 on_batch(done)
         return found.by_kind()
+
+    def _refuse_beyond(self, rows: Sequence[Encoded]) -> None:
+        """Refuse what the model has no embedding of: on a GPU it would be the end of the process."""
+        longest = max((len(row.input_ids) for row in rows), default=0)
+        if self._most_tokens is not None and longest > self._most_tokens:
+            raise ModelError(
+                f"a row has {longest:,} tokens and the model has positions for {self._most_tokens:,}: "
+                f"ask for max_length={self._most_tokens}"
+            )
+        highest = max((max(row.input_ids, default=0) for row in rows), default=0)
+        if self._vocabulary is not None and highest >= self._vocabulary:
+            raise ModelError(
+                f"the tokenizer gives the token {highest:,} and the model has embeddings of {self._vocabulary:,}: "
+                "it is another model's, or has tokens that the model was not resized for"
+            )
 
     def _batches(
         self, rows: Sequence[Encoded], todo: Sequence[int], *, pad_id: int, token_budget: int

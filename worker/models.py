@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,23 @@ def takes(model: PreTrainedModel | PeftModel, argument: str) -> bool:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     parameters = inspect.signature(base.forward).parameters
     return argument in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def most_tokens(model: PreTrainedModel | PeftModel) -> int | None:
+    """Tokens that a row may have where the model looks positions up in a table; None where it computes them."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (
+        module.num_embeddings
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and re.search(r"position|wpe", path.rpartition(".")[2])
+    )
+    return most if most and any(size >= most for size in tables) else None
+
+
+def vocabulary(model: PreTrainedModel | PeftModel) -> int | None:
+    """How many tokens the model has embeddings of; None where they are in no table."""
+    modules = model.get_input_embeddings().modules()  # what an adapter puts around the table, too
+    return next((module.num_embeddings for module in modules if isinstance(module, torch.nn.Embedding)), None)
 
 
 def _refuse_pickled_weights(folder: Path) -> None:
