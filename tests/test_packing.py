@@ -16,12 +16,13 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, modeling_flash_attention_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_flash_attention_utils
 
 from tests.architectures import (
     ADAPTERS,
     BROKEN_TOKEN,
     EXPERTS,
+    VOCABULARY,
     adapt,
     base_model,
     direction,
@@ -30,7 +31,7 @@ from tests.architectures import (
     rows,
     trained,
 )
-from tests.engines import KINDS, SGD, breakable, features, only, settled, whole
+from tests.engines import KINDS, SGD, breakable, features, only, run, settled, whole
 from worker.batches import Encoded
 from worker.directions import Kind
 from worker.features import LOSS_NOT_FINITE
@@ -313,6 +314,22 @@ class Turn(torch.nn.Module):
 
     def forward(self, hidden: Tensor, *, rotations: tuple[Tensor, Tensor]) -> Tensor:
         return hidden + self.weight * hidden * rotations[0][..., :1]
+
+
+@pytest.mark.parametrize("kind", [SGD, Kind("hidden")])
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_of_a_model_that_looks_ahead_go_one_at_a_time(
+    kind: Kind, packing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=VOCABULARY, **shape))
+    model = adapt(base, target_modules=["query", "value"])
+    engine = whole(model, kind, packing=packing)
+    with caplog.at_level(logging.INFO, "worker.gradients"):
+        together = only(features(engine, rows(), token_budget=10_000)[kind])
+    assert [vars(record)["reason"] for record in caplog.records if record.msg == "rows go one at a time"]
+    alone = np.concatenate([only(run(whole(model, kind), [row])) for row in rows()])
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_rows_are_padded_where_a_module_gets_more_than_a_row_can_be_cut_from(caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ from worker.directions import Kind, Moments, make_direction
 from worker.features import Batch, Features, Found
 from worker.losses import Inputs, Model, Outputs, run
 from worker.models import ModelError, most_tokens, use_exact_mode, uses_flash_attention, vocabulary
-from worker.packing import packing_fault, same_gradient
+from worker.packing import packing_fault, padding_fault, same_gradient
 from worker.projection import Projection, ProjectionName, make_projection
 from worker.sites import drop_gradients, find_sites, tapped
 from worker.sums import make_sums
@@ -110,6 +110,7 @@ class GradientEngine:
         self._in_order = False
         self.packing = (uses_flash_attention(model) if packing is None else packing) and not self.one_at_a_time
         self._packing_tested = False
+        self._causal: bool | None = None  # not known yet
         self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         drop_gradients(self.parameters)
         use_exact_mode(model)
@@ -164,7 +165,7 @@ class GradientEngine:
         A GPU works on the next batch while the numbers of the last one are waited for.
         """
         last: tuple[Batch, list[int]] | None = None
-        for indices in self._plan(rows, todo, token_budget=token_budget):
+        for indices in self._plan(rows, todo, pad_id=pad_id, token_budget=token_budget):
             computed = self._compute([rows[index] for index in indices], pad_id=pad_id)
             if last is not None:
                 yield from self._apart(rows, *last, pad_id=pad_id)
@@ -172,15 +173,34 @@ class GradientEngine:
         if last is not None:
             yield from self._apart(rows, *last, pad_id=pad_id)
 
-    def _plan(self, rows: Sequence[Encoded], todo: Sequence[int], *, token_budget: int) -> list[list[int]]:
-        """Plan the batches of the rows `todo`; before the first packed ones the model is tested."""
-        planned = plan([len(rows[row].input_ids) for row in todo], token_budget=token_budget, packed=self.packing)
+    def _plan(self, rows: Sequence[Encoded], todo: Sequence[int], *, pad_id: int, token_budget: int) -> list[list[int]]:
+        """Plan the batches of the rows `todo`; before the first packed or padded ones the model is tested."""
+        if self._causal is False:
+            return [[row] for row in todo]
+        lengths = [len(row.input_ids) for row in rows]
+        planned = plan([lengths[row] for row in todo], token_budget=token_budget, packed=self.packing)
         batches = [[todo[position] for position in batch] for batch in planned]
-        shared = next((batch for batch in batches if len(batch) > 1), None)
-        if not self.packing or self._packing_tested or shared is None:
+        shared = (batch for batch in batches if len(batch) > 1)
+        if self.packing:
+            untested = None if self._packing_tested else next(shared, None)
+        else:
+            mixed = (batch for batch in shared if lengths[batch[0]] > lengths[batch[-1]])
+            untested = None if self._causal else next(mixed, None)
+        if untested is None:
             return batches
-        self._test_packing((rows[shared[0]], rows[shared[-1]]))
-        return self._plan(rows, todo, token_budget=token_budget)
+        pair = rows[untested[0]], rows[untested[-1]]
+        if self.packing:
+            self._test_packing(pair)
+        else:
+            self._test_padding(pair, pad_id=pad_id)
+        return self._plan(rows, todo, pad_id=pad_id, token_budget=token_budget)
+
+    def _test_padding(self, pair: tuple[Encoded, Encoded], *, pad_id: int) -> None:
+        """Give batches up for good where a row's loss depends on more than the row."""
+        fault = padding_fault(self.model, pair, scale=self._scale, pad_id=pad_id, device=self.device)
+        self._causal = fault is None
+        if fault:
+            log.info("rows go one at a time", extra={"reason": fault})
 
     def _test_packing(self, pair: tuple[Encoded, Encoded]) -> None:
         """Give packing up for good where the model does not keep two packed rows apart."""

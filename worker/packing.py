@@ -66,6 +66,23 @@ def packing_fault(
     return None
 
 
+def padding_fault(
+    model: Model, rows: tuple[Encoded, Encoded], *, scale: float, pad_id: int, device: torch.device
+) -> str | None:
+    """Say why rows of this model cannot share a padded batch; None where they can.
+
+    The second of `rows` is the shorter one: of what is not its own tokens its loss must depend on nothing.
+    """
+    pair = Inputs.of(rows, pad_id=pad_id, device=device)
+    reach = _reach(model, pair, scale)
+    if reach.shape[:-1] != pair.layout.shape:
+        return "the model's embeddings do not lie as the batch does"
+    reach[1, : len(rows[1].input_ids)] = 0
+    if bool(reach.nan_to_num(0, 0, 0).any()):  # a row that is not finite tells nothing
+        return "a row depends on what stands behind it or in other rows: the model is not causal"
+    return None
+
+
 def same_gradient(first: Sequence[Tensor], second: Sequence[Tensor], *, dtype: torch.dtype) -> bool:
     """Whether two gradients, part by part, are one that was computed in two ways; also where both are zero."""
     sums = torch.zeros(3, dtype=torch.float64)
@@ -81,6 +98,11 @@ def same_gradient(first: Sequence[Tensor], second: Sequence[Tensor], *, dtype: t
 
 def _leaks(model: Model, pair: Inputs, scale: float) -> bool:
     """Whether the second row's loss depends on the first row's embeddings."""
+    return bool(pair.layout.cut(_reach(model, pair, scale), 0).any())
+
+
+def _reach(model: Model, pair: Inputs, scale: float) -> Tensor:
+    """Return the gradient of the second row's loss by all embeddings, as they lie in the batch."""
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -92,7 +114,7 @@ def _leaks(model: Model, pair: Inputs, scale: float) -> bool:
         (gradient,) = torch.autograd.grad(run(model, pair).losses[1] * scale, seen[0])
     finally:
         handle.remove()
-    return bool(pair.layout.cut(gradient, 0).any())
+    return gradient
 
 
 def _compared(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
