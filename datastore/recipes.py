@@ -137,7 +137,7 @@ class Recipes:
             if all(_said(name, getattr(feature, name)) == value for name, value in wanted.items()):
                 key = tuple(getattr(feature, name) for name in (*_OWN, *_SHARED))
                 groups[key][feature.dataset or ""].append(feature)
-        trainings = self._trainings(run, checkpoints)
+        trainings = self._trainings(run, checkpoints, [feature.checkpoint for feature in known])
         found = []
         for key, pools in groups.items():
             parameters = dict(zip((*_OWN, *_SHARED), key, strict=True))
@@ -154,11 +154,17 @@ class Recipes:
                     found += [_Candidate(training, members, parameters, {one: sets}) for one, sets in covered.items()]
         return found
 
-    def _trainings(self, run: Run | None, checkpoints: tuple[str, ...]) -> list[tuple[Run | None, tuple[str, ...]]]:
+    def _trainings(
+        self, run: Run | None, checkpoints: tuple[str, ...], known: Sequence[str]
+    ) -> list[tuple[Run | None, tuple[str, ...]]]:
+        """What is asked for, or else every run, and by itself every checkpoint of `known` that belongs to none."""
         if checkpoints:
             return [(run, checkpoints)]
         runs = [run] if run else self.catalog.all_runs()
-        return [(one, tuple(checkpoint.id for checkpoint in one.checkpoints)) for one in runs]
+        members = [(one, tuple(checkpoint.id for checkpoint in one.checkpoints)) for one in runs]
+        in_runs = {checkpoint for _, own in members for checkpoint in own}
+        alone = [] if run else [checkpoint for checkpoint in dict.fromkeys(known) if checkpoint not in in_runs]
+        return [*members, *((None, (checkpoint,)) for checkpoint in alone)]
 
     def _targets(self, candidate: _Candidate, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
         """The tasks' feature sets that go with a candidate."""
@@ -307,7 +313,7 @@ def _post(body: dict[str, object]) -> str:
 
 def _ambiguous(query: Query, candidates: Sequence[_Candidate], path: str) -> Ambiguous:
     choices = [f"{path}?{urlencode(_parameters(query, candidate), doseq=True)}" for candidate in candidates]
-    differing = ", ".join(("dataset", "run", *_ASKED))
+    differing = ", ".join(("dataset", "run", "checkpoint", *_ASKED))
     return Ambiguous(
         f"{len(choices)} sets of features fit; say which one is meant ({differing}), for example {choices[0]}",
         choices=choices,

@@ -86,6 +86,24 @@ def test_with_one_candidate_everything_but_the_task_may_be_left_out(store: Store
     assert recipe.checkpoint_weights == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_a_checkpoint_outside_of_every_run_is_a_candidate_by_itself(store: Store, tmp_path: Path) -> None:
+    store.pool(50, name="pool")
+    store.task({"algebra": 3}, folder=tmp_path / "task")
+    store.checkpoint(2)
+    for owner in ({"dataset": "pool"}, {"task": "target"}):
+        store.features.start(request(**owner, run=None, checkpoints=["ck_2"], kinds=["sgd"]))
+        store.work(numbers)
+    recipe, _ = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    assert (recipe.run, recipe.checkpoints) == (None, ["ck_2"])
+    for owner in ({"dataset": "pool"}, {"task": "target"}):
+        store.features.start(request(**owner, kinds=["sgd"]))
+        store.work(numbers)
+    with pytest.raises(Ambiguous) as caught:
+        store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
+    answers = [store.recipes.resolve(asked(url), path="/select")[0] for url in caught.value.choices]
+    assert [one.checkpoints for one in answers] == [["ck_0", "ck_1"], ["ck_2"]]
+
+
 def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_path: Path) -> None:
     filled(store, tmp_path, rows=50)
     store.features.start(request(dataset="pool", kinds=["sgd"]))
