@@ -69,9 +69,21 @@ def test_all_kinds_of_one_pass_are_those_of_a_pass_each() -> None:
         np.testing.assert_array_equal(found[kind].norms, alone.norms)
 
 
-@pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
-def test_mean_hidden_states_come_from_the_same_pass(adapter: dict[str, Any]) -> None:
-    model = adapt(base_model("llama"), **adapter)
+TIED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [
+        ("llama", {}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"target_modules": ["embed_tokens"]}),
+        ("qwen3", TIED),
+        ("qwen3", {"trainable_token_indices": [5, 9]}),
+    ],
+)
+def test_mean_hidden_states_come_from_the_same_pass(architecture: str, adapter: dict[str, Any]) -> None:
+    model = adapt(base_model(architecture), **adapter)
     engine = GradientEngine(model, kinds=[Kind("hidden"), Kind("sgd")], dims=[64])
     found = engine.features([*rows(), Encoded((5, 6), (IGNORED, IGNORED))], pad_id=PAD, token_budget=80)
     assert list(found) == [Kind("hidden"), Kind("sgd")]

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worker.batches import Encoded, plan
 from worker.directions import Kind, Moments, make_direction
@@ -327,4 +327,6 @@ def _hidden_size(model: Model) -> int:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError("the model has no output layer, whose input would be its hidden state")
-    return int(head.in_features)
+    # what an adapter puts around it, or in its place where it is tied to embeddings, need not know its width
+    linear = next((module for module in head.modules() if isinstance(module, nn.Linear)), head)
+    return int(linear.in_features)
