@@ -33,7 +33,7 @@ from tests.engines import SGD, breakable, only, run, whole
 from worker.batches import IGNORED, Encoded
 from worker.directions import FeatureKind, Kind
 from worker.features import GRADIENT_NOT_FINITE, GRADIENT_ZERO, LOSS_NOT_FINITE, NOTHING_SUPERVISED
-from worker.gradients import GradientEngine
+from worker.gradients import GradientEngine, Reduction
 from worker.models import ModelError, use_gradient_checkpointing
 
 # Correctness ----------------------------------------------------------------------------------------------------------
@@ -267,6 +267,17 @@ def test_half_precision_gives_nearly_the_features_of_single_precision(precision:
 
 
 # Rows without a feature -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_long_rows_gradient_fits_half_precision(reduction: Reduction) -> None:
+    model, _, _ = trained("llama", torch.float16)
+    examples = rows([1500, 40])
+    tokens = [sum(label != IGNORED for label in row.labels[1:]) if reduction == "sum" else 1 for row in examples]
+    found = run(whole(model, reduction=reduction), examples, token_budget=1)
+    assert found.reasons == [None, None]
+    truth = reference(model, examples).gradients * torch.tensor(tokens).unsqueeze(1)
+    assert relative_error(only(found), truth) < 0.03
 
 
 @pytest.mark.parametrize(

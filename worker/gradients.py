@@ -111,7 +111,8 @@ class GradientEngine:
         self.packing = (uses_flash_attention(model) if packing is None else packing) and not self.one_at_a_time
         self._packing_tested = False
         self._causal: bool | None = None  # not known yet
-        self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
+        # a sum over a long row is large by itself, and scaled beyond what float16 holds
+        self._scale = HALF_LOSS_SCALE if model.dtype == torch.float16 and reduction == "mean" else 1.0
         drop_gradients(self.parameters)
         use_exact_mode(model)
 
