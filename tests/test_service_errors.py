@@ -97,6 +97,8 @@ def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> Non
         ("/runs", {"checkpoints": ["a"], "name": "a/b"}, "/name"),
         ("/gradients", {"dataset": "d", "run": "r", "dims": [0]}, "/dims/0"),
         ("/gradients", {"dataset": "d", "run": "r", "kinds": ["hessian"]}, "/kinds/0"),
+        ("/gradients", {"dataset": "d", "run": "r", "token_budget": 2**30 + 1}, "/token_budget"),
+        ("/gradients", {"dataset": "d", "run": "r", "weights": []}, "/weights"),
         ("/gradients", {"dataset": "d", "run": "r", "a~b/c": 1}, "/a~0b~1c"),
         ("/gradients", {"dataset": "d", "task": "t", "run": "r"}, ""),
         ("/gradients", {"dataset": "d"}, ""),

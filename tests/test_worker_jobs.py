@@ -985,7 +985,8 @@ def test_the_seconds_of_a_resumed_fine_tune_are_those_of_all_its_attempts(impati
     second = time.monotonic() - second
     result = impatient.job(job.id).result
     assert result is not None
-    assert result.model_dump()["seconds"] == pytest.approx(first + second, abs=0.4 * first)
+    # the last attempt alone has taken less than the second time, and the pause is longer than both
+    assert second < result.model_dump()["seconds"] < first + second + 0.1
 
 
 def test_a_name_that_another_run_has_stays_where_it_is(place: Workplace) -> None:
