@@ -1,0 +1,19 @@
+"""Every JSON body of the API, defined once: the service validates with these models and the client returns them.
+
+Conventions (docs/api.md): ids are prefixed strings, times are RFC 3339 UTC and end in `_at`, durations are seconds,
+fractions lie between 0 and 1, and every key is present in an answer.
+"""
+
+from __future__ import annotations
+
+from gradstore.types.base import *
+from gradstore.types.checkpoints import *
+from gradstore.types.datasets import *
+from gradstore.types.evaluations import *
+from gradstore.types.finetunes import *
+from gradstore.types.gradients import *
+from gradstore.types.jobs import *
+from gradstore.types.problems import *
+from gradstore.types.selection import *
+from gradstore.types.service import *
+from gradstore.types.tasks import *
