@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ from datastore.rows import Example
 from datastore.schema import SelectionRow
 from datastore.scoring import Scoring
 from datastore.selection import CombinedScores, combine, left_out, locate, make_up, top
+from datastore.shapes import example
+from datastore.strict_json import parse
+
+BATCH = 1024  # rows of a selection read at a time
 
 _SCHEMA = pa.schema(
     [
@@ -134,29 +139,37 @@ class Answers:
 
     def rows(self, selection: str) -> Iterator[SelectedRow]:
         """All rows of a selection, best first."""
-        for batch in pq.ParquetFile(self._path(self.catalog.selection(selection).id)).iter_batches():
+        for batch in pq.ParquetFile(self._path(self.catalog.selection(selection).id)).iter_batches(BATCH):
             for row in batch.to_pylist():
                 yield SelectedRow.model_validate(row)
 
     def lines(self, selection: str) -> Iterator[bytes]:
         """The original rows of a selection, best first, each as one line without its end."""
-        batch: list[SelectedRow] = []
-        for row in self.rows(selection):
-            if batch and row.dataset != batch[0].dataset:
-                yield from self._lines(batch)
-                batch = []
-            batch.append(row)
-        yield from self._lines(batch)
+        return (line for _, line in self.rows_and_lines(selection))
+
+    def rows_and_lines(self, selection: str) -> Iterator[tuple[SelectedRow, bytes]]:
+        """All rows of a selection, best first, each with its original line, without its end."""
+        with ExitStack() as stack:
+            readers: dict[str, Callable[[int], bytes]] = {}
+            for row in self.rows(selection):
+                if row.dataset not in readers:
+                    readers[row.dataset] = stack.enter_context(self.datasets.reader(row.dataset))
+                yield row, readers[row.dataset](row.row)
+
+    def rows_and_examples(self, selection: str) -> Iterator[tuple[SelectedRow, Example]]:
+        """All rows of a selection, best first, each with the example that it is."""
+        for row, line in self.rows_and_lines(selection):
+            yield row, example(parse(line), file=row.origin)[0]
+
+    def table(self, selection: str) -> Path:
+        """The Parquet file of a selection's rows: their places and scores."""
+        return self._path(self.catalog.selection(selection).id)
 
     def remove(self, reference: str) -> str:
         """Delete a selection and return its id. Raises `NotFound`, `InUse`."""
         return self.catalog.remove(
             SelectionRow, reference, delete_files=lambda gone: self._path(gone).unlink(missing_ok=True)
         )
-
-    def _lines(self, rows: Sequence[SelectedRow]) -> Iterator[bytes]:
-        if rows:
-            yield from self.datasets.lines(rows[0].dataset, [row.row for row in rows])
 
     def _answer(self, row: SelectionRow, *, limit: int, after: int) -> Selection:
         data = self._page(row.id, after, limit) if limit else []

@@ -19,8 +19,8 @@ import shutil
 import struct
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate
@@ -119,13 +119,22 @@ class DatasetFolder:
 
     def lines(self, rows: Iterable[int]) -> Iterator[bytes]:
         """The original rows asked for, in the order asked, without line ends; raises IndexError."""
+        with self.reader() as read:
+            yield from map(read, rows)
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[int], bytes]]:
+        """Reads the original row of a number, without its line end; raises IndexError."""
         offsets, total = self.offsets(), self.manifest.rows
         with (self.path / LINES).open("rb") as file:
-            for row in rows:
+
+            def read(row: int) -> bytes:
                 if not 0 <= row < total:
                     raise IndexError(f"{self.manifest.id} has {total} rows, from 0; it has no row {row}")
                 begin, end = int(offsets[row]), int(offsets[row + 1])
-                yield os.pread(file.fileno(), end - begin - 1, begin)
+                return os.pread(file.fileno(), end - begin - 1, begin)
+
+            yield read
 
     def examples(self, rows: range) -> Iterator[Example]:
         """The examples of consecutive rows."""

@@ -18,8 +18,8 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -138,6 +138,10 @@ class Datasets:
         of Parquet as compact JSON.
         """
         return self._folder(dataset).lines(rows)
+
+    def reader(self, dataset: str) -> AbstractContextManager[Callable[[int], bytes]]:
+        """Reads one original row at a time, as `lines` gives it, in any order."""
+        return self._folder(dataset).reader()
 
     def content(self, dataset: str) -> Path:
         """A file of all original rows in order, one line each."""

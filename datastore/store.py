@@ -13,6 +13,7 @@ from datastore.features import Features
 from datastore.finetunes import Finetunes
 from datastore.gradients import FeatureStore
 from datastore.leases import Jobs
+from datastore.provenance import Cards
 from datastore.recipes import Recipes
 from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
@@ -37,6 +38,7 @@ class OpenStore:
     recipes: Recipes
     scoring: Scoring
     answers: Answers
+    cards: Cards
 
 
 def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
@@ -62,4 +64,5 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         recipes=Recipes(catalog, features),
         scoring=scoring,
         answers=Answers(catalog, datasets, scoring, settings.selections),
+        cards=Cards(catalog, jobs),
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 NPY = "application/x-npy"
 PARQUET = "application/vnd.apache.parquet"
+SAFETENSORS = "application/x-safetensors"
 Format = Literal["json", "npy", "parquet"]
 
 

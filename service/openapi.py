@@ -25,7 +25,7 @@ BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, Checkpoint
 
 CONFLICTING = {
     "/select", "/scores", "/checkpoints/{reference}/content", "/finetunes/{reference}/content",
-    "/gradients/{reference}/rows", "/jobs/{reference}",
+    "/gradients/{reference}/rows", "/gradients/{reference}/features", "/jobs/{reference}",
 }  # fmt: skip
 """Paths whose GET can answer 409."""
 

@@ -24,6 +24,7 @@ from gradstore.types import (
     Attention,
     Checkpoint,
     Estimate,
+    ExportFormat,
     FeatureDtype,
     FeatureKind,
     FeatureRows,
@@ -36,6 +37,7 @@ from gradstore.types import (
     Page,
     Precision,
     ProjectionName,
+    Provenance,
     Quantisation,
     Reduction,
     Run,
@@ -237,6 +239,14 @@ def gradients_rows(
     return Call(method="GET", path=_path("gradients", name, "rows"), params=params, answer=FeatureRows)
 
 
+def gradients_features(
+    name: str, /, *, accept: str, feature_set: str | None = None, start: int | None = None, stop: int | None = None
+) -> Call[None]:
+    """Get the features of a feature set, as an array of float32."""
+    params = _params(feature_set=feature_set, start=start, stop=stop)
+    return _content(_path("gradients", name, "features"), params, accept=accept)
+
+
 # Selection --------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +312,21 @@ def selections_content(name: str, /, *, format: Literal["ndjson", "csv"] = "ndjs
     """Get the chosen original rows, best first; or, as CSV, the sorted table (file, row, score)."""
     accept = "text/csv" if format == "csv" else "application/x-ndjson"
     return _content(_path("selections", name, "content"), accept=accept)
+
+
+def selections_export(name: str, /, *, format: ExportFormat, scores: bool | None = None) -> Call[None]:
+    """Get the chosen rows in a format of tables or of a trainer."""
+    return _content(_path("selections", name, "export"), _params(format=format, scores=scores))
+
+
+def selections_provenance(name: str, /) -> Call[Provenance]:
+    """Get what selected these rows, from what, for what, when and how, with the request that does it again."""
+    return Call(method="GET", path=_path("selections", name, "provenance"), answer=Provenance)
+
+
+def selections_card(name: str, /) -> Call[None]:
+    """Get the provenance as a page."""
+    return _content(_path("selections", name, "provenance"), accept="text/markdown")
 
 
 # Fine-tunes -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,6 +33,7 @@ from gradstore._progress import BytesBar, JobBar
 from gradstore.results import Selection, SucceededJob
 from gradstore.types import (
     AnyJob,
+    ExportFormat,
     FeatureRow,
     FeatureRows,
     Job,
@@ -44,6 +45,8 @@ from gradstore.types import (
     Scores,
     ScoringJob,
     SelectedRow,
+    TableFormat,
+    Trainer,
 )
 
 PAGE = 1000  # rows asked for at a time
@@ -51,6 +54,7 @@ LISTED = 100  # resources asked for at a time
 PATIENCE = 300.0  # seconds a wait outlives a server that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 SCORES_WAIT = 20.0  # seconds a /select may take to answer before it becomes a job
+NPY = "application/x-npy"
 RETRIED = frozenset({429, 502, 503, 504})
 
 ItemT = TypeVar("ItemT", bound=BaseModel)
@@ -274,6 +278,26 @@ def gradients_save_rows(
     """Save what is known of a feature set's rows: as `.npy` (a structured array) or `.parquet` (a table)."""
     call = _endpoints.gradients_rows(job, feature_set=feature_set)
     return download(replace(call, accept=_table_type(path, what="rows")), path, progress=progress)
+
+
+def gradients_save_features(
+    job: str,
+    path: str | os.PathLike[str],
+    /,
+    *,
+    feature_set: str | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    progress: bool = False,
+) -> Flow[Path]:
+    """Save the features of a feature set, float32 (rows, dim): as `.npy` or `.safetensors`, by the path's ending.
+
+    `start` and `stop` choose rows, as a slice does. A row without a feature is NaN. `feature_set` is the id of one of
+    the job's feature sets; Conflict lists them where it is left out and there are several.
+    """
+    accept = _media_type(path, {".npy": NPY, ".safetensors": "application/x-safetensors"}, what="features")
+    call = _endpoints.gradients_features(job, accept=accept, feature_set=feature_set, start=start, stop=stop)
+    return (yield from download(call, path, progress=progress))
 
 
 def selection_rows(selection: str, /) -> Stream[SelectedRow]:
@@ -504,9 +528,12 @@ def save_scores(
 
 def _table_type(path: str | os.PathLike[str], *, what: str) -> str:
     """The media type of numbers saved under a path, by its ending."""
-    kinds = {".npy": "application/x-npy", ".parquet": "application/vnd.apache.parquet"}
+    return _media_type(path, {".npy": NPY, ".parquet": "application/vnd.apache.parquet"}, what=what)
+
+
+def _media_type(path: str | os.PathLike[str], kinds: Mapping[str, str], *, what: str) -> str:
     if Path(path).suffix not in kinds:
-        raise ValueError(f"{what} are saved as .npy or .parquet, not {Path(path).name}")
+        raise ValueError(f"{what} are saved as {' or '.join(kinds)}, not {Path(path).name}")
     return kinds[Path(path).suffix]
 
 
@@ -683,3 +710,41 @@ def selections_save(selection: str, path: str | os.PathLike[str], /, *, progress
     """Save the chosen original rows, best first; where the path ends in .csv, the sorted table (file, row, score)."""
     kind: Literal["csv", "ndjson"] = "csv" if Path(path).suffix == ".csv" else "ndjson"
     return download(_endpoints.selections_content(selection, format=kind), path, progress=progress)
+
+
+def selections_export(
+    selection: str,
+    path: str | os.PathLike[str],
+    /,
+    *,
+    format: ExportFormat | None = None,
+    scores: bool | None = None,
+    progress: bool = False,
+) -> Flow[Path]:
+    """Save the chosen rows for other programs: a table (`.jsonl`, `.csv` or `.parquet`, by the path's ending), or with
+    `format="trl"`, `"axolotl"` or `"llama-factory"` a folder that this trainer works with (a zip, where the path ends
+    in .zip).
+
+    The columns `selection_rank`, `selection_score` and so on say why a row was chosen; `scores=False` leaves them out.
+    """
+    wanted = format or _table_format(path)
+    call = _endpoints.selections_export(selection, format=wanted, scores=scores)
+    if wanted in get_args(TableFormat):
+        return (yield from download(call, path, progress=progress))
+    return (yield from download_folder(call, path, progress=progress))
+
+
+def _table_format(path: str | os.PathLike[str]) -> ExportFormat:
+    formats = {f".{name}": name for name in get_args(TableFormat)}
+    if Path(path).suffix not in formats:
+        raise ValueError(
+            f"rows are exported as {', '.join(formats)}, or as a folder by format={', '.join(get_args(Trainer))}: "
+            f"{Path(path).name} says none of them"
+        )
+    return cast("ExportFormat", formats[Path(path).suffix])
+
+
+def selections_card(selection: str, /) -> Flow[str]:
+    """Get the provenance as a page in Markdown: what selected these rows, from what, for what, when and how."""
+    answer = yield from exchange(_endpoints.selections_card(selection))
+    return answer.body.decode()

@@ -41,6 +41,7 @@ from gradstore._cli_words import in_commands
 from gradstore.types import (
     Checkpoint,
     EvaluationRequest,
+    ExportFormat,
     FinetuneRequest,
     GradientsRequest,
     Interval,
@@ -62,7 +63,19 @@ ORDER = (
     *("checkpoints", "runs", "jobs", "health"),
 )
 VERBS = (
-    *("upload", "register", "create", "list", "show", "rows", "content", "download"),
+    *(
+        "upload",
+        "register",
+        "create",
+        "list",
+        "show",
+        "rows",
+        "features",
+        "content",
+        "export",
+        "provenance",
+        "download",
+    ),
     *("wait", "watch", "cancel", "retry", "rename", "delete"),
 )
 MISSING = "Not installed: pip install 'gradstore-server[service,worker]'"
@@ -238,6 +251,9 @@ Output = Annotated[
 ]
 
 
+FeatureSetOption = Annotated[
+    str | None, typer.Option("--feature-set", help="Feature set by id; may be left out where the job has one.")
+]
 AS_TRAINED = {
     "max_length": "Tokens kept of a row; by default as the run was trained.",
     "precision": "Number type of the base model while it computes; by default as the run was trained.",
@@ -601,9 +617,7 @@ def gradients_rows(
     ctx: typer.Context,
     reference: JobReference,
     *,
-    feature_set: Annotated[
-        str | None, typer.Option(help="Feature set by id; may be left out where the job has one.")
-    ] = None,
+    feature_set: FeatureSetOption = None,
     limit: Rows = 20,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Save all rows there, as .npy or .parquet.")
@@ -617,6 +631,24 @@ def gradients_rows(
             return
         rows = store.gradients.rows(reference, feature_set=feature_set)
         print_list(islice(rows, limit or None), COMPUTED, as_json=as_json)
+
+
+@groups["gradients"].command("features")
+def gradients_features(
+    ctx: typer.Context,
+    reference: JobReference,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to save them, as .npy or .safetensors.")],
+    feature_set: FeatureSetOption = None,
+    start: Annotated[int | None, typer.Option(min=0, help="The first row.")] = None,
+    stop: Annotated[int | None, typer.Option(min=0, help="The row after the last one.")] = None,
+) -> None:
+    """Save the features themselves: float32, one row an example. A row without a feature is NaN."""
+    with _session(ctx) as store:
+        saved = store.gradients.save_features(
+            reference, output, feature_set=feature_set, start=start, stop=stop, progress=is_terminal()
+        )
+        typer.echo(saved)
 
 
 @groups["finetunes"].command("create")
@@ -814,6 +846,41 @@ def selection_content(
             store.selections.save(reference, output, progress=is_terminal())
         else:
             print_lines(store.selections.lines(reference, format="csv" if as_csv else "ndjson"))
+
+
+@groups["selections"].command("export")
+def export_selection(
+    ctx: typer.Context,
+    reference: Reference,
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File in .jsonl, .csv or .parquet; a trainer's folder, or its .zip.")
+    ],
+    format: Annotated[ExportFormat | None, typer.Option(help="By default by the path's ending.")] = None,
+    scores: Annotated[bool, typer.Option(help="Say rank, score and place of each row, too.")] = True,
+) -> None:
+    """Save the chosen rows for other programs.
+
+    As a table, or as a folder that TRL, Axolotl or LLaMA-Factory works with: data, configuration and provenance card.
+    """
+    with _session(ctx) as store:
+        typer.echo(store.selections.export(reference, output, format=format, scores=scores, progress=is_terminal()))
+
+
+@groups["selections"].command("provenance")
+def selection_provenance(
+    ctx: typer.Context,
+    reference: Reference,
+    *,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page to read.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what selected these rows, from what, when and how."""
+    with _session(ctx) as store:
+        if markdown:
+            typer.echo(store.selections.card(reference), nl=False)
+        else:
+            print_object(store.selections.provenance(reference), as_json=as_json)
 
 
 # The service, and the whole flow --------------------------------------------------------------------------------------

@@ -432,6 +432,7 @@ class Gradients(Resource[EngineT]):
     )
     rows = each(flows.gradients_rows)
     save_rows = call(flows.gradients_save_rows)
+    save_features = call(flows.gradients_save_features)
     cancel = call(endpoints.canceller(GradientsJob))
     retry = call(endpoints.retrier(GradientsJob))
     rename = call(endpoints.renamer("gradients", GradientsJob))
@@ -446,6 +447,9 @@ class Selections(Resource[EngineT]):
     rows = each(flows.selection_rows)
     lines = each(flows.selections_lines)
     save = call(flows.selections_save)
+    export = call(flows.selections_export)
+    provenance = call(endpoints.selections_provenance)
+    card = call(flows.selections_card)
     rename = call(endpoints.renamer("selections", Selection))
     delete = call(endpoints.deleter("selections"))
 

@@ -14,6 +14,7 @@ from gradstore.types.finetunes import *
 from gradstore.types.gradients import *
 from gradstore.types.jobs import *
 from gradstore.types.problems import *
+from gradstore.types.provenance import *
 from gradstore.types.selection import *
 from gradstore.types.service import *
 from gradstore.types.tasks import *

@@ -26,6 +26,9 @@ Split = Literal["validation", "test"]
 Method = Literal["lora", "full"]
 CheckpointMethod = Literal[Method, "none"]
 Basis = Literal["measured", "estimated"]
+TableFormat = Literal["jsonl", "csv", "parquet"]
+Trainer = Literal["trl", "axolotl", "llama-factory"]
+ExportFormat = Literal[TableFormat, Trainer]
 
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 

@@ -1,0 +1,266 @@
+"""The provenance card: what selected these rows, from what, for what, when and how, as data and as a page.
+
+The page is a Hugging Face dataset card: YAML front matter that `datasets.load_dataset` reads, and Markdown below it
+(https://huggingface.co/docs/hub/datasets-cards). Nothing in a card depends on when it is asked for, so the same
+selection gives the same bytes until something in it is renamed or deleted. A recipe is shown whatever it holds: its
+fields become rows of a table, and, by the names that /select has for them, the request that makes the selection again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from gradstore import __version__
+from gradstore.types import (
+    Excluded,
+    FeatureSet,
+    FeaturesProvenance,
+    Provenance,
+    ProvenanceCheckpoint,
+    ProvenanceDataset,
+    ProvenanceRun,
+    ProvenanceTask,
+    Selection,
+)
+
+from datastore.catalog import Catalog
+from datastore.errors import NotFound
+from datastore.leases import Jobs
+
+_NAMES = {"datasets": "dataset", "tasks": "task", "checkpoints": "checkpoint"}
+"""Fields of a recipe that /select has under another name."""
+_FOLLOWS = frozenset({"checkpoint_weights", "task_kind", "projection_version"})
+"""Fields of a recipe that /select finds out from the others."""
+FoundT = TypeVar("FoundT")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file beside a card that `datasets.load_dataset` is to find."""
+
+    config: str
+    """Name of the configuration that it is loaded by."""
+    path: str
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Looks up what a selection's recipe names."""
+
+    catalog: Catalog
+    jobs: Jobs
+
+    def of(self, selection: Selection) -> Provenance:
+        """Where a selection comes from."""
+        recipe = selection.recipe.model_dump(mode="json")
+        weights = dict(zip(recipe["checkpoints"], recipe["checkpoint_weights"], strict=True))
+        return Provenance(
+            selection=selection.id,
+            name=selection.name,
+            created_at=selection.created_at,
+            gradstore=__version__,
+            count=selection.count,
+            pool=selection.pool,
+            left_out=selection.left_out,
+            origins=selection.origins,
+            pool_origins=selection.pool_origins,
+            recipe=recipe,
+            datasets=[self._dataset(id) for id in recipe["datasets"]],
+            tasks=[self._task(id) for id in recipe["tasks"]],
+            checkpoints=[self._checkpoint(id, weight) for id, weight in weights.items()],
+            run=self._run(recipe["run"]) if recipe["run"] else None,
+            excluded=[self._excluded(id) for id in recipe["exclude"]],
+            request=f"GET /select?{urlencode(_parameters(recipe))}",
+            command=_command(recipe),
+        )
+
+    def of_features(self, features: FeatureSet, *, start: int, stop: int) -> FeaturesProvenance:
+        """What the rows `start:stop` of a feature set are."""
+        return FeaturesProvenance(
+            gradstore=__version__,
+            feature_set=features,
+            start=start,
+            stop=stop,
+            dataset=self._dataset(features.dataset) if features.dataset else None,
+            task=self._task(features.task) if features.task else None,
+            checkpoint=self._checkpoint(features.checkpoint, None),
+        )
+
+    def _dataset(self, id: str) -> ProvenanceDataset:
+        return ProvenanceDataset.model_validate(self.catalog.dataset(id).model_dump())
+
+    def _task(self, id: str) -> ProvenanceTask:
+        task = self.catalog.task(id)
+        return ProvenanceTask.model_validate({**task.model_dump(), "subtasks": len(task.subtasks)})
+
+    def _checkpoint(self, id: str, weight: float | None) -> ProvenanceCheckpoint:
+        known = _known(lambda: self.catalog.checkpoint(id))
+        return ProvenanceCheckpoint.model_validate(
+            {"id": id, **(known.model_dump() if known else {}), "weight": weight}
+        )
+
+    def _run(self, id: str) -> ProvenanceRun:
+        run = _known(lambda: self.catalog.run(id))
+        if run is None:
+            return ProvenanceRun(id=id)
+        finetune = run.finetune
+        job = _known(lambda: self.jobs.get(finetune, kind="finetune")) if finetune else None
+        training = job.request.model_dump(mode="json") if job else None
+        return ProvenanceRun.model_validate({**run.model_dump(), "training": training})
+
+    def _excluded(self, id: str) -> Excluded:
+        noun: Callable[[str], Any] = self.catalog.selection if id.startswith("sel_") else self.catalog.dataset
+        known = _known(lambda: noun(id))
+        return Excluded(id=id, name=known.name if known else None)
+
+
+def card(provenance: Provenance, *, files: Sequence[DataFile] = (), notes: Sequence[str] = ()) -> str:
+    """The page; `files` stand in its front matter, `notes` are paragraphs of Markdown below the first one."""
+    chosen = f"{provenance.count:,} of {provenance.pool:,} rows"
+    parts = [
+        _front_matter(provenance, files),
+        f"# {provenance.selection}" + (f": {_text(provenance.name)}" if provenance.name else ""),
+        f"{chosen}, chosen by gradstore {provenance.gradstore} at {provenance.created_at.isoformat()} as those that "
+        f"help most with {', '.join(_text(task.name) for task in provenance.tasks)}.",
+        *notes,
+        "## How it was chosen",
+        _table(["field", "value"], [(name, _value(value)) for name, value in provenance.recipe.items()]),
+        "The same again, against the same store:",
+        f"    {provenance.request}\n\n    {provenance.command}",
+        "## From what",
+        _table(
+            ["dataset", "name", "rows", "files (SHA-256)"],
+            [
+                (
+                    each.id,
+                    each.name,
+                    f"{each.rows:,}",
+                    ", ".join(f"{one.filename} ({one.sha256})" for one in each.sources),
+                )
+                for each in provenance.datasets
+            ],
+        ),
+        _origins(provenance),
+        "## For what",
+        _table(
+            ["task", "name", "kind", "validation rows", "subtasks"],
+            [(task.id, task.name, task.kind, f"{task.validation:,}", task.subtasks) for task in provenance.tasks],
+        ),
+        "## By what",
+        _table(
+            ["checkpoint", "model", "revision", "epoch", "step", "learning rate", "weight"],
+            [
+                (one.id, one.model, one.revision, one.epoch, one.step, one.learning_rate, one.weight)
+                for one in provenance.checkpoints
+            ],
+        ),
+        *_training(provenance.run),
+        *_not_chosen(provenance),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _known(look: Callable[[], FoundT]) -> FoundT | None:
+    """What is looked up; None where it is deleted by now."""
+    try:
+        return look()
+    except NotFound:
+        return None
+
+
+def _parameters(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The recipe as the parameters of /select: what it does not say is left out, a list is said item by item."""
+    left_out = _FOLLOWS | ({"checkpoints"} if recipe["run"] else set())
+    found: list[tuple[str, str]] = []
+    for name, value in recipe.items():
+        if name in left_out or (value is None and name != "quantisation"):
+            continue
+        items = value if isinstance(value, list) else ["none" if value is None else value]
+        found += [(_NAMES.get(name, name), _plain(item)) for item in items]
+    return found
+
+
+def _command(recipe: Mapping[str, Any]) -> str:
+    options = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in _parameters(recipe)]
+    return f"gradstore select {' '.join(options)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool | dict | list):
+        return json.dumps(value)
+    return str(value)
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def _front_matter(provenance: Provenance, files: Sequence[DataFile]) -> str:
+    """YAML without anything that a user has written: every text in it is one of ours."""
+    lines = [
+        "---",
+        f"pretty_name: {provenance.selection}",
+        "task_categories:",
+        "- text-generation",
+        "tags:",
+        "- gradstore",
+        "- data-selection",
+        "size_categories:",
+        f"- {_size(provenance.count)}",
+    ]
+    if files:
+        lines += ["configs:"]
+        for file in files:
+            lines += [f"- config_name: {file.config}", f"  data_files: {file.path}"]
+    return "\n".join([*lines, "---"])
+
+
+def _size(rows: int) -> str:
+    """The hub's word for a number of rows."""
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((word for bound, word in bounds if rows < bound), "1M<n<10M" if rows < 10_000_000 else "10M<n<100M")
+
+
+def _origins(provenance: Provenance) -> str:
+    rows = [
+        (origin, f"{provenance.origins.get(origin, 0):,}", f"{count:,}")
+        for origin, count in provenance.pool_origins.items()
+    ]
+    return _table(["origin", "chosen rows", "rows of the pool"], rows)
+
+
+def _training(run: ProvenanceRun | None) -> list[str]:
+    if run is None:
+        return []
+    told = f"The checkpoints are those of the run {run.id}"
+    if run.training is None:
+        return [f"{told}."]
+    rows = [(name, _value(value)) for name, value in run.training.items() if value is not None]
+    return [f"{told}, trained by {run.finetune}:", _table(["setting", "value"], rows)]
+
+
+def _not_chosen(provenance: Provenance) -> list[str]:
+    rows = [(reason, f"{count:,}") for reason, count in provenance.left_out.items()]
+    rows += [(f"as in {one.id}" + (f" ({one.name})" if one.name else ""), "") for one in provenance.excluded]
+    return ["## Left out", _table(["reason", "rows"], rows)] if rows else []
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(_text('' if cell is None else str(cell)) for cell in line)} |" for line in lines)
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _text(text: str) -> str:
+    """A text on one line of Markdown that means nothing but itself: it may come from a row of a stranger's file."""
+    line = " ".join(text.split())
+    for mark in "\\`*[]|":
+        line = line.replace(mark, f"\\{mark}")
+    return line.replace("<", "&lt;")

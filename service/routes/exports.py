@@ -1,0 +1,158 @@
+"""Exports: a selection's rows in the formats of tables and of trainers, its provenance card, and features as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Annotated, Literal
+
+from fastapi import Query, Request, Response
+from fastapi.responses import StreamingResponse
+from gradstore.types import ExportFormat, Provenance, Selection, Trainer
+from gradstore.types import Request as RequestBody
+from pydantic import Field
+
+from datastore import exports, feature_files, training_files
+from datastore.errors import InvalidInput
+from datastore.provenance import card
+from service import zips
+from service.dependencies import Backend, BackendDep, Reference
+from service.files import NPY, PARQUET, SAFETENSORS, wanted_type
+from service.routes.selections import CSV, NDJSON
+from service.routing import Router
+
+ZIP = "application/zip"
+MARKDOWN = "text/markdown"
+READ = 1 << 20  # bytes of a stored file at a time
+MEDIA_TYPES: dict[str, str] = {"jsonl": NDJSON, "csv": CSV, "parquet": PARQUET}
+
+router = Router(tag="exports")
+
+
+class ExportQuery(RequestBody):
+    """In which form rows are wanted."""
+
+    format: ExportFormat = "jsonl"
+    """A table (`jsonl`, `csv`, `parquet`), or a zip for a trainer (`trl`, `axolotl`, `llama-factory`)."""
+    scores: bool = True
+    """Whether rank, score, task, subtask and place come along: as columns, or in a zip as `selection.parquet`."""
+
+
+@router.get(
+    "/selections/{selection}/export",
+    response_class=Response,
+    responses={200: {"content": {NDJSON: {}, CSV: {}, PARQUET: {}, ZIP: {}}}},
+)
+def export_selection(
+    selection: Reference, parameters: Annotated[ExportQuery, Query()], backend: BackendDep
+) -> Response:
+    """The chosen original rows, best first, as a file, with where they come from."""
+    found = backend.answers.read(selection, limit=0)
+    provenance = backend.cards.of(found)
+    wanted, scores = parameters.format, parameters.scores
+    suffix = wanted if wanted in MEDIA_TYPES else f"{wanted}.zip"
+    headers = {
+        "Content-Disposition": f'attachment; filename="{found.id}.{suffix}"',
+        "ETag": _tag(wanted, str(scores), provenance.model_dump_json()),
+        "Link": f'</selections/{found.id}/provenance>; rel="describedby"; type="application/json"',
+    }
+    body = _body(backend, found, provenance, wanted, scores=scores)
+    return StreamingResponse(body, media_type=MEDIA_TYPES.get(wanted, ZIP), headers=headers)
+
+
+@router.get(
+    "/selections/{selection}/provenance",
+    response_model=Provenance,
+    responses={200: {"content": {MARKDOWN: {"schema": {"type": "string"}}}}},
+)
+def selection_provenance(
+    request: Request,
+    selection: Reference,
+    backend: BackendDep,
+    format: Literal["json", "markdown"] | None = None,
+) -> Response:
+    """What selected these rows, from what, for what, when and how; as `text/markdown` a page to read."""
+    provenance = backend.cards.of(backend.answers.read(selection, limit=0))
+    accepted = wanted_type(request, [MARKDOWN])
+    if format == "markdown" or (format is None and accepted == MARKDOWN):
+        return Response(card(provenance), media_type=MARKDOWN)
+    return Response(provenance.model_dump_json(), media_type="application/json")
+
+
+class FeaturesQuery(RequestBody):
+    """Which features are wanted, and how."""
+
+    feature_set: str | None = Field(None, min_length=1, max_length=255)
+    """Id of one of the job's feature sets; may be left out where there is one."""
+    format: Literal["npy", "safetensors"] | None = None
+    """By default what `Accept` asks for, else npy."""
+    start: int = Field(0, ge=0)
+    """The first row."""
+    stop: int | None = Field(None, ge=0)
+    """The row after the last one; by default all rows."""
+
+
+@router.get(
+    "/gradients/{reference}/features",
+    response_class=Response,
+    responses={200: {"content": {NPY: {}, SAFETENSORS: {}}}},
+)
+def gradients_features(
+    request: Request, reference: Reference, parameters: Annotated[FeaturesQuery, Query()], backend: BackendDep
+) -> Response:
+    """The features of a feature set, float32 (rows, dim); NaN where a row has none.
+
+    409 before the job has succeeded, and where it has several feature sets and none is named.
+    """
+    feature_set = backend.features.of_job(reference, parameters.feature_set, path=request.url.path)
+    view = backend.features.view(feature_set)
+    start, stop = parameters.start, view.rows if parameters.stop is None else parameters.stop
+    if not start <= stop <= view.rows:
+        raise InvalidInput(
+            f"start and stop: {feature_set.id} has the rows 0 to {view.rows}, and no rows {start}:{stop}"
+        )
+    accepted = wanted_type(request, [NPY, SAFETENSORS])
+    as_tensors = parameters.format == "safetensors" or (parameters.format is None and accepted == SAFETENSORS)
+    described = backend.cards.of_features(feature_set, start=start, stop=stop).model_dump_json()
+    if as_tensors:
+        file = feature_files.safetensors(view, start, stop, metadata=described)
+    else:
+        file = feature_files.npy(view, start, stop)
+    suffix, media_type = ("safetensors", SAFETENSORS) if as_tensors else ("npy", NPY)
+    headers = {
+        "Content-Disposition": f'attachment; filename="{feature_set.id}.{suffix}"',
+        "Content-Length": str(file.length),
+        "ETag": _tag(suffix, str(start), str(stop), described),
+        "Link": f'</gradients/{reference}>; rel="describedby"; type="application/json"',
+    }
+    return StreamingResponse(file.pieces(), media_type=media_type, headers=headers)
+
+
+def _tag(*parts: str) -> str:
+    """An entity tag of what decides the bytes of a file that is made while it is sent."""
+    return f'"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"'
+
+
+def _body(
+    backend: Backend, selection: Selection, provenance: Provenance, wanted: ExportFormat, *, scores: bool
+) -> Iterator[bytes]:
+    lines = partial(backend.answers.rows_and_lines, selection.id)
+    match wanted:
+        case "jsonl":
+            return exports.jsonl(lines, scores=scores)
+        case "csv":
+            return exports.table_csv(lines, scores=scores)
+        case "parquet":
+            return exports.parquet(lines, scores=scores, metadata=provenance.model_dump_json())
+        case _:
+            return zips.stream_files(_folder(backend, selection, provenance, wanted, scores=scores))
+
+
+def _folder(
+    backend: Backend, selection: Selection, provenance: Provenance, trainer: Trainer, *, scores: bool
+) -> Iterator[tuple[str, Iterable[bytes]]]:
+    yield from training_files.files(trainer, partial(backend.answers.rows_and_examples, selection.id), provenance)
+    if scores:
+        with backend.answers.table(selection.id).open("rb") as file:
+            yield "selection.parquet", iter(partial(file.read, READ), b"")
