@@ -53,6 +53,8 @@ from datastore.weights import chosen
 
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection/words.py): features of two versions are never mixed."""
+HIDDEN_KINDS: frozenset[FeatureKind] = frozenset({"hidden", "rds"})
+"""Kinds of features that are means of hidden states: no gradients, not projected, and as wide as the model."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
 USUAL_TOKEN_BUDGET = 8192  # tokens of a batch, padding included, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result
@@ -219,7 +221,7 @@ class Features:
             "precision": request.precision or first.precision,
             "quantisation": request.quantisation,
         }
-        variants = _variants(kinds, request, hidden=_hidden_size(first) if "hidden" in kinds else 0)
+        variants = _variants(kinds, request, hidden=0 if HIDDEN_KINDS.isdisjoint(kinds) else _hidden_size(first))
         common = {key: settings[key] for key in _IDENTITY}
         wanted = [{**common, **variant, "checkpoint": each.id} for each in checkpoints for variant in variants]
         with self.catalog.reading() as session:
@@ -411,7 +413,7 @@ class Features:
         for _, start, stop, features in plan.missing_ranges():
             dims: dict[tuple[Any, ...], int] = defaultdict(int)  # the largest of a kind has the others in it
             for feature in features:
-                if feature.kind != "hidden":
+                if feature.kind not in HIDDEN_KINDS:
                     kind = feature.kind, feature.parameters["adam"]
                     dims[kind] = max(dims[kind], feature.dim)
             by_token = (
@@ -455,7 +457,7 @@ def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, hidden
     }
     found: list[dict[str, Any]] = []
     for kind in kinds:
-        if kind == "hidden":
+        if kind in HIDDEN_KINDS:
             found.append({"kind": kind, "adam": None, **dict.fromkeys(projected), "dim": hidden})
             continue
         forms = ("less", "exact") if request.adam == "both" else (request.adam,)
@@ -469,7 +471,7 @@ def _default_kinds(request: GradientsRequest) -> list[FeatureKind]:
 
 
 def _has_gradients(kinds: Sequence[FeatureKind]) -> bool:
-    return any(kind != "hidden" for kind in kinds)
+    return not HIDDEN_KINDS.issuperset(kinds)
 
 
 def _weights(kinds: Sequence[FeatureKind], request: GradientsRequest) -> list[str] | None:

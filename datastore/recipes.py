@@ -32,7 +32,7 @@ from gradstore.types import (
 
 from datastore.catalog import Catalog
 from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
-from datastore.features import Features
+from datastore.features import HIDDEN_KINDS, Features
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,10 @@ class Recipes:
             for feature in known
             if all(getattr(feature, name) == candidate.parameters[name] for name in _SHARED)
         ]
+        kind = candidate.parameters["kind"]
         found = {}
         for task in tasks:
-            for wanted in _TASK_KINDS if candidate.parameters["kind"] != "hidden" else (("hidden", None),):
+            for wanted in ((kind, None),) if kind in HIDDEN_KINDS else _TASK_KINDS:
                 sets = [each for each in fitting if each.task == task.id and (each.kind, each.adam) == wanted]
                 chosen = _in_order(sets, candidate.checkpoints)
                 if chosen is not None:
@@ -250,7 +251,12 @@ class Recipes:
 
 def _refuse_idle(query: Query) -> None:
     """Refuse what narrows nothing: no feature of the kind that is asked for could ever fit it."""
-    idle = {"hidden": _OF_GRADIENTS, "sgd": ("adam",), "sign": ("adam",)}.get(query.kind or "", ())
+    own: dict[str, tuple[str, ...]] = {
+        **dict.fromkeys(HIDDEN_KINDS, _OF_GRADIENTS),
+        "sgd": ("adam",),
+        "sign": ("adam",),
+    }
+    idle = own.get(query.kind or "", ())
     named = [name for name in idle if getattr(query, name) is not None]
     if named:
         detail = f"features of kind={query.kind} have no {' and no '.join(named)}: leave it out"
@@ -279,7 +285,7 @@ def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[Fe
 def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str, list[FeatureSet]]) -> GradientsMissing:
     missing = next(task for task in tasks if task.id not in found)
     of_pool = candidate.parameters
-    shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] == "hidden"}
+    shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] in HIDDEN_KINDS}
     body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's: {_post(body)}", body=body
@@ -298,7 +304,7 @@ def _body(parameters: dict[str, Any]) -> dict[str, object]:
 
 def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters without those that say nothing about their kind."""
-    hidden = parameters.get("kind") == "hidden"
+    hidden = parameters.get("kind") in HIDDEN_KINDS
     return {name: value for name, value in parameters.items() if not (hidden and name in _OF_GRADIENTS)}
 
 

@@ -133,15 +133,15 @@ class Reference:
 
     gradients: torch.Tensor
     losses: torch.Tensor
-    hidden: torch.Tensor
-    """(n, width), the mean over each row's tokens of the last hidden states that `transformers` gives out."""
+    hidden: dict[str, torch.Tensor]
+    """(n, width) by kind, means over each row's tokens of the last hidden states that `transformers` gives out."""
 
 
 def reference(model: PeftModel | PreTrainedModel, examples: Sequence[Encoded]) -> Reference:
     double = copy.deepcopy(model).double().eval()
     base = double.get_base_model() if isinstance(double, PeftModel) else double
     base.set_experts_implementation("eager")  # the fused one has no double precision
-    gradients, losses, hidden = [], [], []
+    gradients, losses, hidden, weighted = [], [], [], []
     for row in examples:
         loss = loss_of(double, row)
         parts = torch.autograd.grad(loss, list(trainable(double).values()), allow_unused=True, materialize_grads=True)
@@ -150,7 +150,10 @@ def reference(model: PeftModel | PreTrainedModel, examples: Sequence[Encoded]) -
         with torch.no_grad():
             states = double(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True).hidden_states[-1]
         hidden.append(states[0].mean(0))
-    return Reference(torch.stack(gradients), torch.stack(losses), torch.stack(hidden))
+        weighted.append(sum(place * state for place, state in enumerate(states[0], 1)) / sum(range(len(states[0]) + 1)))
+    return Reference(
+        torch.stack(gradients), torch.stack(losses), {"hidden": torch.stack(hidden), "rds": torch.stack(weighted)}
+    )
 
 
 def train(model: PeftModel | PreTrainedModel, *, steps: int = 12) -> Moments:

@@ -63,16 +63,18 @@ def tokens_and_labels(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 
 def hidden_states(
     model: Path, adapter: Path, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> Floats:
-    """The mean over each row's tokens of the last hidden states that `transformers` gives out (n, width)."""
+) -> dict[str, Floats]:
+    """Means over each row's tokens of the last hidden states that `transformers` gives out, by kind (n, width)."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     loaded = PeftModel.from_pretrained(base, str(adapter)).double().eval()
-    found = []
+    plain, weighted = [], []
     for row in rows:
         ids = torch.tensor([tokens_and_labels(row, tokenizer)[0]])
         with torch.no_grad():
-            found.append(loaded(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].mean(0).numpy())
-    return np.array(found)
+            states = loaded(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].numpy()
+        plain.append(states.mean(0))
+        weighted.append(np.average(states, axis=0, weights=np.arange(1, len(states) + 1)))
+    return {"hidden": np.array(plain), "rds": np.array(weighted)}
 
 
 def raw_gradients(

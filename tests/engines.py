@@ -17,7 +17,7 @@ from worker.directions import Kind
 from worker.features import Features
 from worker.gradients import GradientEngine
 
-KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden")]
+KINDS = [Kind("adam", "less"), Kind("adam", "exact"), Kind("sgd"), Kind("sign"), Kind("hidden"), Kind("rds")]
 SGD = Kind("sgd")
 
 

@@ -301,12 +301,13 @@ def test_hidden_states_are_as_wide_as_the_model_and_the_same_however_they_are_as
 ) -> None:
     with_config(store, tmp_path / "model")
     store.pool(10, name="pool")
-    job, _ = store.features.start(request(dataset="pool", run="local", kinds=["hidden", "sgd"]))
+    job, _ = store.features.start(request(dataset="pool", run="local", kinds=["hidden", "sgd", "rds"]))
     store.work(numbers)
-    assert kinds_of(store, job.id) == [("hidden", None, 24), ("sgd", None, DIM)] * 2
+    assert kinds_of(store, job.id) == [("hidden", None, 24), ("sgd", None, DIM), ("rds", None, 24)] * 2
     other = {"dims": [8], "seed": 3, "reduction": "sum", "projection": "rademacher", "adam": "exact"}
-    alone, started = store.features.start(request(dataset="pool", run="local", kinds=["hidden"], **other))
-    assert (alone.status, started) == ("succeeded", False)
+    for kind in ("hidden", "rds"):
+        alone, started = store.features.start(request(dataset="pool", run="local", kinds=[kind], **other))
+        assert (alone.status, started) == ("succeeded", False)
 
 
 @pytest.mark.parametrize("text", [None, "{}", "not JSON"])

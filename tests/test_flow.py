@@ -167,8 +167,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for sketch in SKETCHES:
             world.gradients(dataset=pool.id, **sketch)
             world.gradients(task=task.id, **sketch)
-        world.gradients(dataset=pool.id, dims=[256], kinds=["adam", "sgd", "sign", "hidden"], adam="both")
-        world.gradients(task=task.id, dims=[256], kinds=["sgd", "hidden"])
+        world.gradients(dataset=pool.id, dims=[256], kinds=["adam", "sgd", "sign", "hidden", "rds"], adam="both")
+        world.gradients(task=task.id, dims=[256], kinds=["sgd", "hidden", "rds"])
         yield world
 
 
@@ -651,7 +651,7 @@ def test_scores_are_those_of_a_brute_force_through_an_explicit_projection(
 
 
 def test_what_is_told_of_a_row_is_that_of_the_brute_force(world: World, truths: list[Truth]) -> None:
-    asked: dict[str, Any] = {"dims": [256], "kinds": ["adam", "sgd", "sign", "hidden"], "adam": "both"}
+    asked: dict[str, Any] = {"dims": [256], "kinds": ["adam", "sgd", "sign", "hidden", "rds"], "adam": "both"}
     job = world.store.gradients.create(dataset="pool", run="warm-up", **asked)
     assert job.result is not None
     for found in job.result.feature_sets:
@@ -672,30 +672,31 @@ def test_what_is_told_of_a_row_is_that_of_the_brute_force(world: World, truths: 
 
 def lengths(truth: Truth, kind: str, adam: str | None) -> list[tuple[str, Floats]]:
     """Lengths of the gradients, and of what is projected; hidden states have their own."""
-    if kind == "hidden":
+    if kind in ("hidden", "rds"):
         return []
     mapped = truth.direction(adam or kind)
     return [("norm", np.linalg.norm(mapped, axis=1)), ("raw_norm", np.linalg.norm(truth.pool.flat, axis=1))]
 
 
-def test_scores_of_hidden_states_are_their_cosines(world: World) -> None:
+@pytest.mark.parametrize("kind", ["hidden", "rds"])
+def test_scores_of_hidden_states_are_their_cosines(world: World, kind: str) -> None:
     """At every checkpoint, from the hidden states that `transformers` gives out in double precision."""
     run = world.store.runs.get("warm-up")
     pool, task = rows_of(world)
     tokenizer = AutoTokenizer.from_pretrained(world.model)
     found: tuple[list[Floats], list[Floats]] = ([], [])
     for checkpoint in run.checkpoints:
-        adapter = world.store.checkpoints.download(checkpoint.id, world.folder / "hidden" / checkpoint.id)
+        adapter = world.store.checkpoints.download(checkpoint.id, world.folder / kind / checkpoint.id)
         for states, rows in zip(found, (pool, task), strict=True):
-            states.append(bruteforce.hidden_states(world.model, adapter, rows, tokenizer))
+            states.append(bruteforce.hidden_states(world.model, adapter, rows, tokenizer)[kind])
     rates = [checkpoint.learning_rate or 0.0 for checkpoint in run.checkpoints]
     expected = bruteforce.aggregated(bruteforce.influences(*found, rates), SUBTASKS)
-    served = world.scores(kind="hidden")
+    served = world.scores(kind=kind)
     assert served[ROWS] is None
     np.testing.assert_allclose(np.array(served[:ROWS], dtype=np.float64), expected, atol=1e-3)  # float16 features
-    selection = world.store.select(task="target", dataset="pool", run="warm-up", kind="hidden", k=3)
+    selection = world.store.select(task="target", dataset="pool", run="warm-up", kind=kind, k=3)
     recipe = selection.recipe
-    assert (recipe.kind, recipe.task_kind, recipe.dim, recipe.reduction) == ("hidden", "hidden", 32, None)
+    assert (recipe.kind, recipe.task_kind, recipe.dim, recipe.reduction) == (kind, kind, 32, None)
     assert [row.score for row in selection.data] == sorted((score for score in served if score), reverse=True)[:3]
 
 

@@ -84,9 +84,9 @@ TIED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 )
 def test_mean_hidden_states_come_from_the_same_pass(architecture: str, adapter: dict[str, Any]) -> None:
     model = adapt(base_model(architecture), **adapter)
-    engine = GradientEngine(model, kinds=[Kind("hidden"), Kind("sgd")], dims=[64])
+    engine = GradientEngine(model, kinds=[Kind("hidden"), Kind("rds"), Kind("sgd")], dims=[64])
     found = engine.features([*rows(), Encoded((5, 6), (IGNORED, IGNORED))], pad_id=PAD, token_budget=80)
-    assert list(found) == [Kind("hidden"), Kind("sgd")]
+    assert list(found) == [Kind("hidden"), Kind("rds"), Kind("sgd")]
     features = found[Kind("hidden")]
     base = model.get_base_model().model
     alone = torch.stack([base(torch.tensor([row.input_ids])).last_hidden_state[0].mean(0) for row in rows()]).detach()
@@ -96,6 +96,28 @@ def test_mean_hidden_states_come_from_the_same_pass(architecture: str, adapter: 
     np.testing.assert_array_equal(features.losses, found[Kind("sgd")].losses)
     assert not only(features)[-1].any()
     assert features.reasons == [*[None] * len(rows()), NOTHING_SUPERVISED]
+
+
+@pytest.mark.parametrize("kinds", [[Kind("rds")], [Kind("rds"), Kind("hidden")], [Kind("sgd"), Kind("rds")]])
+@pytest.mark.parametrize("token_budget", [1, 40, 80, 1000])
+def test_rds_is_the_position_weighted_mean_of_the_last_hidden_states_whatever_shares_a_batch(
+    kinds: list[Kind], token_budget: int
+) -> None:
+    """Σ t·h_t / Σ t over a row's tokens, the prompt's too; `transformers` gives the states, a row at a time."""
+    model = adapt(base_model("llama"))
+    engine = GradientEngine(model, kinds=kinds, dims=[64])
+    features = engine.features(rows(), pad_id=PAD, token_budget=token_budget)[Kind("rds")]
+    wanted, means = [], []
+    for row in rows():
+        with torch.no_grad():
+            given = model(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True)
+        states = given.hidden_states[-1][0].double().numpy()
+        places = np.arange(1, len(states) + 1)
+        wanted.append((places[:, None] * states).sum(0) / places.sum())
+        means.append(states.mean(0))
+    np.testing.assert_allclose(only(features), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features.norms, np.linalg.norm(wanted, axis=1), rtol=1e-5)
+    assert not np.allclose(only(features), means, atol=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from worker.layouts import Layout, Packed, Padded
+from worker.layouts import Layout, Packed, Padded, Pooling
 from worker.losses import _CrossEntropy
 
 ERRORS = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -42,15 +42,17 @@ LENGTHS = (300, 200)
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("pooling", ["mean", "position"])
 def test_the_mean_of_hidden_states_is_taken_in_float32_over_an_examples_own_tokens(
-    dtype: torch.dtype, packed: bool
+    dtype: torch.dtype, packed: bool, pooling: Pooling
 ) -> None:
     """A sum of 300 numbers near 1 has two digits in bfloat16."""
     states = (1 + torch.rand(2, 300, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
     states[1, 200:] = float("nan")  # of padding
     own = [states[example, :length] for example, length in enumerate(LENGTHS)]
     layout: Layout = Packed(LENGTHS) if packed else Padded(states.shape[:2], torch.tensor(LENGTHS))
-    found = layout.means(torch.cat(own).unsqueeze(0) if packed else states)
+    found = layout.means(torch.cat(own).unsqueeze(0) if packed else states, pooling)
     assert found.dtype == torch.float32
     for mean, part in zip(found, own, strict=True):
-        assert torch.allclose(mean.double(), part.double().mean(0), rtol=1e-6)
+        weights = torch.arange(1, len(part) + 1).double() if pooling == "position" else torch.ones(len(part)).double()
+        assert torch.allclose(mean.double(), weights @ part.double() / weights.sum(), rtol=1e-6)

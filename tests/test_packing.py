@@ -151,8 +151,9 @@ def test_packed_features_are_those_of_each_row_alone_and_of_padded_batches(
     assert any(len(lengths) > 2 for lengths in kernels.lengths) == (attention == FLASH and engine.packing)
     padded = features(made(model, *KINDS, moments=moments, packing=False), rows())
     for kind, packed in found.items():
-        gradients = kind.name != "hidden"
-        wanted = direction(truth.gradients, kind.name, kind.adam, moments) if gradients else truth.hidden
+        wanted = truth.hidden.get(kind.name)
+        if wanted is None:
+            wanted = direction(truth.gradients, kind.name, kind.adam, moments)
         got, in_rows = (torch.tensor(only(some)).double() for some in (packed, padded[kind]))
         if kind.name == "sign":
             got, in_rows = (settled(signs, wanted, truth.gradients, error=1e-5) for signs in (got, in_rows))
@@ -162,9 +163,10 @@ def test_packed_features_are_those_of_each_row_alone_and_of_padded_batches(
         assert packed.reasons == [None] * len(rows())
 
 
-def test_hidden_states_alone_are_packed_too() -> None:
-    engine = made(using("sdpa", "qwen3"), Kind("hidden"))
-    assert relative_error(only(features(engine, rows())[Kind("hidden")]), trained("qwen3")[2].hidden) < 1e-5
+@pytest.mark.parametrize("kind", [Kind("hidden"), Kind("rds")])
+def test_hidden_states_alone_are_packed_too(kind: Kind) -> None:
+    engine = made(using("sdpa", "qwen3"), kind)
+    assert relative_error(only(features(engine, rows())[kind]), trained("qwen3")[2].hidden[kind.name]) < 1e-5
     assert engine.packing
 
 
@@ -279,7 +281,7 @@ def go_on_counting(base: Any) -> None:
         ("gpt2", go_on_counting, "is not that of the row alone"),
     ],
 )
-@pytest.mark.parametrize("kind", [SGD, Kind("hidden")])
+@pytest.mark.parametrize("kind", [SGD, Kind("hidden"), Kind("rds")])
 def test_a_model_that_does_not_keep_rows_apart_is_noticed_and_its_rows_are_padded(
     name: str, deafen: Any, reason: str, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,7 +291,7 @@ def test_a_model_that_does_not_keep_rows_apart_is_noticed_and_its_rows_are_padde
     with caplog.at_level(logging.INFO):
         found = features(engine, rows())[kind]
     truth = trained(name)[2]
-    assert relative_error(only(found), truth.hidden if kind.name == "hidden" else truth.gradients) < 1e-5
+    assert relative_error(only(found), truth.hidden.get(kind.name, truth.gradients)) < 1e-5
     assert not engine.packing
     assert [reason in told for told in reasons(caplog)] == [True]
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -316,7 +318,7 @@ class Turn(torch.nn.Module):
         return hidden + self.weight * hidden * rotations[0][..., :1]
 
 
-@pytest.mark.parametrize("kind", [SGD, Kind("hidden")])
+@pytest.mark.parametrize("kind", [SGD, Kind("hidden"), Kind("rds")])
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_of_a_model_that_looks_ahead_go_one_at_a_time(
     kind: Kind, packing: bool, caplog: pytest.LogCaptureFixture

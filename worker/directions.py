@@ -1,6 +1,8 @@
 """What is made of a raw gradient g before it is projected: nothing, its sign, or the step that Adam would take.
 
-One kind of features is made of no gradient: the mean hidden state, which is not projected either.
+Two kinds of features are made of no gradient, and are not projected either: means of hidden states, in which every
+token weighs the same (`hidden`), or the t-th as much as t (`rds`: RDS+, Ivison et al., arXiv 2503.01807, whose pooling
+is SGPT's, arXiv 2202.08904: Σ t·h_t / Σ t over all tokens of the sequence, the prompt's too).
 
 Mathematics: LESS (arXiv 2402.04333), section 2, and Adam (Kingma and Ba, arXiv 1412.6980), at moments that stay fixed.
 """
@@ -14,7 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-FeatureKind = Literal["adam", "sgd", "sign", "hidden"]
+from worker.layouts import Pooling
+
+FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds"]
 AdamForm = Literal["less", "exact"]
 
 BETA1 = 0.9
@@ -33,8 +37,15 @@ class Kind:
     @property
     def needs_gradient(self) -> bool:
         """Whether it takes a backward pass."""
-        return self.name != "hidden"
+        return self.pooling is None
 
+    @property
+    def pooling(self) -> Pooling | None:
+        """How hidden states become the feature; None where it is made of a gradient."""
+        return _POOLINGS.get(self.name)
+
+
+_POOLINGS: Mapping[FeatureKind, Pooling] = {"hidden": "mean", "rds": "position"}
 
 Direction = Callable[[Sequence[str], Tensor], Tensor]
 """Maps the flat gradients of the named parameters, (examples, their size together) float32, to directions.

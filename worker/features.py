@@ -17,6 +17,7 @@ from torch import Tensor
 from worker import taps
 from worker.batches import IGNORED, Encoded, slices
 from worker.directions import Kind
+from worker.layouts import Pooling
 from worker.losses import Outputs
 from worker.sums import Sums, Totals
 
@@ -25,8 +26,6 @@ GRADIENT_NOT_FINITE = "gradient is not finite"
 GRADIENT_ZERO = "gradient is zero"
 FEATURE_NOT_FINITE = "feature is not finite"
 NOTHING_SUPERVISED = "no supervised token"
-
-HIDDEN = Kind("hidden")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Batch:
         self._sizes = sizes
         self._sums = sums
         self._losses = torch.zeros(examples, device=device)
-        self._hidden: Tensor | None = None
+        self._hidden: dict[Pooling, Tensor] = {}
 
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
         """Take in the flat gradients (examples, size) of one parameter; they may be overwritten."""
@@ -126,18 +125,16 @@ class Batch:
     def take_outputs(self, outputs: Outputs, examples: slice) -> None:
         """Take in the losses and hidden states of some of the batch's examples."""
         self._losses[examples] = outputs.losses.detach()
-        if outputs.hidden is not None:
-            if self._hidden is None:
-                self._hidden = torch.zeros(len(self._losses), outputs.hidden.shape[1], device=self._losses.device)
-            self._hidden[examples] = outputs.hidden
+        for pooling, means in outputs.hidden.items():
+            if pooling not in self._hidden:
+                self._hidden[pooling] = torch.zeros(len(self._losses), means.shape[1], device=self._losses.device)
+            self._hidden[pooling][examples] = means
 
     def finite(self) -> bool:
         """Whether nothing in it is NaN or infinite."""
-        parts = [self._losses]
+        parts = [self._losses, *self._hidden.values()]
         if self._sums is not None:
             parts.append(self._sums.totals().peaks)
-        if self._hidden is not None:
-            parts.append(self._hidden)
         return all(bool(part.isfinite().all()) for part in parts)
 
     def store(self, found: Found, rows: Sequence[int]) -> None:
@@ -145,10 +142,13 @@ class Batch:
         found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
         if self._sums is not None:
             self._store_gradients(self._sums.totals(), found, rows)
-        if self._hidden is not None:
-            norms = torch.linalg.vector_norm(self._hidden.double(), dim=1).float()
+        for kind in found.features:
+            if kind.pooling is None:
+                continue
+            means = self._hidden[kind.pooling]
+            norms = torch.linalg.vector_norm(means.double(), dim=1).float()
             faults = {LOSS_NOT_FINITE: ~self._losses.isfinite(), FEATURE_NOT_FINITE: ~norms.isfinite()}
-            found.put(HIDDEN, rows, {self._hidden.shape[1]: self._hidden}, norms, faults)
+            found.put(kind, rows, {means.shape[1]: means}, norms, faults)
 
     def _store_gradients(self, totals: Totals, found: Found, rows: Sequence[int]) -> None:
         raw = totals.raw_squares.sqrt().float()

@@ -13,8 +13,8 @@ exact, and some three to twenty times slower. `GradientEngine.one_at_a_time` nam
 Where attention is FlashAttention's, the rows of a batch are packed one after another instead of padded, once two of
 them have shown that the model keeps them apart (worker/packing.py). `GradientEngine.packing` tells.
 
-Mean hidden states are a kind of features beside those of gradients: they come from the same forward pass, and asked
-for alone they need no other.
+Mean hidden states are kinds of features beside those of gradients: they come from the same forward pass, and asked for
+alone they need no other.
 
 Order of parameters: `model.named_parameters()`, the trainable ones. They may be an adapter's, or chosen weights of a
 model without one: the features are then those of its full gradient.
@@ -52,8 +52,9 @@ class GradientEngine:
     `kinds`, all from one pass: `sgd` is the gradient g; `sign` its sign; `adam` the direction in which Adam would step,
     with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g²: m' / √(v' + ε) in the form `less` (LESS's published code), and
     (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at t = step + 1 in the form `exact` (its paper, and Adam itself);
-    `hidden` the mean over an example's tokens of what the output layer gets, which no projection touches. Where it is
-    the only kind there is no backward pass, and `dims` are of no account.
+    `hidden` the mean over an example's tokens of what the output layer gets, and `rds` the one in which the t-th token
+    weighs as much as t, which no projection touches. Where there are no other kinds there is no backward pass, and
+    `dims` are of no account.
     `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum.
     `packing`: whether the rows of a batch follow one another without padding; by default where the model's attention is
     FlashAttention's, which alone gets faster by it. A model that does not keep packed rows apart gets them padded.
@@ -105,7 +106,8 @@ class GradientEngine:
             )
         self._reduction = reduction
         self._most_tokens, self._vocabulary = most_tokens(model), vocabulary(model)
-        self._hidden_size = _hidden_size(model) if len(self._directions) < len(self._kinds) else None
+        self._poolings = [kind.pooling for kind in kinds if kind.pooling is not None]
+        self._hidden_size = _hidden_size(model) if self._poolings else 0
         self._sites, self.one_at_a_time = find_sites(model, self.parameters)
         self._in_order = False
         self.packing = (uses_flash_attention(model) if packing is None else packing) and not self.one_at_a_time
@@ -131,9 +133,7 @@ class GradientEngine:
         """
         self._refuse_beyond(rows)
         dims = self._projection.dims if self._projection else ()
-        found = Found(
-            rows, dims={kind: dims if kind.needs_gradient else (self._hidden_size or 0,) for kind in self._kinds}
-        )
+        found = Found(rows, dims={kind: dims if kind.needs_gradient else (self._hidden_size,) for kind in self._kinds})
         todo = [row for row, tokens in enumerate(found.tokens) if tokens]
         done = len(rows) - len(todo)
         for batch, indices in self._batches(rows, todo, pad_id=pad_id, token_budget=token_budget):
@@ -240,14 +240,14 @@ class GradientEngine:
     def _compute_forward(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch:
         batch = self._batch(len(rows))
         inputs = self._inputs(rows, pad_id=pad_id)
-        batch.take_outputs(run(self.model, inputs, hidden=True), slice(0, len(rows)))
+        batch.take_outputs(run(self.model, inputs, hidden=self._poolings), slice(0, len(rows)))
         return batch
 
     def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch | None:
         inputs = self._inputs(rows, pad_id=pad_id)
         batch = self._batch(len(rows))
         with tapped(self._sites, inputs.layout, batch.take) as recorder:
-            outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
+            outputs = run(self.model, inputs, hidden=self._poolings)
             self._objective(outputs, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         batch.take_outputs(outputs, slice(0, len(rows)))
         self.one_at_a_time = recorder.strays + drop_gradients(self.parameters)
@@ -290,7 +290,7 @@ class GradientEngine:
         for position, row in enumerate(rows):
             here = slice(position, position + 1)
             inputs = self._inputs([row], pad_id=pad_id)
-            outputs = run(self.model, inputs, hidden=self._hidden_size is not None)
+            outputs = run(self.model, inputs, hidden=self._poolings)
             gradients = torch.autograd.grad(
                 self._objective(outputs, inputs),
                 list(self.parameters.values()),

@@ -463,7 +463,7 @@ def _block(rows: Rows, features: Features | None, dim: int) -> Block:
     if dim not in features.by_dim:
         raise InvalidInput(
             f"the model's config.json promises hidden states of {dim:,} numbers, and its output layer takes "
-            f"{', '.join(map(str, features.by_dim))}: this architecture has no features of kind hidden"
+            f"{', '.join(map(str, features.by_dim))}: this architecture has no features of kinds hidden and rds"
         )
     block.features[rows.positions] = features.by_dim[dim]
     block.norms[rows.positions] = features.norms

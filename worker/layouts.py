@@ -13,9 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Pooling = Literal["mean", "position"]
+"""How an example's tokens become one row: each weighs the same, or the t-th, counted from 1, as much as t."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,15 @@ class Padded:
         """Sum over each example's row: (examples · width, …) to (examples, …)."""
         return values.view(*self.shape, *values.shape[1:]).sum(1)
 
-    def means(self, states: Tensor) -> Tensor:
+    def means(self, states: Tensor, pooling: Pooling = "mean") -> Tensor:
         """Return the means of (examples, width, size) over each example's own tokens: (examples, size) float32."""
         lengths = self.lengths.to(states.device)
         own = torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1)
-        return torch.where(own.unsqueeze(2), states.float(), 0).sum(1) / lengths.unsqueeze(1)
+        kept = torch.where(own.unsqueeze(2), states.float(), 0)
+        if pooling == "mean":
+            return kept.sum(1) / lengths.unsqueeze(1)
+        weights = own * _places(states)
+        return (kept * weights.unsqueeze(2)).sum(1) / weights.sum(1, keepdim=True)
 
     def outer(self, deltas: Tensor, inputs: Tensor, part: slice) -> Tensor:
         """Return Σ_t δ_bt ⊗ x_bt of the examples b of `part`: (examples, out, in).
@@ -93,9 +101,15 @@ class Packed:
         """Sum over each example's tokens: (total tokens, …) to (examples, …)."""
         return torch.stack([own.sum(0) for own in torch.split(values, list(self.lengths))])
 
-    def means(self, states: Tensor) -> Tensor:
+    def means(self, states: Tensor, pooling: Pooling = "mean") -> Tensor:
         """Return the means of (1, total tokens, size) over each example's tokens: (examples, size) float32."""
-        return torch.stack([own.float().mean(0) for own in torch.split(states[0], list(self.lengths))])
+        parts = torch.split(states, list(self.lengths), dim=1)
+        if pooling == "mean":
+            return torch.stack([own[0].float().mean(0) for own in parts])
+        weights = [_places(own) for own in parts]
+        return torch.stack(
+            [(own[0].float() * each.unsqueeze(1)).sum(0) / each.sum() for own, each in zip(parts, weights, strict=True)]
+        )
 
     def outer(self, deltas: Tensor, inputs: Tensor, part: slice) -> Tensor:
         """Return Σ_t δ_t ⊗ x_t over the tokens of each example of `part`: (examples, out, in).
@@ -111,3 +125,8 @@ class Packed:
 
 
 Layout = Padded | Packed
+
+
+def _places(states: Tensor) -> Tensor:
+    """Return the places 1, 2, … of the tokens of (…, tokens, size), float32."""
+    return torch.arange(1, states.shape[1] + 1, device=states.device, dtype=torch.float32)

@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.batches import IGNORED, Encoded, collate, slices
-from worker.layouts import Layout, Packed, Padded
+from worker.layouts import Layout, Packed, Padded, Pooling
 from worker.models import ModelError, takes, uses_flash_attention
 
 Model = PeftModel | PreTrainedModel
@@ -79,18 +79,18 @@ class Outputs:
 
     losses: Tensor
     """(examples,) mean cross-entropy over the supervised tokens, float32."""
-    hidden: Tensor | None
-    """(examples, hidden size) mean over each example's tokens of what its output layer gets, float32, if asked for."""
+    hidden: Mapping[Pooling, Tensor]
+    """(examples, hidden size) means over each example's tokens of what its output layer gets, float32, as asked for."""
 
 
-def run(model: Model, inputs: Inputs, *, hidden: bool = False) -> Outputs:
+def run(model: Model, inputs: Inputs, *, hidden: Sequence[Pooling] = ()) -> Outputs:
     """Run the model forward, with a graph of the losses. Raises ModelError where hidden states do not come by."""
     with _logits_only_at(inputs, model, hidden=hidden) as seen:
         logits = model(input_ids=inputs.input_ids, use_cache=False, **_boundaries(inputs, model)).logits
-    if hidden and seen.hidden is None:
+    if hidden and not seen.hidden:
         raise ModelError(
             f"the output layer of {type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__} "
-            "does not get every token's hidden state: ask for other kinds than hidden"
+            "does not get every token's hidden state: ask for other kinds than hidden and rds"
         )
     logits = logits.flatten(0, 1)
     if not seen.reduced:
@@ -126,15 +126,15 @@ class _Seen:
 
     reduced: bool = False
     """It got the supervised positions only."""
-    hidden: Tensor | None = None
+    hidden: dict[Pooling, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
-def _logits_only_at(inputs: Inputs, model: Model, *, hidden: bool) -> Iterator[_Seen]:
+def _logits_only_at(inputs: Inputs, model: Model, *, hidden: Sequence[Pooling]) -> Iterator[_Seen]:
     """Give the output layer the hidden states of the supervised positions only, as a batch of one.
 
     Every architecture's own treatment of logits (scale, soft cap) still applies. A trainable output layer is left
-    alone, since its gradients need the examples apart. With `hidden` the means of what came are kept.
+    alone, since its gradients need the examples apart. The means of what came that `hidden` names are kept.
     """
     seen = _Seen()
     head = model.get_output_embeddings()
@@ -147,8 +147,8 @@ def _logits_only_at(inputs: Inputs, model: Model, *, hidden: bool) -> Iterator[_
         states = arguments[0]
         if states.shape[:-1] != inputs.layout.shape:
             return None
-        if hidden:
-            seen.hidden = inputs.layout.means(states.detach())
+        for pooling in hidden:
+            seen.hidden[pooling] = inputs.layout.means(states.detach(), pooling)
         if not frozen:
             return None
         seen.reduced = True

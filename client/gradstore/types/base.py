@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 JobKind = Literal["gradients", "finetune", "evaluation", "scoring"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-FeatureKind = Literal["adam", "sgd", "sign", "hidden"]
+FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds"]
 AdamForm = Literal["less", "exact"]
 Reduction = Literal["mean", "sum"]
 ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "none"]

@@ -41,7 +41,8 @@ class GradientsRequest(Request):
     """Whose gradient it is, at checkpoints without an adapter; hidden states have none."""
     kinds: list[FeatureKind] | None = Field(None, min_length=1)
     """`adam` for a dataset and `sgd` for a task, unless said otherwise. `hidden` is the mean of the hidden states that
-    the output layer gets: no gradient, and as wide as the model."""
+    the output layer gets, `rds` (RDS+) the one in which the t-th token weighs as much as t: no gradients, and as wide
+    as the model."""
     adam: AdamForm | Literal["both"] = "less"
     reduction: Reduction = "mean"
     """Whose gradient it is: of the mean of the supervised tokens' losses, or of their sum."""
@@ -131,7 +132,7 @@ class FeatureRow(Body):
     norm: float | None
     """Length of what was projected: Adam's step, the gradient, its sign; null for a row without a feature."""
     raw_norm: float | None
-    """Length of the gradient itself; of kind `hidden` the same as `norm`."""
+    """Length of the gradient itself; of hidden states the same as `norm`."""
     loss: float | None
     """Mean cross-entropy per supervised token."""
     tokens: int
