@@ -29,6 +29,7 @@ import numpy as np
 from gradstore.types import FeatureDtype
 from numpy.typing import NDArray
 
+from datastore.dtypes import decode, encode, lengths
 from datastore.durable import place, sweep, sync_folder, unfinished, write_file
 from datastore.errors import Conflict, Damaged, NotFound
 from datastore.segments import (
@@ -47,7 +48,6 @@ from datastore.shards import CHUNK_ROWS
 _GROUP = "data.zarr"
 _MANIFEST = "manifest.json"
 _CODES = {text: code for code, text in REASONS.items()}
-_SMALLEST_EXPONENT = -126  # of a normal float32
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,6 @@ def sound(block: Block) -> Block:
     return replace(block, reasons=reasons)
 
 
-def power_of_two_scales(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Per row the power of two that brings its largest number into [1, 2): dividing by it rounds nothing. (n,)
-
-    1 for a row of zeros. Rows below 1e-38 keep the smallest scale, 2^-126.
-    """
-    _, exponents = np.frexp(np.abs(features).max(axis=1, initial=0))
-    scales = np.ldexp(np.float32(1), np.maximum(exponents - 1, _SMALLEST_EXPONENT))
-    return np.where(features.any(axis=1), scales, 1).astype(np.float32)
-
-
 class FeatureStore:
     """The segments of all feature sets under one folder."""
 
@@ -143,7 +133,7 @@ class FeatureStore:
         final = self._attempt(segment, start, attempt)
         with unfinished(self._unfinished, f"{segment}.{start}-{attempt}") as partial:
             block = sound(block)
-            manifest = _manifest(start, block, _write_chunks(partial, target.formats, start, block))
+            manifest = _manifest(start, block, _write_chunks(partial, target, start, block))
             write_file(partial / _MANIFEST, manifest)
             try:
                 placed = place(partial, final)
@@ -303,7 +293,7 @@ def _create_group(path: Path, *, rows: int, dim: int, dtype: FeatureDtype, recip
             serializer=BytesCodec(endian="little") if each.dtype.itemsize > 1 else BytesCodec(endian=None),
             compressors=[Crc32cCodec()],
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("row",) if each.width is None else ("row", "dim"),
+            dimension_names=("row",) if each.width is None else ("row", "dim" if each.width == dim else "byte"),
         )
     for metadata in path.rglob("zarr.json"):
         with metadata.open("rb") as file:
@@ -326,15 +316,13 @@ def _check_fit(segment: Segment, start: int, block: Block) -> None:
             raise ValueError(f"{name} has the shape {getattr(block, name).shape}, not {(rows,)}")
 
 
-def _write_chunks(
-    folder: Path, formats: Mapping[str, ArrayFormat], start: int, block: Block
-) -> dict[str, dict[str, Any]]:
+def _write_chunks(folder: Path, target: Segment, start: int, block: Block) -> dict[str, dict[str, Any]]:
     """Write a file per chunk and array; returns the key, bytes and sha256 of each."""
     files = {}
     for first in range(0, len(block.reasons), CHUNK_ROWS):
         rows = slice(first, first + CHUNK_ROWS)
-        for name, values in _columns(block, rows, formats["features"].dtype).items():
-            each = formats[name]
+        for name, values in _columns(block, rows, target.dtype).items():
+            each = target.formats[name]
             body = _padded(values, each)
             key = f"{name}/{each.key((start + first) // CHUNK_ROWS)}"
             raw, check = body.view(np.uint8).reshape(-1).data, checksum(body)
@@ -345,17 +333,16 @@ def _write_chunks(
     return files
 
 
-def _columns(block: Block, rows: slice, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
+def _columns(block: Block, rows: slice, dtype: FeatureDtype) -> dict[str, NDArray[Any]]:
     """The arrays of at most a chunk's rows; a row with a reason is zeros, whatever was computed for it."""
     codes = np.array([_code(reason) for reason in block.reasons[rows]], np.uint8)
     valid = codes == VALID
     features = np.where(valid[:, None], block.features[rows], 0).astype(np.float32, copy=False)
-    scales = power_of_two_scales(features)
-    stored = (features * (1 / scales)[:, None]).astype(dtype)
+    stored, scales = encode(features, dtype)
     return {
-        "features": stored,
+        "features": np.where(valid[:, None], stored, 0).astype(stored.dtype, copy=False),
         "scales": np.where(valid, scales, 0),
-        "lengths": _lengths(stored),
+        "lengths": np.where(valid, lengths(decode(stored, dtype, features.shape[1])), 0),
         "norms": np.where(valid, block.norms[rows], 0),
         "raw_norms": np.where(valid, block.raw_norms[rows], 0),
         "losses": np.where(valid, block.losses[rows], 0),
@@ -366,11 +353,6 @@ def _columns(block: Block, rows: slice, dtype: np.dtype[Any]) -> dict[str, NDArr
 
 def _code(reason: str | None) -> int:
     return VALID if reason is None else _CODES.get(reason, OTHER_REASON)
-
-
-def _lengths(stored: NDArray[Any]) -> NDArray[np.float64]:
-    """L2 norms of rows as they are stored, summed in float64 (n,)."""
-    return np.array([np.sqrt(np.square(row.astype(np.float64)).sum()) for row in stored])
 
 
 def _padded(values: NDArray[Any], each: ArrayFormat) -> NDArray[Any]:

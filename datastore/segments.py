@@ -21,11 +21,14 @@ import numpy as np
 from gradstore.types import FeatureDtype
 from numpy.typing import NDArray
 
+from datastore.dtypes import STORAGE, decode
 from datastore.errors import Damaged
 from datastore.shards import CHUNK_ROWS
 
 FORMAT_VERSION = 1
 CHECKSUM_BYTES = 4
+BLOCK_BYTES = 8 << 20
+"""Float32 bytes of the rows that are decoded at once: about what a core's caches hold."""
 
 REASONS: Final[Mapping[int, str]] = {
     1: "no supervised token",
@@ -66,8 +69,9 @@ class ArrayFormat:
 
 def array_formats(dim: int, dtype: FeatureDtype) -> dict[str, ArrayFormat]:
     """The arrays of a segment by name, in the order in which they are written."""
+    storage = STORAGE[dtype]
     formats = [
-        ArrayFormat("features", np.dtype(dtype).newbyteorder("<"), np.nan, dim),
+        ArrayFormat("features", storage.dtype, storage.fill, storage.width(dim)),
         ArrayFormat("scales", np.dtype("<f4"), np.nan),
         ArrayFormat("lengths", np.dtype("<f4"), np.nan),
         ArrayFormat("norms", np.dtype("<f4"), np.nan),
@@ -97,8 +101,8 @@ def chunk_count(rows: int) -> int:
 class Rows(ABC):
     """Features of consecutive rows: one segment, or the segments of a grown feature set one after the other.
 
-    A feature is stored × scale (docs/on-disk-format.md). Its direction, which is what an influence needs, is
-    stored / length.
+    A feature is decoded × scale (docs/on-disk-format.md). Its direction, which is what an influence needs, is
+    decoded / length.
     """
 
     dim: int
@@ -107,7 +111,7 @@ class Rows(ABC):
 
     @abstractmethod
     def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
-        """Rows `start:stop` as they are stored, (n, dim) in the stored dtype, read-only, in place within a chunk.
+        """Rows `start:stop` as they are stored (n, width), see `dtypes.STORAGE`: read-only, in place within a chunk.
 
         `check` compares the checksums of all chunks met first. Raises `Damaged` where bytes are missing.
         """
@@ -133,9 +137,19 @@ class Rows(ABC):
 
     def features(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start:stop` as they were computed, up to the rounding of the stored dtype: float32 (n, dim)."""
-        block = self.stored(start, stop, check=True).astype(np.float32)
-        block *= self.scales[start:stop, None]
-        return block
+        return self.decoded(start, stop, check=True) * self.scales[start:stop, None]
+
+    def decoded(self, start: int, stop: int, *, check: bool = False) -> NDArray[np.float32]:
+        """Rows `start:stop` as numbers, not yet multiplied with their scales: float32 (n, dim), read-only or new."""
+        return decode(self.stored(start, stop, check=check), self.dtype, self.dim)
+
+    def decoded_blocks(self, *, check: bool = False) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """All rows as (start, decoded rows), `BLOCK_BYTES` at a time."""
+        step = max(1, BLOCK_BYTES // (4 * self.dim))
+        for first, last in pairwise(self.edges):
+            stored = self.stored(first, last, check=check)
+            for start in range(0, last - first, step):
+                yield first + start, decode(stored[start : start + step], self.dtype, self.dim)
 
     def blocks(self, *, rows: int = CHUNK_ROWS, check: bool = False) -> Iterator[tuple[int, NDArray[Any]]]:
         """All rows as (start, stored rows), at most `rows` at a time, in place."""
@@ -145,12 +159,12 @@ class Rows(ABC):
 
     @property
     def scales(self) -> NDArray[np.float32]:
-        """What a stored row is multiplied with, a power of two (n,)."""
+        """What a decoded row is multiplied with (n,)."""
         return self.column("scales")
 
     @property
     def lengths(self) -> NDArray[np.float32]:
-        """L2 norm of the row as it is stored (n,)."""
+        """L2 norm of the row as it is decoded (n,)."""
         return self.column("lengths")
 
     @property
@@ -331,9 +345,14 @@ class _ZarrChunks:
             rows = np.asarray(array[start:stop])
         except (OSError, ValueError, RuntimeError) as error:
             raise Damaged(f"{self.group / name} cannot be read ({error}); {_ADVICE}") from error
-        if name in {"features", "lengths"} and np.isnan(rows).any():
+        if name in {"features", "lengths"} and _unwritten(rows, self.formats[name].fill):
             raise Damaged(f"{self.group / name}: rows were never written; {_ADVICE}")
         return rows.astype(self.formats[name].dtype, copy=False)
+
+
+def _unwritten(rows: NDArray[Any], fill: float) -> bool:
+    """Whether the fill value stands anywhere in an array that holds it for nothing else; 0 holds for signs too."""
+    return bool(np.isnan(rows).any() if np.isnan(fill) else fill and (rows == fill).any())
 
 
 def _chunks(group: Path, formats: Mapping[str, ArrayFormat], rows: int) -> _Chunks:

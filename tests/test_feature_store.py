@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from datastore.dtypes import power_of_two_scales
 from datastore.errors import Conflict, Damaged, NotFound
-from datastore.gradients import Block, FeatureStore, power_of_two_scales, sound
+from datastore.gradients import Block, FeatureStore, sound
 from datastore.segments import REASONS, Segment, array_formats, stored_bytes
 from datastore.shards import CHUNK_ROWS
 
@@ -77,19 +78,27 @@ def store(tmp_path: Path) -> FeatureStore:
 # What is stored -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_features_come_back_with_their_columns(store: FeatureStore, dtype: FeatureDtype) -> None:
-    block = block_of(1500)
+DTYPES: list[FeatureDtype] = ["float16", "float32", "bfloat16", "int8", "int4", "binary"]
+
+
+@pytest.mark.parametrize("dim", [DIM, 13])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_come_back_with_their_columns(store: FeatureStore, dtype: FeatureDtype, dim: int) -> None:
+    block = block_of(1500, dim=dim)
     fill(store, SEGMENT, block, dtype=dtype)
     segment = store.open(SEGMENT)
-    assert (segment.rows, segment.dim, segment.dtype, segment.recipe) == (1500, DIM, dtype, {"kind": "sgd"})
+    assert (segment.rows, segment.dim, segment.dtype, segment.recipe) == (1500, dim, dtype, {"kind": "sgd"})
     for start, stop in ((0, 1500), (0, 0), (1024, 1024), (1500, 1500), (1023, 1025), (1400, 1500)):
         found, wanted = segment.features(start, stop), block.features[start:stop]
         assert found.dtype == np.float32
-        if dtype == "float32":
-            np.testing.assert_array_equal(found, wanted)
+        largest = np.abs(wanted).max(axis=1, initial=0, keepdims=True)
+        if dtype == "binary":
+            np.testing.assert_array_equal(np.sign(found), np.sign(wanted))
+            np.testing.assert_allclose(
+                np.abs(found), np.broadcast_to(np.abs(wanted).mean(1)[:, None], found.shape), rtol=1e-6
+            )
         else:
-            np.testing.assert_allclose(found, wanted, rtol=2**-11, atol=np.abs(wanted).max(initial=0) * 2**-24)
+            assert (np.abs(found - wanted) <= np.abs(wanted) * RELATIVE[dtype] + largest * ABSOLUTE[dtype]).all()
     np.testing.assert_array_equal(segment.norms, block.norms)
     np.testing.assert_array_equal(segment.raw_norms, block.raw_norms)
     np.testing.assert_array_equal(segment.losses, block.losses)
@@ -99,14 +108,33 @@ def test_features_come_back_with_their_columns(store: FeatureStore, dtype: Featu
     read_all(segment)
 
 
-def test_the_length_is_the_norm_of_what_is_stored(store: FeatureStore) -> None:
-    fill(store, SEGMENT, block_of(300, size=1e-4))
+RELATIVE = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0, "int4": 0}
+ABSOLUTE = {"float32": 0, "float16": 2**-24, "bfloat16": 0, "int8": 0.5001 / 127, "int4": 0.5001 / 7}
+"""Half a step of each dtype: of the number itself, and of the row's largest."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_length_is_the_norm_of_what_is_decoded(store: FeatureStore, dtype: FeatureDtype) -> None:
+    block = block_of(300, size=1e-4, dim=13)
+    fill(store, SEGMENT, replace(block, reasons=["the moon was full", *[None] * 299]), dtype=dtype)
     segment = store.open(SEGMENT)
-    stored = segment.stored(0, 300).astype(np.float64)
-    np.testing.assert_allclose(segment.lengths, np.linalg.norm(stored, axis=1), rtol=1e-7)
+    decoded = segment.decoded(0, 300).astype(np.float64)
+    np.testing.assert_allclose(segment.lengths[1:], np.linalg.norm(decoded, axis=1)[1:], rtol=1e-7)
+    assert segment.lengths[0] == 0
+    assert not segment.stored(0, 1).any()
+    assert not segment.features(0, 1).any()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoded_blocks_cover_all_rows_in_order(store: FeatureStore, dtype: FeatureDtype) -> None:
+    fill(store, SEGMENT, block_of(1500), dtype=dtype)
+    segment = store.open(SEGMENT)
+    blocks = list(segment.decoded_blocks(check=True))
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), segment.decoded(0, 1500))
+    assert [start for start, _ in blocks] == [0, 1024]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_anybodys_zarr_reads_the_same_numbers(store: FeatureStore, dtype: FeatureDtype) -> None:
     fill(store, SEGMENT, block_of(2100), dtype=dtype, chunks=2)
     segment = store.open(SEGMENT)
@@ -119,6 +147,18 @@ def test_anybodys_zarr_reads_the_same_numbers(store: FeatureStore, dtype: Featur
     assert isinstance(header, dict)
     assert header["reasons"] == {str(code): text for code, text in REASONS.items()}
     assert group.attrs["recipe"] == {"kind": "sgd"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_code_of_the_format_page_reads_what_was_stored(store: FeatureStore, dtype: FeatureDtype) -> None:
+    fill(store, SEGMENT, block_of(50, dim=13), dtype=dtype)
+    segment = store.open(SEGMENT)
+    page = (Path(__file__).parents[1] / "docs" / "on-disk-format.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, np.ndarray] = {}
+    exec(compile(code, "on-disk-format.md", "exec"), {"path": group_of(store)}, names)  # noqa: S102 - our own page
+    np.testing.assert_array_equal(names["features"], segment.features(0, 50))
+    np.testing.assert_allclose(np.linalg.norm(names["directions"].astype(np.float64), axis=1), 1, rtol=1e-6)
 
 
 def test_chunk_files_are_the_ones_zarr_would_write(store: FeatureStore, tmp_path: Path) -> None:

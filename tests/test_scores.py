@@ -122,6 +122,31 @@ def test_the_score_vector_is_the_one_of_brute_force(
     assert np.corrcoef(found.score, wanted)[0, 1] > 0.999999
 
 
+def decoded_by_hand(view: FeatureView) -> np.ndarray:
+    """What a view's rows say once they are stored, as float64 (n, dim), from the features and not from the kernel."""
+    return view.features(0, view.rows).astype(np.float64)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8", "int4", "binary"])
+def test_scores_are_the_cosines_of_what_is_stored_in_any_dtype(room: Room, how: Aggregate, dtype: FeatureDtype) -> None:
+    pool, target = gradients(1500, seed=1, dim=45), gradients(7, seed=2, dim=45)  # no whole number of bytes when packed
+    views, task_views = room.fill("pool", pool, dtype=dtype, cuts=[700]), room.fill("task", target, dtype=dtype)
+    (found,) = score(views, [Target(task_views, SUBTASKS)], weights=RATES, aggregate=how, cache=room.cache)
+    stored = [decoded_by_hand(view) for view in views]
+    wanted = brute_force(stored, [decoded_by_hand(view) for view in task_views], SUBTASKS, RATES, how)
+    np.testing.assert_allclose(found.score, wanted, atol=3e-6)
+
+
+def test_a_pool_and_a_task_of_two_dtypes_are_scored_by_what_each_stores(room: Room) -> None:
+    pool, target = gradients(300, seed=1), gradients(7, seed=2)
+    views, task_views = room.fill("pool", pool, dtype="int4"), room.fill("task", target, dtype="float32")
+    (found,) = score(views, [Target(task_views, SUBTASKS)], weights=RATES, aggregate="less", cache=room.cache)
+    stored = [decoded_by_hand(view) for view in views]
+    wanted = brute_force(stored, [decoded_by_hand(view) for view in task_views], SUBTASKS, RATES, "less")
+    np.testing.assert_allclose(found.score, wanted, atol=3e-6)
+
+
 def test_the_subtask_is_the_one_that_gave_the_score(room: Room) -> None:
     pool, target = gradients(500, seed=1), gradients(7, seed=2)
     views = room.fill("pool", pool)
