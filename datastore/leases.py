@@ -225,9 +225,18 @@ class Jobs:
     # Workers' side --------------------------------------------------------------------------------------------------
 
     def claim(
-        self, owner: str, *, kinds: Collection[JobKind], job: str | None = None, prefer: int | None = None
+        self,
+        owner: str,
+        *,
+        kinds: Collection[JobKind],
+        job: str | None = None,
+        prefer: int | None = None,
+        most_units: int | None = None,
     ) -> Claim | None:
-        """Take the shard `prefer`, or else the oldest, of those that wait; None where none does."""
+        """Take the shard `prefer`, or else the oldest, of those that wait; None where none does.
+
+        With `most_units` shards that are larger are left to others.
+        """
         query = (
             select(ShardRow, JobRow)
             .join(JobRow, JobRow.id == ShardRow.job_id)
@@ -237,6 +246,8 @@ class Jobs:
         )
         if job is not None:
             query = query.where(ShardRow.job_id == job)
+        if most_units is not None:
+            query = query.where(ShardRow.units <= most_units)
         with self.catalog.transaction() as session:
             found = None
             if prefer is not None:

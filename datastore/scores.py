@@ -1,15 +1,18 @@
 """Scores of a pool for any number of tasks: the feature store streamed once, and what came out kept.
 
 The linear part of the aggregate is folded into the queries first (datastore/influence.py), all tasks' queries are
-multiplied in one float32 product, and a block of rows is widened, multiplied and dropped while it is in the cache.
-Scores are kept per segment of the pool: a grown pool scores its new segment only.
+multiplied in one product, and a block of rows is decoded, multiplied and dropped while it is in the cache
+(datastore/products.py). Scores are kept in pieces of the pool's segments: workers share a large pool's pieces, and a
+grown pool scores its new segment only.
 Memory beside the mapped files, with c checkpoints, m reference rows, q queries (subtasks for `less`, one a task for
-`avg`, reference rows for `max` and `min`) and n rows in the pool, in bytes:
+`avg`, reference rows for `max` and `min`) and n rows in the piece, at most 65,536, in bytes:
 
-    8·c·q·dim + 4·m·dim + 8 MiB + 8·1,024·q + (16·c + 14·tasks)·n
+    12·c·q·dim + 4·m·dim + threads · (8 MiB·c + 12·1,024·q) + (16·c + 14·tasks)·n
 
-MMLU (57 × 5) at 4 checkpoints of 8,192 dims: 33 MiB and 78 bytes a row of the pool.
-The order in which sgemm sums depends on a row's place in its block: two passes over other segments agree within 1e-6.
+and 7 bytes a task for each row of the pool where it is answered. MMLU (57 × 5) at 4 checkpoints of 8,192 dims and two
+threads: 105 MiB.
+The order in which a product sums depends on a row's place in its block: two passes over other segments, and two
+kernels, agree within 1e-6 of a score.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import io
 import json
 import logging
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,12 +34,12 @@ import numpy as np
 from gradstore.types import Aggregate
 from numpy.typing import NDArray
 
-from datastore.dtypes import decode, widened
 from datastore.durable import place, sweep, unfinished, write_file
 from datastore.errors import Damaged
 from datastore.identity import content_id
 from datastore.influence import (
     Floats,
+    Mask,
     Subtasks,
     TaskScores,
     checkpoint_weights,
@@ -44,17 +49,17 @@ from datastore.influence import (
     reduce,
     usable_rows,
 )
-from datastore.segments import Rows
+from datastore.products import NUMPY, Kernel
+from datastore.segments import VALID, Rows
 from datastore.shards import CHUNK_ROWS
 
 log = logging.getLogger(__name__)
 
 SCORES_VERSION = 1
 """Counted up when the arithmetic changes, so that old results are not found again."""
-BLOCK_BYTES = 8 << 20
-"""Float32 bytes of the rows that are multiplied at once: about what a core's caches hold."""
+PIECE_ROWS = 64 * CHUNK_ROWS
+"""Rows that are scored, kept and found again together: about a second of work, or 0.5 GB of int8 at 8,192 dims."""
 _ARRAYS = ("score", "subtask", "valid")
-_HALF_EXPONENT = np.float32(2.0**112)
 
 
 class Target:
@@ -89,6 +94,7 @@ def score(
     weights: Sequence[float],
     aggregate: Aggregate,
     cache: ScoreCache,
+    kernel: Kernel = NUMPY,
     on_rows: Callable[[int], None] | None = None,
 ) -> list[TaskScores]:
     """The scores of every row of the pool (one view per checkpoint) for each task, taken from the cache where known.
@@ -96,22 +102,41 @@ def score(
     `weights` are the checkpoints' learning rates. `on_rows` hears how many rows are done. A row without a feature at
     some checkpoint has no score. Raises `Damaged` where stored bytes are missing or do not match their checksum.
     """
-    parts: list[list[TaskScores]] = [[] for _ in targets]
     plan = _Plan(pool, targets, checkpoint_weights(weights), aggregate)
-    for start, stop in plan.pieces:
-        keys = [plan.key(target, start, stop) for target in targets]
-        found = {number: kept for number, key in enumerate(keys) if (kept := cache.get(key)) is not None}
-        missing = [number for number in range(len(targets)) if number not in found]
-        if missing:
-            fresh = plan.compute([targets[number] for number in missing], start, stop, on_rows)
-            for number, result in zip(missing, fresh, strict=True):
-                cache.put(keys[number], result, made_from=plan.content(targets[number], start, stop))
-                found[number] = result
-        for number, part in enumerate(parts):
-            part.append(found[number])
-        if on_rows is not None:
-            on_rows(stop)
-    return [concatenated(part) for part in parts]
+    parts = [plan.score(start, stop, cache, kernel, on_rows) for start, stop in plan.pieces]
+    return [concatenated(part) for part in zip(*parts, strict=True)]
+
+
+def score_piece(
+    pool: Sequence[Rows],
+    targets: Sequence[Target],
+    piece: tuple[int, int],
+    *,
+    weights: Sequence[float],
+    aggregate: Aggregate,
+    cache: ScoreCache,
+    kernel: Kernel = NUMPY,
+    on_rows: Callable[[int], None] | None = None,
+) -> None:
+    """Have the scores of one of the pool's `pieces` in the cache; `on_rows` hears which row of the pool is reached."""
+    _Plan(pool, targets, checkpoint_weights(weights), aggregate).score(*piece, cache, kernel, on_rows)
+
+
+def missing_pieces(
+    pool: Sequence[Rows],
+    targets: Sequence[Target],
+    *,
+    weights: Sequence[float],
+    aggregate: Aggregate,
+    cache: ScoreCache,
+) -> list[tuple[int, int]]:
+    """The ranges of rows whose scores are not all in the cache: each can be computed by another worker."""
+    plan = _Plan(pool, targets, checkpoint_weights(weights), aggregate)
+    return [
+        (start, stop)
+        for start, stop in plan.pieces
+        if any(cache.get(plan.key(target, start, stop)) is None for target in targets)
+    ]
 
 
 def cached(
@@ -157,11 +182,29 @@ class _Plan:
 
     @property
     def pieces(self) -> list[tuple[int, int]]:
-        """Ranges of rows between the segments' borders of all checkpoints."""
+        """Ranges of at most `PIECE_ROWS` rows between the segments' borders of all checkpoints."""
         borders = {0}
         for view in self.pool:
-            borders.update(np.cumsum([rows for _, rows in view.names]).tolist())
+            starts = np.cumsum([0, *(rows for _, rows in view.names)]).tolist()
+            borders.update(starts)
+            borders.update(cut for start, stop in pairwise(starts) for cut in range(start, stop, PIECE_ROWS))
         return list(pairwise(sorted(borders)))
+
+    def score(
+        self, start: int, stop: int, cache: ScoreCache, kernel: Kernel, on_rows: Callable[[int], None] | None
+    ) -> list[TaskScores]:
+        """The scores of a piece for each task; what was not in the cache is, after this."""
+        keys = [self.key(target, start, stop) for target in self.targets]
+        found = {number: kept for number, key in enumerate(keys) if (kept := cache.get(key)) is not None}
+        missing = [number for number in range(len(keys)) if number not in found]
+        if missing:
+            fresh = self.compute([self.targets[number] for number in missing], start, stop, kernel, on_rows)
+            for number, result in zip(missing, fresh, strict=True):
+                cache.put(keys[number], result, made_from=self.content(self.targets[number], start, stop))
+                found[number] = result
+        if on_rows is not None:
+            on_rows(stop)
+        return [found[number] for number in range(len(keys))]
 
     def content(self, target: Target, start: int, stop: int) -> dict[str, Any]:
         """All that the scores of a piece depend on."""
@@ -179,72 +222,92 @@ class _Plan:
         return content_id("score", self.content(target, start, stop))
 
     def compute(
-        self, targets: Sequence[Target], start: int, stop: int, on_rows: Callable[[int], None] | None
+        self,
+        targets: Sequence[Target],
+        start: int,
+        stop: int,
+        kernel: Kernel,
+        on_rows: Callable[[int], None] | None,
     ) -> list[TaskScores]:
         """The scores of rows `start:stop`, all targets in one pass over all checkpoints."""
         asked = [target.queries(self.aggregate) for target in targets]
         by_task = [rows for rows, _ in asked]
         stacked = by_task[0] if len(targets) == 1 else [np.concatenate(rows) for rows in zip(*by_task, strict=True)]
         ends = np.cumsum([0, *(len(labels) for _, labels in asked)]).tolist()
-        valid = everywhere([view.valid[start:stop] for view in self.pool])
+        valid = everywhere([view.part("reason", start, stop) == VALID for view in self.pool])
         results = [(np.empty(stop - start, np.float32), np.empty(stop - start, np.int16)) for _ in targets]
-        for first, influences in _influences(self.pool, stacked, self.weights, start, stop):
-            rows = slice(first - start, first - start + len(influences))
+        influences = _Influences(self.pool, stacked, self.weights, kernel, start, stop, valid)
+
+        def reach(edges: tuple[int, int]) -> int:
+            """Score the rows between two edges; results of different threads lie beside each other."""
+            block, rows = influences.of(*edges), slice(edges[0] - start, edges[1] - start)
             for (scores, subtasks), (_, labels), (low, high) in zip(results, asked, pairwise(ends), strict=True):
-                scores[rows], subtasks[rows] = reduce(influences[:, low:high], labels, self.aggregate)
+                scores[rows], subtasks[rows] = reduce(block[:, low:high], labels, self.aggregate)
+            return edges[1]
+
+        for reached in _in_threads(reach, influences.blocks, kernel):
             if on_rows is not None:
-                on_rows(first + len(influences))
+                on_rows(reached)
         if not all(np.isfinite(scores[valid]).all() for scores, _ in results):
             raise Damaged(f"features of {_place_of(self.pool[0], start, stop)} are not finite: compute them again")
         return [masked(scores, subtasks, valid) for scores, subtasks in results]
 
 
-def _influences(
-    pool: Sequence[Rows], asked: Sequence[Floats], weights: Sequence[float], start: int, stop: int
-) -> Iterator[tuple[int, Floats]]:
-    """Weighted influences (n, q) of at most a chunk of rows after the other, with their first row."""
-    step = max(1, BLOCK_BYTES // (4 * pool[0].dim))
-    scratch = np.empty((min(step, CHUNK_ROWS), pool[0].dim), np.float32)
-    kernels = [_Products(*parts, scratch) for parts in zip(pool, asked, weights, strict=True)]
-    edges = sorted({edge for view in pool for edge in view.edges if start < edge < stop} | {start, stop})
-    for first, last in pairwise(edges):
-        total = np.zeros((last - first, len(asked[0])), np.float32)
-        for kernel in kernels:
-            kernel.add(total, first, last)
-        yield first, total
+class _Influences:
+    """Weighted influences of the rows `start:stop` of all checkpoints on the queries, a block at a time."""
+
+    def __init__(
+        self,
+        pool: Sequence[Rows],
+        queries: Sequence[Floats],
+        weights: Sequence[float],
+        kernel: Kernel,
+        start: int,
+        stop: int,
+        valid: Mask,
+    ) -> None:
+        self._pool = pool
+        self._start = start
+        self._width = len(queries[0])
+        weighted = [rows * np.float32(weight) for rows, weight in zip(queries, weights, strict=True)]
+        self._products = [kernel.products(rows, dtype=view.dtype) for view, rows in zip(pool, weighted, strict=True)]
+        self._factors = [_reciprocals(view.part("lengths", start, stop), valid) for view in pool]
+        edges = sorted({edge for view in pool for edge in view.edges if start < edge < stop} | {start, stop})
+        self.blocks = list(pairwise(edges))
+        """Ranges of rows that lie in one chunk at every checkpoint."""
+
+    def of(self, first: int, last: int) -> Floats:
+        """The influences of rows `first:last`, (n, q)."""
+        total = np.zeros((last - first, self._width), np.float32)
+        rows = slice(first - self._start, last - self._start)
+        for view, products, factors in zip(self._pool, self._products, self._factors, strict=True):
+            found = products(view.stored(first, last, check=True))
+            found *= factors[rows, None]
+            total += found
+        return total
 
 
-class _Products:
-    """Products of one checkpoint's rows with the queries, in float32 (another kernel fits behind the same two calls).
+def _reciprocals(lengths: Floats, valid: Mask) -> Floats:
+    """What the products of a row are multiplied with for those of its direction (n,); 0 where it has no score."""
+    return np.divide(1, lengths, out=np.zeros_like(lengths), where=valid)
 
-    Float16 rows are widened by moving their bits (`dtypes.widened`); the factor of 2^112 that is missing then is the
-    queries' (they are at most 1). Three passes over a block in the cache, 11 GB/s on a core where numpy's own
-    conversion gives 1.5, and not a bit different.
-    """
 
-    def __init__(self, view: Rows, asked: Floats, weight: float, scratch: Floats) -> None:
-        self._view = view
-        self._half = view.dtype == "float16"
-        self._asked = asked * (np.float32(weight) * (_HALF_EXPONENT if self._half else np.float32(1)))
-        self._scratch = scratch
-        lengths = view.lengths
-        self._factors = np.divide(1, lengths, out=np.zeros_like(lengths), where=view.valid)[:, None]
-
-    def add(self, total: Floats, first: int, last: int) -> None:
-        """Add the cosines of rows `first:last`, times the checkpoint's weight, to `total` (n, q)."""
-        stored = self._view.stored(first, last, check=True)
-        for start in range(0, last - first, len(self._scratch)):
-            rows = stored[start : start + len(self._scratch)]
-            wide = self._widened(rows)
-            product = wide @ self._asked.T
-            product *= self._factors[first + start : first + start + len(rows)]
-            total[start : start + len(rows)] += product
-
-    def _widened(self, rows: NDArray[Any]) -> Floats:
-        wide = self._scratch[: len(rows)]
-        if self._half:
-            return widened(rows, out=wide)
-        return decode(rows, self._view.dtype, self._view.dim, out=wide)
+def _in_threads(
+    work: Callable[[tuple[int, int]], int], blocks: Sequence[tuple[int, int]], kernel: Kernel
+) -> Iterator[int]:
+    """Do the blocks in the kernel's threads and give what they return, in order; few are begun before they are due."""
+    with ThreadPoolExecutor(kernel.threads, "scores", initializer=kernel.begin_thread) as threads:
+        ahead: deque[Future[int]] = deque()
+        try:
+            for block in blocks:
+                if len(ahead) > kernel.threads:
+                    yield ahead.popleft().result()
+                ahead.append(threads.submit(work, block))
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # whoever listens may have had enough
+            for waiting in ahead:
+                waiting.cancel()
 
 
 def _unit_rows(view: Rows, usable: NDArray[np.bool_]) -> Floats:

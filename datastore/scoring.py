@@ -1,12 +1,18 @@
-"""Scores as a job: asked for by /select and /scores, computed once under a lease, found again under their hash."""
+"""Scores as a job: asked for by /select and /scores, computed once under leases, found again under their hash.
+
+A job has a shard for each piece of its pools (datastore/scores.py) whose scores are not known yet, so that many workers
+share a large pool and a grown one is scored where it has grown. A shard leaves its scores in the cache.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gradstore.types import AnyJob, FeatureSet, ScoringResult, SelectionRecipe
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from datastore import scores
 from datastore.catalog import Catalog
@@ -15,7 +21,9 @@ from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.influence import TaskScores
 from datastore.leases import Claim, Jobs, NewShard
+from datastore.products import NUMPY, Kernel
 from datastore.recipes import Sources
+from datastore.schema import JobRow, ShardRow
 from datastore.scores import ScoreCache, Target
 from datastore.segments import FeatureView
 from datastore.tasks import Tasks
@@ -50,44 +58,59 @@ class Scoring:
         return _over_all_pools(found)
 
     def start(self, recipe: SelectionRecipe, sources: Sources) -> AnyJob:
-        """Start the job that computes the scores, or return the one that is at it."""
+        """Start the job that computes the scores, or return the one that is at it: a shard for each piece of a pool."""
         scored = recipe.model_dump(mode="json", exclude={"pct", "k", "exclude", "combine"})
-        rows = sum(sets[0].rows for sets in sources.datasets.values())
-        sets = {
+        plan = {
             "datasets": {id: [feature.id for feature in found] for id, found in sources.datasets.items()},
             "tasks": {id: [feature.id for feature in found] for id, found in sources.tasks.items()},
+            "weights": recipe.checkpoint_weights,
+            "aggregate": recipe.aggregate,
+            "rows": sum(sets[0].rows for sets in sources.datasets.values()),
         }
         id = content_id("scores", scored)
-        plan = {"feature_sets": sets, "weights": recipe.checkpoint_weights, "aggregate": recipe.aggregate}
-        shard = NewShard(payload={}, units=rows * len(recipe.checkpoints))
-        job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=[shard])
+        shards = list(self._shards(recipe, sources))
+        job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=shards)
         if job.status == "succeeded":  # and yet not cached: the folder was emptied, or its bytes were damaged
             self.jobs.remove(id, kind="scoring")
-            job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=[shard])
+            job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=shards)
         return job
 
-    def work(self, claim: Claim, on_rows: Callable[[int], None]) -> ScoringResult:
-        """Compute what a scoring job asks for; the scores are in the cache when this returns."""
-        began = time.monotonic()
-        plan = claim.plan
-        sources = Sources(
-            datasets={id: self._sets(sets) for id, sets in plan["feature_sets"]["datasets"].items()},
-            tasks={id: self._sets(sets) for id, sets in plan["feature_sets"]["tasks"].items()},
-        )
+    def _shards(self, recipe: SelectionRecipe, sources: Sources) -> Iterator[NewShard]:
         targets = self._targets(sources)
-        rows = 0
-        for sets in sources.datasets.values():
-            views = self._views(sets)
-            scores.score(
-                views,
+        for id, sets in sources.datasets.items():
+            missing = scores.missing_pieces(
+                self._views(sets),
                 targets,
-                weights=plan["weights"],
-                aggregate=plan["aggregate"],
+                weights=recipe.checkpoint_weights,
+                aggregate=recipe.aggregate,
                 cache=self.cache,
-                on_rows=_counted(on_rows, before=rows, times=len(views)),
             )
-            rows += views[0].rows
-        return ScoringResult(scores=claim.job, rows=rows, seconds=claim.worked + time.monotonic() - began)
+            for start, stop in missing:
+                yield NewShard({"dataset": id, "start": start, "stop": stop}, units=(stop - start) * len(sets))
+
+    def work(self, claim: Claim, on_rows: Callable[[int], None], *, kernel: Kernel = NUMPY) -> None:
+        """Compute a shard of a scoring job, a piece of a pool; its scores are in the cache when this returns.
+
+        `on_rows` hears how many rows are done, summed over checkpoints.
+        """
+        plan, payload = claim.plan, claim.payload
+        start = payload["start"]
+        views = self._views(self._sets(plan["datasets"][payload["dataset"]]))
+        scores.score_piece(
+            views,
+            self._targets(self._sources(plan)),
+            (start, payload["stop"]),
+            weights=plan["weights"],
+            aggregate=plan["aggregate"],
+            cache=self.cache,
+            kernel=kernel,
+            on_rows=lambda reached: on_rows((reached - start) * len(views)),
+        )
+
+    def result(self, session: Session, job: JobRow) -> dict[str, Any]:
+        """The result of a scoring job whose shards are all done."""
+        seconds = session.scalar(select(func.sum(ShardRow.worked)).where(ShardRow.job_id == job.id)) or 0.0
+        return ScoringResult(scores=job.id, rows=job.plan["rows"], seconds=seconds).model_dump(mode="json")
 
     def subtasks(self, sources: Sources) -> dict[str, tuple[str, ...]]:
         """Names of each task's subtasks, as the scores number them."""
@@ -107,6 +130,13 @@ class Scoring:
             first += sets[0].rows
         return found
 
+    def _sources(self, plan: dict[str, Any]) -> Sources:
+        """The feature sets of a job's plan."""
+        return Sources(
+            datasets={id: self._sets(sets) for id, sets in plan["datasets"].items()},
+            tasks={id: self._sets(sets) for id, sets in plan["tasks"].items()},
+        )
+
     def _sets(self, ids: Sequence[str]) -> list[FeatureSet]:
         return [self.features.get(id) for id in ids]
 
@@ -118,11 +148,6 @@ class Scoring:
             Target(self._views(sets), [row.subtask for row in self.tasks.validation(task)])
             for task, sets in sources.tasks.items()
         ]
-
-
-def _counted(on_rows: Callable[[int], None], *, before: int, times: int) -> Callable[[int], None]:
-    """Count the rows of several pools and checkpoints on."""
-    return lambda done: on_rows((before + done) * times)
 
 
 def _over_all_pools(pools: Sequence[Sequence[TaskScores]]) -> list[TaskScores]:

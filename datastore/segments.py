@@ -117,8 +117,12 @@ class Rows(ABC):
         """
 
     @abstractmethod
+    def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """One number for each of the rows `start:stop`; checksums are always compared. Raises `Damaged`."""
+
     def column(self, name: str) -> NDArray[Any]:
-        """One number per row; checksums are always compared. Raises `Damaged`."""
+        """One number per row, see `part`."""
+        return self.part(name, 0, self.rows)
 
     @property
     @abstractmethod
@@ -213,13 +217,18 @@ class Segment(Rows):
         _inside(start, stop, self.rows)
         return self._chunks.read("features", start, stop, check=check)
 
+    def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """See `Rows.part`."""
+        _inside(start, stop, self.rows)
+        found = self._chunks.read(name, start, stop, check=True)
+        if name == "reason" and (found == NOT_WRITTEN).any():
+            raise Damaged(f"{self.name}: rows were never written; {_ADVICE}")
+        return found
+
     def column(self, name: str) -> NDArray[Any]:
-        """See `Rows.column`."""
+        """See `Rows.column`; read once."""
         if name not in self._columns:
-            column = self._chunks.read(name, 0, self.rows, check=True)
-            if name == "reason" and (column == NOT_WRITTEN).any():
-                raise Damaged(f"{self.name}: rows were never written; {_ADVICE}")
-            self._columns[name] = column
+            self._columns[name] = super().column(name)
         return self._columns[name]
 
     @property
@@ -262,16 +271,24 @@ class FeatureView(Rows):
     def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
         """See `Rows.stored`."""
         _inside(start, stop, self.rows)
-        parts = [
-            segment.stored(max(start, first) - first, min(stop, last) - first, check=check)
-            for segment, (first, last) in zip(self.segments, pairwise(self._starts), strict=True)
-            if first < stop and start < last
-        ]
+        parts = [segment.stored(first, last, check=check) for segment, first, last in self._covering(start, stop)]
         return _joined(parts, self.segments[0].formats["features"])
+
+    def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """See `Rows.part`."""
+        _inside(start, stop, self.rows)
+        parts = [segment.part(name, first, last) for segment, first, last in self._covering(start, stop)]
+        return _joined(parts, self.segments[0].formats[name])
 
     def column(self, name: str) -> NDArray[Any]:
         """See `Rows.column`."""
         return np.concatenate([segment.column(name) for segment in self.segments])
+
+    def _covering(self, start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
+        """The segments that rows `start:stop` lie in, with the first row of each and the one after its last."""
+        for segment, (first, last) in zip(self.segments, pairwise(self._starts), strict=True):
+            if first < stop and start < last:
+                yield segment, max(start, first) - first, min(stop, last) - first
 
     @property
     def reasons(self) -> dict[int, str]:

@@ -50,6 +50,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     jobs.results["gradients"] = features.result
     finetunes = Finetunes(catalog, jobs, checkpoints, settings)
     scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
+    jobs.results["scoring"] = scoring.result
     return OpenStore(
         settings=settings,
         catalog=catalog,

@@ -1,4 +1,8 @@
-"""The service's own worker: scores are array arithmetic, and must not wait behind a GPU worker's shard."""
+"""The service's own worker: scores are array arithmetic, and must not wait behind a GPU worker's shard.
+
+Small pools are scored here at once. The pieces of large ones are left to workers that are free for them, whose kernels
+are faster (worker/products.py) and who share them; where there is none, or none comes, they are done here, too.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,9 @@ from service.problems import describe
 log = logging.getLogger(__name__)
 
 KINDS: tuple[JobKind, ...] = ("scoring",)
+AT_ONCE = 32_768
+"""Rows times checkpoints of a shard that is not worth waiting for a worker: half a second at 8,192 dims."""
+GRACE = 1.0  # seconds that idle workers have to take larger shards
 
 
 class _Dropped(Exception):
@@ -33,6 +40,8 @@ class ScoringWorker:
         self._bell = threading.Event()
         self._stopping = False
         self._owner = f"service-{token_hex(4)}"
+        self._left_since: float | None = None
+        """When shards were first left to workers, in monotonic seconds."""
         self._thread = threading.Thread(target=self._loop, name="scoring", daemon=True)
 
     def start(self) -> None:
@@ -58,7 +67,7 @@ class ScoringWorker:
                 if time.monotonic() - swept > self._jobs.lease / 3:
                     self._jobs.sweep()  # a server that was killed may have left a job, and there may be no worker
                     swept = time.monotonic()
-                claim = self._jobs.claim(self._owner, kinds=KINDS) if self._waiting() else None
+                claim = self.claim()
                 if claim is not None:
                     self._do(claim)
             except Exception:  # the thread must outlive a catalog that is away for a while; the lease ends by itself
@@ -67,8 +76,27 @@ class ScoringWorker:
             if claim is None:
                 self._bell.wait(self._poll_interval)
 
-    def _waiting(self) -> bool:
-        return self._jobs.waiting(kinds=KINDS)
+    def claim(self) -> Claim | None:
+        """Take a shard that is small, or that no worker is there for."""
+        if not self._jobs.waiting(kinds=KINDS):
+            self._left_since = None
+            return None
+        claim = self._jobs.claim(self._owner, kinds=KINDS, most_units=AT_ONCE)
+        if claim is None and not self._leaves_to_workers():
+            claim = self._jobs.claim(self._owner, kinds=KINDS)
+        if claim is not None:
+            self._left_since = None
+        return claim
+
+    def _leaves_to_workers(self) -> bool:
+        """Whether a worker is at scores already, or one is idle and has not had its time."""
+        workers = self._jobs.workers()
+        if any(worker.job is not None and worker.job.startswith("scores_") for worker in workers):
+            return True
+        if self._left_since is None:
+            self._left_since = time.monotonic()
+        in_time = time.monotonic() - self._left_since < GRACE
+        return in_time and any(worker.job is None for worker in workers)
 
     def _do(self, claim: Claim) -> None:
         renewed = time.monotonic()
@@ -83,8 +111,8 @@ class ScoringWorker:
                     raise _Dropped
 
         try:
-            result = self._scoring.work(claim, on_rows)
-            self._jobs.succeed(claim, result=result.model_dump(mode="json"))
+            self._scoring.work(claim, on_rows)
+            self._jobs.succeed(claim)
         except _Dropped:
             self._jobs.release(claim)
         except GradstoreError as error:

@@ -24,7 +24,7 @@ from worker.several import STOP_SIGNALS, supervise
 
 log = logging.getLogger("worker.command")  # its own name when run with -m, too
 
-KINDS: tuple[JobKind, ...] = tuple(kind for kind in get_args(JobKind) if kind != "scoring")
+KINDS: tuple[JobKind, ...] = get_args(JobKind)
 
 
 def worker(
@@ -47,7 +47,7 @@ def worker(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Do what waits, then leave.")] = False,
 ) -> None:
-    """Do the jobs of a store: gradients, fine-tunes, evaluations. What is left out comes from the environment."""
+    """Do the jobs of a store. What is left out comes from the environment (GRADSTORE_…)."""
     unknown = sorted(set(kinds or ()) - set(KINDS))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is no kind of job that workers do; these are {', '.join(KINDS)}")

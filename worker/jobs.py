@@ -58,7 +58,7 @@ from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
 from datastore.weights import chosen
-from worker import budgets, moments
+from worker import budgets, moments, scoring
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
@@ -84,8 +84,8 @@ Commit = Callable[[], bool]
 Subject = Literal["base", "tuned"]
 T = TypeVar("T")
 
-KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation")
-"""What workers do; scoring needs no torch and is done by the service itself."""
+KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring")
+"""What workers do; small pools are scored by the service itself (service/scoring.py)."""
 
 EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
 LEAST_EVALUATION_TOKENS = 512
@@ -710,4 +710,5 @@ _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "gradients": _gradients,
     "finetune": _finetune,
     "evaluation": _evaluation,
+    "scoring": scoring.work,
 }

@@ -184,6 +184,7 @@ def _scores(
         return known
     job = backend.scoring.start(recipe, sources)
     backend.scorer.ring()
+    backend.queue.ring(job.id, "scoring")
     deadline = time.monotonic() + (backend.settings.select_wait if wait is None else wait)
     while job.status not in FINISHED and time.monotonic() < deadline:
         time.sleep(LOOK_INTERVAL)
