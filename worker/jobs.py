@@ -23,9 +23,7 @@ from secrets import token_hex
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-import torch
 from gradstore.types import (
-    Checkpoint,
     EvaluationRequest,
     EvaluationResult,
     EvaluationRow,
@@ -47,7 +45,6 @@ from datastore.errors import (
     Conflict,
     Damaged,
     GradstoreError,
-    InvalidCheckpoint,
     InvalidInput,
     UnexpectedError,
     problem_of,
@@ -57,11 +54,11 @@ from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
-from datastore.weights import chosen
-from worker import budgets, moments, scoring
+from worker import budgets, scoring
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
+from worker.engines import OutOfMemory, kind_of, load, make_engine, within_memory
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows
 from worker.evaluate import work as passes_over
 from worker.features import Features
@@ -90,10 +87,6 @@ KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring")
 EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
 LEAST_EVALUATION_TOKENS = 512
 LEFT_OVER = 3600.0  # seconds after which an attempt's bytes that nobody committed are removed
-
-
-class OutOfMemory(InvalidInput):
-    """What the request asks for does not fit into the device's memory."""
 
 
 def run(claim: Claim, context: Context) -> Outcome:
@@ -241,7 +234,7 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
         attention=plan["attention"],
         gradient_checkpointing=plan["gradient_checkpointing"],
     )
-    engine = _engine(context, base, checkpoint, plan, payload["outputs"])
+    engine = make_engine(context, base, checkpoint, plan, payload["outputs"])
     laps.end("loading")
     _read_ahead(claim, context, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
@@ -267,7 +260,7 @@ def _commit(claim: Claim, context: Context, rows: Rows, features: dict[Kind, Fea
     """
     laps.end("waiting")  # for the shard before to be written
     chunks = [
-        _write(claim, context, output, rows, None if features is None else features[_kind(output)])
+        _write(claim, context, output, rows, None if features is None else features[kind_of(output)])
         for output in claim.payload["outputs"]
     ]
     won = context.jobs.succeed(claim, chunks=chunks)
@@ -336,51 +329,6 @@ class _Laps:
         self._last = now
 
 
-def _engine(
-    context: Context, base: Base, checkpoint: Checkpoint, plan: dict[str, Any], outputs: Sequence[dict[str, Any]]
-) -> GradientEngine:
-    kinds = tuple(dict.fromkeys(_kind(output) for output in outputs))
-    dims = tuple(dict.fromkeys(output["dim"] for output in outputs if _kind(output).needs_gradient))
-    settings = (*(plan[key] for key in ("reduction", "projection", "seed")), tuple(plan["weights"] or ()))
-
-    def make() -> GradientEngine:
-        model = _model(context, base, checkpoint)
-        stored = context.checkpoints.moments(checkpoint.id) if any(kind.name == "adam" for kind in kinds) else None
-        names = None
-        if plan["weights"] is not None:
-            names = chosen(plan["weights"], dict(model.named_parameters()))
-            for name in names:
-                model.get_parameter(name).requires_grad_(True)
-        try:
-            return GradientEngine(
-                model,
-                kinds=kinds,
-                moments=moments.read(stored, names=names) if stored else None,
-                projection=plan["projection"],
-                dims=dims,
-                seed=plan["seed"],
-                reduction=plan["reduction"],
-            )
-        except ValueError as error:
-            raise InvalidCheckpoint(f"{checkpoint.id}: {error}") from error
-
-    return context.loaded.engine((base, checkpoint.id, settings, kinds, dims), make)
-
-
-def _model(context: Context, base: Base, checkpoint: Checkpoint) -> PreTrainedModel | PeftModel:
-    """The model of a checkpoint: an adapter on its base model, a model of its own, or the base model itself."""
-    if checkpoint.method == "none":
-        return context.loaded.base(base)
-    weights = context.checkpoints.weights(checkpoint.id)
-    if checkpoint.method == "full":
-        return context.loaded.base(replace(base, model=str(weights), revision=None))
-    return context.loaded.adapted(base, weights)
-
-
-def _kind(output: dict[str, Any]) -> Kind:
-    return Kind(output["kind"], output["adam"] or "less")
-
-
 def _features(
     engine: GradientEngine,
     rows: Rows,
@@ -394,7 +342,7 @@ def _features(
     if not rows.encoded:
         return None
     without = len(rows.reasons) - len(rows.encoded)
-    return _within_memory(
+    return within_memory(
         lambda tokens: engine.features(
             rows.encoded,
             pad_id=pad_id,
@@ -414,7 +362,7 @@ def _budget(claim: Claim, context: Context, base: Base, engine: GradientEngine, 
     if plan["token_budget"] is not None:
         return int(plan["token_budget"])
     sizes = tuple(parameter.shape for parameter in engine.parameters.values())
-    outputs = tuple((_kind(output), output["dim"]) for output in claim.payload["outputs"])
+    outputs = tuple((kind_of(output), output["dim"]) for output in claim.payload["outputs"])
     budget = context.budgets.found(
         (base, sizes, outputs, *(plan[key] for key in ("projection", "max_length"))),
         find,
@@ -513,37 +461,6 @@ def _discard(context: Context, segment: str, *, start: int, attempt: int) -> Non
         context.store.discard(segment, start=start, attempt=attempt)
     except Conflict:  # somebody is publishing it at this moment
         log.info("attempt is being published", extra={"segment": segment, "start": start})
-
-
-def _within_memory(
-    work: Callable[[int], T],
-    *,
-    budget: int,
-    least: int,
-    device: torch.device,
-    on_less: Callable[[int], None] = lambda _: None,
-) -> T:
-    """Do the work in batches of `budget` tokens; where these do not fit the memory, of half as many, down to `least`.
-
-    Another batch plan changes results by rounding only. `on_less` gets each smaller budget. Raises `OutOfMemory` where
-    even `least` tokens do not fit.
-    """
-    while True:
-        try:
-            return work(budget)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if budget <= least:
-                raise OutOfMemory(
-                    f"{least:,} tokens do not fit the device's memory even alone: ask for a smaller max_length, "
-                    "gradient_checkpointing=true (for gradients), or quantisation"
-                ) from error
-            budget = max(least, budget // 2)
-            on_less(budget)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        log.warning("out of memory: smaller batches", extra={"token_budget": budget})
 
 
 # Fine-tunes -----------------------------------------------------------------------------------------------------------
@@ -652,7 +569,7 @@ def _measure(
     on_progress: Callable[[int], None],
 ) -> list[Measured]:
     model, tokenizer = _subject(context, plan, request, subject)
-    return _within_memory(
+    return within_memory(
         lambda tokens: evaluate(
             model,
             tokenizer,
@@ -679,7 +596,7 @@ def _subject(
     base = Base(plan["model"], plan["revision"], precision=plan["precision"], quantisation=request.quantisation)
     if subject == "base":
         return context.loaded.base(base), tokenizer
-    model = _model(context, base, context.catalog.checkpoint(plan["checkpoint"]))
+    model = load(context, base, context.catalog.checkpoint(plan["checkpoint"]))
     if isinstance(model, PeftModel):
         return cast("PreTrainedModel", model.get_base_model()), tokenizer  # the adapter is inside its layers
     return model, tokenizer
