@@ -29,7 +29,13 @@ CHOICE = 4
 ATTEMPT_BITS = 20
 """An attempt's number in the store: the shard's id above these bits, its attempt within them."""
 
-UNITS: dict[JobKind, str] = {"gradients": "rows", "finetune": "steps", "evaluation": "examples", "scoring": "rows"}
+UNITS: dict[JobKind, str] = {
+    "gradients": "rows",
+    "finetune": "steps",
+    "evaluation": "examples",
+    "scoring": "rows",
+    "validation": "trainings",
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,12 @@ class Publication:
 
 def collection(kind: JobKind | None) -> str:
     """Where the jobs of a kind are listed; scoring jobs are listed among all jobs only."""
-    own: dict[JobKind | None, str] = {"gradients": "gradients", "finetune": "finetunes", "evaluation": "evaluations"}
+    own: dict[JobKind | None, str] = {
+        "gradients": "gradients",
+        "finetune": "finetunes",
+        "evaluation": "evaluations",
+        "validation": "validations",
+    }
     return f"/{own.get(kind, 'jobs')}"
 
 

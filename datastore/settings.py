@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         return self.data / "selections"
 
     @property
+    def trainings(self) -> Path:
+        """Folder of what the trainings of validations came to."""
+        return self.data / "trainings"
+
+    @property
     def work(self) -> Path:
         """Folder of unfinished fine-tunes, resumed by their next attempt."""
         return self.data / "work"

@@ -19,6 +19,8 @@ from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
 from datastore.settings import Settings
 from datastore.tasks import Tasks
+from datastore.trainings import Trainings
+from datastore.validations import Validations
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class OpenStore:
     scoring: Scoring
     answers: Answers
     cards: Cards
+    validations: Validations
 
 
 def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
@@ -49,6 +52,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     features = Features(catalog, jobs, store, settings)
     jobs.results["gradients"] = features.result
     finetunes = Finetunes(catalog, jobs, checkpoints, settings)
+    recipes = Recipes(catalog, features)
     scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
     jobs.results["scoring"] = scoring.result
     return OpenStore(
@@ -62,8 +66,9 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         features=features,
         finetunes=finetunes,
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
-        recipes=Recipes(catalog, features),
+        recipes=recipes,
         scoring=scoring,
         answers=Answers(catalog, datasets, scoring, settings.selections),
         cards=Cards(catalog, jobs),
+        validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
     )

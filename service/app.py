@@ -34,6 +34,7 @@ from service.routes import (
     select,
     selections,
     tasks,
+    validations,
 )
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ ROUTERS = (
     exports.router,
     finetunes.router,
     evaluations.router,
+    validations.router,
     jobs.router,
     health.router,
 )

@@ -1,10 +1,10 @@
-"""What a gradients job or a fine-tune would cost: some of its rows are measured with the base model's tokenizer."""
+"""What gradients, a fine-tune or a validation would cost: the base model's tokenizer measures some of its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradstore.types import Estimate, FinetuneRequest, GradientsRequest
+from gradstore.types import Estimate, FinetuneRequest, GradientsRequest, ValidationEstimate, ValidationRequest
 
 from datastore import models
 from datastore.features import Plan
@@ -30,6 +30,12 @@ def of_finetune(backend: Backend, request: FinetuneRequest) -> Estimate:
     folder, size = models.described(plan.model, plan.revision)
     lengths = models.lengths(_trained_on(backend, plan), folder=folder, max_length=request.max_length)
     return backend.finetunes.estimate(request, plan, lengths=lengths, size=size)
+
+
+def of_validation(backend: Backend, request: ValidationRequest) -> ValidationEstimate:
+    """Trainings and seconds of a request. Raises what starting it would raise."""
+    plan = backend.validations.plan(request)
+    return backend.validations.estimate(plan, of_finetune(backend, plan.finetune))
 
 
 def _computed(backend: Backend, plan: Plan) -> Iterator[Example]:

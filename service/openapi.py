@@ -30,12 +30,12 @@ CONFLICTING = {
 """Paths whose GET can answer 409."""
 
 
-def starting(job: Any, *, dry_run: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that answers 202 with a job of this kind."""
+def starting(job: Any, *, dry_run: bool = False, estimate: Any = types.Estimate) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that answers 202 with a job of this kind, and a dry run with an estimate."""
     finished = "The same job has finished before"
     return {
         200: {
-            "model": job | types.Estimate if dry_run else job,
+            "model": job | estimate if dry_run else job,
             "description": f"{finished}; or, with `dry_run`, what it would cost." if dry_run else f"{finished}.",
         },
         202: {

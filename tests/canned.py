@@ -195,12 +195,15 @@ def task(name: str = "mmlu", **changes: Any) -> dict[str, Any]:
 
 def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: Any) -> dict[str, Any]:
     """A job of any kind; a succeeded one has a result."""
-    prefix = {"finetune": "ft", "gradients": "grad", "evaluation": "eval", "scoring": "score"}[kind]
+    prefix = {"finetune": "ft", "gradients": "grad", "evaluation": "eval", "scoring": "score", "validation": "val"}[
+        kind
+    ]
     request = {
         "finetune": {"dataset": "ds_pool", "model": "tiny"},
         "gradients": {"dataset": "ds_pool", "run": "run_1"},
         "evaluation": {"finetune": "ft_1", "tasks": ["mmlu"]},
         "scoring": {"recipe": {}},
+        "validation": {"dataset": "ds_pool", "task": "mmlu", "model": "tiny"},
     }[kind]
     done = {"queued": 0, "running": 4}.get(status, 10)
     return {
@@ -286,7 +289,43 @@ RESULTS: dict[str, Any] = {
         "seconds": 1.5,
     },
     "scoring": {"scores": "score_1", "rows": 3, "seconds": 0.5},
+    "validation": {
+        "kind": "lds",
+        "scores": [
+            {
+                "label": label,
+                "recipe": None,
+                "precondition": "none",
+                "mixing": [],
+                "value": value,
+                "interval": {"low": value - margin, "high": value + margin},
+                "difference": None if label == "adam" else value - 0.3,
+                "difference_interval": None if label == "adam" else {"low": -0.4, "high": -0.2},
+                "unscored_rows": 0,
+                "targets": [{"row": 0, "subtask": "anatomy", "value": value}],
+                "points": [{"seed": 0, "predicted": 1.5, "loss": 2.0, "random_loss": None}],
+            }
+            for label, value, margin in (("adam", 0.3, 0.1), ("random", 0.0, 0.1))
+        ],
+        "rows": 3,
+        "left_out_targets": 0,
+        "trainings": 8,
+        "tokens": 99,
+        "seconds": 1.5,
+    },
 }
+
+
+def validation_estimate() -> dict[str, Any]:
+    return {
+        "trainings": 64,
+        "reused_trainings": 8,
+        "rows": 3,
+        "tokens": 99,
+        "seconds": 2.0,
+        "basis": "measured",
+        "memory_bytes": 4000,
+    }
 
 
 def estimate() -> dict[str, Any]:

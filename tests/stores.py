@@ -31,9 +31,9 @@ class Store(OpenStore):
     """Everything below the service."""
 
     @classmethod
-    def at(cls, folder: Path, *, catalog: str = "") -> Store:
+    def at(cls, folder: Path, *, catalog: str = "", **chosen: Any) -> Store:
         """Open a store, made where there is none."""
-        settings = Settings(data=folder, catalog=catalog)
+        settings = Settings(data=folder, catalog=catalog, **chosen)
         opened = Catalog(settings.catalog_url)
         opened.migrate()
         return cls(**vars(open_store(settings, opened)))

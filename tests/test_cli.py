@@ -92,6 +92,7 @@ def test_the_command_line_has_what_was_promised() -> None:
         "selections": plain | {"rows", "content"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
+        "validations": plain | {"create"},
         "jobs": {"list", "show", "wait", "cancel", "retry", "watch", "delete"},
     }
     for noun, verbs in promised.items():
@@ -381,12 +382,13 @@ def test_a_table_is_not_cut_when_it_is_piped(run: Run, monkeypatch: pytest.Monke
     assert "name" * 50 in line.split()
 
 
-@pytest.mark.parametrize("noun", ["datasets", "tasks", "gradients", "finetunes", "evaluations", "jobs"])
+@pytest.mark.parametrize("noun", ["datasets", "tasks", "gradients", "finetunes", "evaluations", "validations", "jobs"])
 def test_every_list_can_be_printed(run: Run, noun: str) -> None:
     items = {
         "datasets": canned.dataset(), "tasks": canned.task(), "jobs": canned.job("failed"),
         "gradients": canned.job("running", kind="gradients"), "finetunes": canned.job("queued", name="warmup"),
         "evaluations": canned.job("succeeded", kind="evaluation"),
+        "validations": canned.job("succeeded", kind="validation"),
     }  # fmt: skip
     ran, _ = asked_by(run, Said({"data": [items[noun]], "has_more": False}), noun, "list")
     assert ran.code == 0
@@ -502,6 +504,38 @@ def test_an_evaluation_that_is_waited_for_prints_what_was_measured(run: Run) -> 
     assert "1.9 to 2.1" in ran.out
     assert asked_by(run, answer, "evaluations", "show", "eval_1")[0].out == ran.out
     assert asked_by(run, answer, *words)[0].out == "eval_1\n"
+
+
+def test_a_validation_says_of_each_of_the_scores_how_well_they_predict(run: Run) -> None:
+    def answer(asked: Asked) -> Said:
+        return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="validation"))
+
+    words = ["validations", "create", "--dataset", "pool", "--task", "mmlu", "--model", "tiny", "--subsets", "8"]
+    scores = ["--scores", "kind=adam,dim=64", "--scores", '{"checkpoints": ["ck_1"]}', "--scores", "control=random"]
+    ran, asked = asked_by(run, answer, *words, *scores, "--wait")
+    assert asked[0].json == {
+        "dataset": "pool", "task": "mmlu", "model": "tiny", "subsets": 8,
+        "scores": [{"kind": "adam", "dim": "64"}, {"checkpoints": ["ck_1"]}, {"control": "random"}],
+    }  # fmt: skip
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert lines[1:] == [
+        ["adam", "0.300", "0.200", "to", "0.400", "–", "–"],
+        ["random", "0.000", "-0.100", "to", "0.100", "-0.300", "-0.400", "to", "-0.200"],
+    ]
+    assert asked_by(run, answer, "validations", "show", "val_1")[0].out == ran.out
+    assert asked_by(run, answer, *words)[0].out == "val_1\n"
+    dry, asked = asked_by(run, Said(canned.validation_estimate()), *words, "--dry-run")
+    assert asked[0].json["dry_run"] is True
+    assert re.search(r"^trainings +64$", dry.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("scores", ["adam", "kind=adam,dim", "{kind"])
+def test_scores_that_name_nothing_are_refused(run: Run, scores: str) -> None:
+    words = ["validations", "create", "--dataset", "pool", "--task", "mmlu", "--model", "tiny", "--scores", scores]
+    ran, asked = asked_by(run, Said(canned.job("queued", kind="validation")), *words)
+    assert ran.code == 2
+    assert f"--scores {scores}: " in ran.err
+    assert not asked
 
 
 def test_cancelled_and_retried_jobs_are_printed(run: Run) -> None:

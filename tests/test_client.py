@@ -50,6 +50,7 @@ from gradstore.types import (
     LoraSettings,
     Problem,
     ProblemItem,
+    ValidatedRecipe,
 )
 from pydantic import BaseModel
 
@@ -608,6 +609,19 @@ def test_one_value_stands_for_a_list_of_one() -> None:
     assert other.asked[0].json == {"task": "mmlu", "checkpoints": ["ck_1"], "dims": [4096]}
 
 
+def test_scores_to_judge_are_bodies_or_mappings() -> None:
+    with serving(Said(canned.job("queued", kind="validation"), status=202)) as (server, store):
+        wanted = [ValidatedRecipe(kind="adam", label="mine"), {"control": "random"}]
+        store.validations.create(dataset="pool", task="mmlu", model="tiny", scores=wanted, lora=LoraSettings(r=8))
+    assert server.asked[0].json == {
+        "dataset": "pool", "task": "mmlu", "model": "tiny", "lora": {"r": 8},
+        "scores": [{"kind": "adam", "label": "mine"}, {"control": "random"}],
+    }  # fmt: skip
+    with serving(Said(canned.validation_estimate())) as (server, store):
+        assert store.validations.estimate(dataset="pool", task="mmlu", model="tiny").trainings == 64
+    assert server.asked[0].json["dry_run"] is True
+
+
 def test_an_estimate_is_a_dry_run_of_the_same_request() -> None:
     with serving(Said(canned.estimate())) as (server, store):
         assert store.gradients.estimate(dataset="ds_pool", run="run_1").rows == 3
@@ -1009,6 +1023,9 @@ def test_results_become_tables() -> None:
     with serving(Said(canned.job("succeeded", kind="evaluation"))) as (_, store):
         measured = store.evaluations.wait("eval_1").result.to_pandas()
     assert list(measured["loss"]) == [2.5, 2.0]
+    with serving(Said(canned.job("succeeded", kind="validation"))) as (_, store):
+        judged = store.validations.wait("val_1").result.to_pandas()
+    assert list(judged["label"]) == ["adam", "random"]
     with serving(Said(canned.job("succeeded"))) as (_, store):
         assert list(store.finetunes.wait("ft_1").result.to_pandas()["loss"]) == [2.5]
 

@@ -92,6 +92,7 @@ def test_every_list_walks_its_pages(store: GradientStore) -> None:
         "selections",
         "finetunes",
         "evaluations",
+        "validations",
         "jobs",
         "datasets",
     ):

@@ -13,8 +13,19 @@ from gradstore import types
 
 from tests.serving import Service, form_files, jsonl, peft_files, problem_of
 
-NOUNS = ["datasets", "tasks", "checkpoints", "runs", "gradients", "selections", "finetunes", "evaluations"]
-POSTS = ["/runs", "/gradients", "/finetunes", "/evaluations"]
+NOUNS = [
+    "datasets",
+    "tasks",
+    "checkpoints",
+    "runs",
+    "gradients",
+    "selections",
+    "finetunes",
+    "evaluations",
+    "validations",
+]
+POSTS = ["/runs", "/gradients", "/finetunes", "/evaluations", "/validations"]
+VALIDATION: dict[str, Any] = {"dataset": "d", "task": "t", "model": "o/m"}
 FORMS = ["/datasets", "/tasks", "/checkpoints"]
 
 
@@ -109,6 +120,17 @@ def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> Non
         ("/finetunes", {"dataset": "d", "model": "o/m", "fraction": 5}, "/fraction"),
         ("/evaluations", {"model": "o/m", "tasks": []}, "/tasks"),
         ("/evaluations", {"model": "o/m", "checkpoint": "c", "tasks": ["t"]}, ""),
+        ("/validations", {"dataset": "d", "task": "t"}, "/model"),
+        ("/validations", VALIDATION | {"subsets": 2}, "/subsets"),
+        ("/validations", VALIDATION | {"fraction": 50}, "/fraction"),
+        ("/validations", VALIDATION | {"scores": []}, "/scores"),
+        ("/validations", VALIDATION | {"scores": [{}, {"kind": "hessian"}]}, "/scores/1/kind"),
+        ("/validations", VALIDATION | {"scores": [{"control": "random", "dim": 8}]}, "/scores/0"),
+        ("/validations", VALIDATION | {"k": 1}, ""),
+        ("/validations", VALIDATION | {"fraction": 1}, ""),
+        ("/validations", VALIDATION | {"kind": "leave-top-k-out"}, ""),
+        ("/validations", VALIDATION | {"kind": "leave-top-k-out", "k": 1, "repeats": 1}, ""),
+        ("/validations", VALIDATION | {"split": "test"}, ""),
         ("/tasks", {"name": "t", "kind": 1, "path": "/"}, "/kind"),
         ("/tasks", {"name": "t", "kind": "jsonl"}, "/path"),
         ("/checkpoints", {"path": "/", "learning_rate": 0}, "/learning_rate"),
@@ -215,6 +237,7 @@ def test_gradients_of_nothing_are_not_found(shared_service: Service, body: dict[
         ("/finetunes", {"selection": "nothing", "model": "o/m"}),
         ("/evaluations", {"model": "o/m", "tasks": ["nothing"]}),
         ("/runs", {"checkpoints": ["nothing"]}),
+        ("/validations", {"dataset": "nothing", "task": "t", "model": "o/m"}),
     ],
 )
 def test_what_a_request_names_must_exist(shared_service: Service, path: str, body: dict[str, Any]) -> None:

@@ -15,9 +15,11 @@ import httpx
 import pytest
 from gradstore.types import Problem
 
+from datastore.trainings import Measured
 from service import events
 from tests.hub import Hub
 from tests.serving import Service, problem_of, serving
+from tests.tiny import save_tiny_model
 
 FAILURE = Problem(type="broken", title="Broken", status=500, detail="the worker could not do it")
 
@@ -416,6 +418,55 @@ def test_an_evaluation_is_renamed_and_deleted(service: Service) -> None:
     assert service.http.get(f"/evaluations/{job['id']}").json()["result"] == {"rows": [], "seconds": 1.0}
     assert service.http.delete(f"/evaluations/{job['id']}").status_code == 204
     assert service.http.delete("/tasks/target").status_code == 204
+
+
+def test_a_validation_is_begun_found_again_and_deleted(service: Service, hub: Hub) -> None:
+    commit = hub.publish("org/base", {"config.json": b"{}"})
+    service.pool(name="pool")
+    service.task("target")
+    body = {"dataset": "pool", "task": "target", "model": "org/base", "subsets": 3, "scores": [{"control": "random"}]}
+    answer = service.http.post("/validations", json=body | {"name": "chance"})
+    assert answer.status_code == 202
+    job = answer.json()
+    assert (job["id"].partition("_")[0], job["kind"], answer.headers["Location"]) == (
+        "val", "validation", f"/jobs/{job['id']}",
+    )  # fmt: skip
+    assert job["progress"] == {"done": 0, "total": 3, "unit": "trainings", "rate": None, "eta_seconds": None}
+    assert service.http.post("/validations", json=body).json()["id"] == job["id"]
+    assert service.http.get("/validations/chance").json() == job
+    assert [one["id"] for one in service.http.get("/validations").json()["data"]] == [job["id"]]
+    validations = service.backend.validations
+    for _ in range(3):
+        claim = service.claim()
+        training = validations.training(claim.plan, claim.payload)
+        assert (training.recipe.revision, len(training.rows)) == (commit, 5)
+        losses = [float(sum(training.rows)), 2.0, None]
+        validations.trainings.put(training, Measured(losses, rows=5, tokens=9, seconds=1.0))
+        assert validations.finish(claim, training.key)
+    result = service.http.get("/validations/chance").json()["result"]
+    assert [target["row"] for target in result["scores"][0]["targets"]] == [0, 1]
+    assert result["scores"][0]["targets"][1]["value"] == 0
+    assert (result["trainings"], result["left_out_targets"]) == (3, 1)
+    problem_of(service.http.delete("/tasks/target"), 409)
+    assert "DELETE /validations/" in problem_of(service.http.delete(f"/jobs/{job['id']}"), 409).detail
+    assert service.http.delete("/validations/chance").status_code == 204
+    assert service.http.delete("/tasks/target").status_code == 204
+
+
+def test_a_validation_can_be_estimated(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    with serving(tmp_path / "store", allowed_roots=(tmp_path,)) as service:
+        service.pool(name="pool")
+        service.task("target")
+        body = {"dataset": "pool", "task": "target", "model": str(model), "scores": [{"control": "random"}]}
+        answer = service.http.post("/validations", json=body | {"dry_run": True})
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert (found["trainings"], found["reused_trainings"], found["rows"]) == (64, 0, 5)
+        assert found["tokens"] > 64 * 5 * 4
+        assert service.http.get("/jobs").json()["data"] == []
+        missing = service.http.post("/validations", json=body | {"scores": [{}]})
+        assert problem_of(missing, 409).type == "gradients-missing"
 
 
 class _any:  # noqa: N801 - reads as a word in a comparison

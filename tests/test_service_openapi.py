@@ -109,7 +109,7 @@ def test_every_reference_in_the_document_leads_somewhere(document: dict[str, Any
 
 
 def test_started_jobs_are_documented_with_their_headers(document: dict[str, Any]) -> None:
-    for path in ("/gradients", "/finetunes", "/evaluations"):
+    for path in ("/gradients", "/finetunes", "/evaluations", "/validations"):
         assert set(document["paths"][path]["post"]["responses"]["202"]["headers"]) == {"Location", "Retry-After"}
 
 

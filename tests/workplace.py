@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradstore.types import AnyJob, Checkpoint, Dataset, EvaluationRequest, FinetuneRequest, GradientsRequest, Task
+from gradstore.types import (
+    AnyJob,
+    Checkpoint,
+    Dataset,
+    EvaluationRequest,
+    FinetuneRequest,
+    GradientsRequest,
+    Task,
+    ValidationRequest,
+)
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -32,6 +41,7 @@ from worker.jobs import KINDS, Outcome, run, tend
 from worker.models import load_model
 
 CPU = torch.device("cpu")
+Requested = GradientsRequest | FinetuneRequest | EvaluationRequest | ValidationRequest
 
 
 def numbered(rows: Iterable[int]) -> list[dict[str, Any]]:
@@ -126,8 +136,10 @@ class Workplace:
         """The base model itself as a checkpoint."""
         return self.context.catalog.add_checkpoint(self.context.checkpoints.register_base(str(self.model)))
 
-    def start(self, request: GradientsRequest | FinetuneRequest | EvaluationRequest) -> AnyJob:
+    def start(self, request: Requested) -> AnyJob:
         """Start a job."""
+        if isinstance(request, ValidationRequest):
+            return self.context.validations.start(request)[0]
         if isinstance(request, GradientsRequest):
             return self.context.features.start(request)[0]
         if isinstance(request, FinetuneRequest):
@@ -152,7 +164,7 @@ class Workplace:
         """A job as it is now."""
         return self.context.jobs.get(id)
 
-    def done(self, request: GradientsRequest | FinetuneRequest | EvaluationRequest) -> dict[str, Any]:
+    def done(self, request: Requested) -> dict[str, Any]:
         """Start a job, do it, and return its result."""
         job = self.start(request)
         self.work()

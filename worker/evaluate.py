@@ -110,6 +110,26 @@ def evaluate(
     return [*measured, _measure(None, parts, bootstrap_samples, seed)] if parts else []
 
 
+def losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TaskExample],
+    *,
+    template: TemplateName,
+    max_length: int,
+    token_budget: int,
+    check: Callable[[], None] = lambda: None,
+) -> list[float | None]:
+    """The loss of each example as `evaluate` measures it; None where truncation leaves nothing of its answer.
+
+    `check` is called between batches. Leaves the model in exact mode. Raises NotFinite.
+    """
+    judge = _Judge(model, tokenizer, template, max_length, 0, token_budget, lambda _: check())
+    use_exact_mode(model)
+    with torch.inference_mode():
+        return judge.losses(examples)
+
+
 # Numbers of a subtask ------------------------------------------------------------------------------------------------
 
 

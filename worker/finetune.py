@@ -34,11 +34,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
 import torch
-from gradstore.types import FinetuneRequest, LossPoint, Precision
+from gradstore.types import FinetuneRequest, LossPoint, Precision, TrainingRecipe
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -137,35 +138,89 @@ def finetune(
     and another attempt goes on from what was saved last. Raises `InvalidInput` where nothing can be trained on, the
     model cannot be trained so, or the loss diverges.
     """
-    precision = chosen_precision(request.precision, device)
-    tokenizer = load_tokenizer(request.model, request.revision)
-    rows = _Rows.of(examples, request, tokenizer)
-    if not len(rows):
-        raise InvalidInput(
-            f"none of the {rows.skipped:,} rows leaves a token to learn from; "
-            f"the first one: {rows.first_reason or 'there are no rows'}"
-        )
+    setup = _Setup.of(examples, request, device)
     home = work / attempt
     started = _take_over(work, home)
-    model = _trainable_model(request, precision, device)
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(request, precision, home / "trainer", device),
-        train_dataset=rows,
-        data_collator=_collator(tokenizer),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Keeper(home, request, precision, tokenizer, on_step=on_step, save_seconds=save_seconds))
+    keeper = _Keeper(home, request, setup.precision, setup.tokenizer, on_step=on_step, save_seconds=save_seconds)
+    trainer = setup.trainer(home / "trainer", keeper)
     trainer.train(resume_from_checkpoint=None if started is None else str(started))
     return Finetuned(
         epochs=_epochs(home),
-        rows=len(rows),
-        skipped_rows=rows.skipped,
+        rows=len(setup.rows),
+        skipped_rows=setup.rows.skipped,
         steps=trainer.state.global_step,
-        tokens=rows.tokens,
-        precision=precision,
+        tokens=setup.rows.tokens,
+        precision=setup.precision,
         loss_curve=loss_curve(trainer.state.log_history),
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is trained, and nowhere but in memory."""
+
+    model: PreTrainedModel
+    """An adapter is inside its layers."""
+    tokenizer: PreTrainedTokenizerBase
+    rows: int
+    tokens: int
+    """Tokens of one epoch, padding apart."""
+
+
+def train(
+    examples: Iterable[Example],
+    recipe: TrainingRecipe,
+    *,
+    device: torch.device,
+    on_step: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Trained:
+    """Train on `examples` as `finetune` does, to the very same model, and leave nothing on the disk.
+
+    `on_step(done, total)` is called as there; an exception of its own ends the training, which then begins anew.
+    Raises `InvalidInput` as there.
+    """
+    setup = _Setup.of(examples, recipe, device)
+    with TemporaryDirectory(prefix="gradstore-training-") as folder:  # the Trainer wants one, and writes nothing there
+        trainer = setup.trainer(Path(folder), _Watch(recipe, setup.precision, on_step=on_step))
+        trainer.train()
+    model = cast("PreTrainedModel | PeftModel", trainer.model)
+    bare = cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
+    return Trained(bare, setup.tokenizer, len(setup.rows), setup.rows.tokens)
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What a training begins with."""
+
+    request: TrainingRecipe
+    device: torch.device
+    precision: Precision
+    tokenizer: PreTrainedTokenizerBase
+    rows: _Rows
+
+    @classmethod
+    def of(cls, examples: Iterable[Example], request: TrainingRecipe, device: torch.device) -> _Setup:
+        precision = chosen_precision(request.precision, device)
+        tokenizer = load_tokenizer(request.model, request.revision)
+        rows = _Rows.of(examples, request, tokenizer)
+        if not len(rows):
+            raise InvalidInput(
+                f"none of the {rows.skipped:,} rows leaves a token to learn from; "
+                f"the first one: {rows.first_reason or 'there are no rows'}"
+            )
+        return cls(request, device, precision, tokenizer, rows)
+
+    def trainer(self, folder: Path, watch: _Watch) -> _Trainer:
+        """A Trainer of a new model, with nothing done yet."""
+        trainer = _Trainer(
+            model=_trainable_model(self.request, self.precision, self.device),
+            args=_arguments(self.request, self.precision, folder, self.device),
+            train_dataset=self.rows,
+            data_collator=_collator(self.tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        return trainer
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -181,7 +236,7 @@ class _Rows(Dataset[dict[str, Any]]):
         self.tokens = 0
 
     @classmethod
-    def of(cls, examples: Iterable[Example], request: FinetuneRequest, tokenizer: PreTrainedTokenizerBase) -> _Rows:
+    def of(cls, examples: Iterable[Example], request: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> _Rows:
         rows = cls()
         for example in examples:
             try:
@@ -217,7 +272,7 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[dict[str
 
 
 def _trainable_model(
-    request: FinetuneRequest, precision: Precision, device: torch.device
+    request: TrainingRecipe, precision: Precision, device: torch.device
 ) -> PreTrainedModel | PeftModel:
     full = request.method == "full"
     base = load_model(
@@ -263,7 +318,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _arguments(request: FinetuneRequest, precision: Precision, folder: Path, device: torch.device) -> TrainingArguments:
+def _arguments(request: TrainingRecipe, precision: Precision, folder: Path, device: torch.device) -> TrainingArguments:
     on_device = min(request.device_batch_size, request.batch_size)
     full = request.method == "full"
     arguments = TrainingArguments(
@@ -323,37 +378,21 @@ class _Trainer(Trainer):
         _save_weights(cast("PreTrainedModel | PeftModel", self.model), Path(output_dir or str(self.args.output_dir)))
 
 
-class _Keeper(TrainerCallback):
-    """Keeps what a training must not lose, and looks whether it is still wanted."""
+class _Watch(TrainerCallback):
+    """Looks whether a training is still wanted, and whether it goes well."""
 
-    def __init__(
-        self,
-        home: Path,
-        request: FinetuneRequest,
-        precision: Precision,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        on_step: Callable[[int, int], None],
-        save_seconds: float,
-    ) -> None:
-        self._home = home
+    def __init__(self, request: TrainingRecipe, precision: Precision, *, on_step: Callable[[int, int], None]) -> None:
         self._request = request
         self._precision = precision
-        self._tokenizer = tokenizer
         self._on_step = on_step
-        self._save_seconds = save_seconds
-        self._saved = time.monotonic()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002 - the Trainer's interface
         """Between two parts of a step: is the training still wanted?"""
         self._on_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002 - the Trainer's interface
-        """After a step: tell how far it is, and save now and then; an epoch's end saves its checkpoint first."""
+        """After a step: tell how far it is."""
         self._on_step(state.global_step, state.max_steps)
-        ends_epoch = float(state.epoch or 0).is_integer()
-        if not ends_epoch and time.monotonic() - self._saved >= self._save_seconds:
-            control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002 - the Trainer's interface
         """A loss that is not a number ends the training: nothing after it is one."""
@@ -363,6 +402,33 @@ class _Keeper(TrainerCallback):
                 f"the loss is {loss} at step {state.global_step} of {state.max_steps}: lower learning_rate (it is "
                 f"{self._request.learning_rate:g}), or use a precision with more range than {self._precision}"
             )
+
+
+class _Keeper(_Watch):
+    """Keeps what a training must not lose."""
+
+    def __init__(
+        self,
+        home: Path,
+        request: TrainingRecipe,
+        precision: Precision,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        on_step: Callable[[int, int], None],
+        save_seconds: float,
+    ) -> None:
+        super().__init__(request, precision, on_step=on_step)
+        self._home = home
+        self._tokenizer = tokenizer
+        self._save_seconds = save_seconds
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a step: tell how far it is, and save now and then; an epoch's end saves its checkpoint first."""
+        super().on_step_end(args, state, control)
+        ends_epoch = float(state.epoch or 0).is_integer()
+        if not ends_epoch and time.monotonic() - self._saved >= self._save_seconds:
+            control.should_save = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kept: Any) -> None:  # noqa: ARG002 - the Trainer's interface
         """Leave a checkpoint, and save, so that the next epoch is not begun twice from further back."""

@@ -54,7 +54,7 @@ from datastore.leases import Claim, NewChunk, Publication
 from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
-from worker import budgets, scoring
+from worker import budgets, scoring, validations
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
@@ -81,7 +81,7 @@ Commit = Callable[[], bool]
 Subject = Literal["base", "tuned"]
 T = TypeVar("T")
 
-KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring")
+KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation")
 """What workers do; small pools are scored by the service itself (service/scoring.py)."""
 
 EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
@@ -156,6 +156,7 @@ def tidy(context: Context) -> None:
             _discard(context, left.segment, start=left.start, attempt=left.attempt)
     context.store.sweep(older_than=LEFT_OVER)
     context.checkpoints.sweep()
+    context.validations.sweep(older_than=LEFT_OVER)
     segments, checkpoints = select(SegmentRow.id), select(CheckpointRow.id)
     trainings = select(JobRow.id).where(JobRow.status != "succeeded")
     _delete_unknown(context, segments, context.store.root.glob("seg_*"), context.store.delete)
@@ -621,6 +622,14 @@ def _evaluation_row(subject: Subject, task: str, name: str, measured: Measured) 
     )
 
 
+# Validations ----------------------------------------------------------------------------------------------------------
+
+
+def _validation(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
+    """Do one training; with the last one goes what all of them come to."""
+    return partial(context.validations.finish, claim, validations.measure(claim, context, heartbeat))
+
+
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
 _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
@@ -628,4 +637,5 @@ _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "finetune": _finetune,
     "evaluation": _evaluation,
     "scoring": scoring.work,
+    "validation": _validation,
 }

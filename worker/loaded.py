@@ -94,6 +94,11 @@ class Loaded:
             self._engine, self._engine_key = make(), key
         return self._engine
 
+    def make_room(self) -> None:
+        """Forget everything, before something else takes the memory; costs nothing where nothing is kept."""
+        if self._base is not None or self.device.type == "cuda":
+            self.clear()
+
     def clear(self) -> None:
         """Forget everything, and give the memory back."""
         self._engine, self._engine_key = None, None

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from gradstore._uploads import PathOrFile, Upload, source
-from gradstore.results import EvaluationJob, FinetuneJob, Selection
+from gradstore.results import EvaluationJob, FinetuneJob, Selection, ValidationJob
 from gradstore.types import (
     AdamForm,
     Aggregate,
@@ -42,10 +42,15 @@ from gradstore.types import (
     Reduction,
     Run,
     Scores,
+    Split,
     Task,
     TaskKind,
     TemplateName,
     UploadedDataset,
+    ValidatedRecipe,
+    ValidationEstimate,
+    ValidationKind,
+    ValidationTargets,
 )
 
 AnswerT = TypeVar("AnswerT")
@@ -407,6 +412,40 @@ def evaluations_create(**fields: Unpack[EvaluationFields]) -> Call[EvaluationJob
     return _post("evaluations", EvaluationJob, **_lists(fields))
 
 
+# Validations ------------------------------------------------------------------------------------------------------
+
+
+class ValidationFields(Training, total=False):
+    """The fields of `gradstore.types.ValidationRequest`, which describes them and has their defaults."""
+
+    dataset: Required[str]
+    task: Required[str]
+    model: Required[str]
+    method: Method | None
+    kind: ValidationKind | None
+    scores: Sequence[ValidatedRecipe | Mapping[str, Any]] | None
+    split: Split | None
+    targets: ValidationTargets | None
+    subsets: int | None
+    fraction: float | None
+    pct: float | None
+    k: int | None
+    repeats: int | None
+    bootstrap_samples: int | None
+    name: str | None
+
+
+def validations_create(**fields: Unpack[ValidationFields]) -> Call[ValidationJob]:
+    """Train on parts of a pool and compare what scores predict with what comes of it; trainings that exist are not
+    done again."""
+    return _post("validations", ValidationJob, **fields)
+
+
+def validations_estimate(**fields: Unpack[ValidationFields]) -> Call[ValidationEstimate]:
+    """Say how many trainings `create` with the same arguments would do and how long, and start nothing."""
+    return _post("validations", ValidationEstimate, **fields, dry_run=True)
+
+
 # Jobs and the service -----------------------------------------------------------------------------------------------
 
 
@@ -488,6 +527,8 @@ def _uploading(
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
 
 

@@ -37,6 +37,7 @@ from gradstore._cli_output import (
     say,
     say_lost_rows,
 )
+from gradstore._cli_validations import JUDGED, SCORES_HELP, TEXTS, read_scores
 from gradstore._cli_words import in_commands
 from gradstore.types import (
     Checkpoint,
@@ -49,6 +50,7 @@ from gradstore.types import (
     JobKind,
     JobStatus,
     Task,
+    ValidationRequest,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ SERVER_COMMANDS = {
 }
 ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "evaluations"),
-    *("checkpoints", "runs", "jobs", "health"),
+    *("validations", "checkpoints", "runs", "jobs", "health"),
 )
 VERBS = (
     *(
@@ -322,6 +324,7 @@ COLUMNS: dict[str, Columns] = {
     },
     "finetunes": JOBS,
     "evaluations": JOBS,
+    "validations": JOBS,
     "jobs": {"kind": lambda job: job.kind, **JOBS},
 }
 HELP = {
@@ -333,6 +336,7 @@ HELP = {
     "selections": "What select has answered.",
     "finetunes": "Trainings: the warm-up, and those on selections.",
     "evaluations": "Models measured on tasks.",
+    "validations": "How well scores predict what training does.",
     "jobs": "Work of all kinds: look, wait, cancel, go on.",
 }
 SELECTED: Columns = {
@@ -381,7 +385,7 @@ def _groups() -> dict[str, typer.Typer]:
             _add_list(made[noun], noun)
             _add_rename(made[noun], noun)
         _add_delete(made[noun], noun)
-        if noun not in {"selections", "evaluations"}:
+        if noun not in {"selections", "evaluations", "validations"}:
             _add_show(made[noun], noun)
     return made
 
@@ -444,6 +448,8 @@ def _started(store: GradientStore, noun: str, job: Job[Any, Any], *, wait: bool,
         print_json(job)
     elif noun == "evaluations" and job.result is not None:
         print_table(job.result.rows, MEASURED)
+    elif noun == "validations" and job.result is not None:
+        print_table(job.result.scores, JUDGED)
     else:
         typer.echo(job.id)
 
@@ -703,6 +709,41 @@ def show_evaluation(ctx: typer.Context, reference: Reference, *, as_json: Json =
             print_object(job, as_json=as_json)
         else:
             print_table(job.result.rows, MEASURED)
+
+
+@groups["validations"].command("create")
+@takes(endpoints.validations_create, request=ValidationRequest, without=["scores"], texts=TEXTS)
+def create_validation(
+    ctx: typer.Context,
+    *,
+    scores: Annotated[list[str] | None, typer.Option(metavar="<name=value,…>", help=SCORES_HELP)] = None,
+    wait: Wait = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Train on parts of a pool; see how well scores predict it.
+
+    Prints the job's id, or with --wait a value for each of the scores: more is better. The trainings are the cost, and
+    those that exist are not done again, so other scores can be judged later.
+    """
+    with _session(ctx) as store:
+        asked = given({**fields, "scores": read_scores(scores or [])})
+        if dry_run:
+            print_object(store.validations.estimate(**asked), as_json=as_json)
+        else:
+            _started(store, "validations", store.validations.create(**asked), wait=wait, as_json=as_json)
+
+
+@groups["validations"].command("show")
+def show_validation(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
+    """Print how well scores predict. Before that, everything known about the job."""
+    with _session(ctx) as store:
+        job = store.validations.get(reference)
+        if as_json or job.result is None:
+            print_object(job, as_json=as_json)
+        else:
+            print_table(job.result.scores, JUDGED)
 
 
 @groups["jobs"].command("list")

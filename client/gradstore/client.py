@@ -27,7 +27,16 @@ from gradstore._flows import Answer, Effect, Emit, Flow, Policy, Read, Send, Set
 from gradstore._progress import BytesBar
 from gradstore._signatures import expanded
 from gradstore._uploads import CountedReads
-from gradstore.results import EvaluationJob, EvaluationResult, FinetuneJob, FinetuneResult, Selection, SucceededJob
+from gradstore.results import (
+    EvaluationJob,
+    EvaluationResult,
+    FinetuneJob,
+    FinetuneResult,
+    Selection,
+    SucceededJob,
+    ValidationJob,
+    ValidationResult,
+)
 from gradstore.types import AnyJob, AnyObject, GradientsJob, GradientsRequest, GradientsResult, Page
 
 DEFAULT_URL = "http://localhost:8000"
@@ -488,6 +497,24 @@ class Evaluations(Resource[EngineT]):
     delete = call(endpoints.deleter("evaluations"))
 
 
+class Validations(Resource[EngineT]):
+    """Jobs that compare what scores predict with what training does."""
+
+    create = call(endpoints.validations_create)
+    estimate = call(endpoints.validations_estimate)
+    get = call(endpoints.getter("validations", ValidationJob))
+    list = each(flows.paged(endpoints.lister("validations", Page[ValidationJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("validations", ValidationJob), SucceededJob[types.ValidationRequest, ValidationResult]
+        )
+    )
+    cancel = call(endpoints.canceller(ValidationJob))
+    retry = call(endpoints.retrier(ValidationJob))
+    rename = call(endpoints.renamer("validations", ValidationJob))
+    delete = call(endpoints.deleter("validations"))
+
+
 class Jobs(Resource[EngineT]):
     """Jobs of all kinds."""
 
@@ -513,6 +540,7 @@ class Store(Resource[EngineT]):
         self.selections = Selections(engine)
         self.finetunes = Finetunes(engine)
         self.evaluations = Evaluations(engine)
+        self.validations = Validations(engine)
         self.jobs = Jobs(engine)
 
     @property

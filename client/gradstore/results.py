@@ -14,6 +14,7 @@ from gradstore.types import (
     Job,
     RequestT,
     ResultT,
+    ValidationRequest,
 )
 
 if TYPE_CHECKING:
@@ -59,8 +60,16 @@ class EvaluationResult(Table, types.EvaluationResult):
         return self.rows
 
 
+class ValidationResult(Table, types.ValidationResult):
+    """How well scores predict; its table is a row for each of them."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.scores
+
+
 FinetuneJob = Job[FinetuneRequest, FinetuneResult]
 EvaluationJob = Job[EvaluationRequest, EvaluationResult]
+ValidationJob = Job[ValidationRequest, ValidationResult]
 
 
 class SucceededJob(Job[RequestT, ResultT], Generic[RequestT, ResultT]):

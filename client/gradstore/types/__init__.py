@@ -18,3 +18,4 @@ from gradstore.types.provenance import *
 from gradstore.types.selection import *
 from gradstore.types.service import *
 from gradstore.types.tasks import *
+from gradstore.types.validations import *

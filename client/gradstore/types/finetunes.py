@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,15 +23,9 @@ from gradstore.types.checkpoints import LoraSettings
 from gradstore.types.jobs import Job
 
 
-class FinetuneRequest(Request):
-    """Fine-tune a model on a selection, a dataset or a random fraction of it; the defaults are LESS's recipe."""
+class TrainingRecipe(Body):
+    """How a model is trained; the defaults are LESS's recipe."""
 
-    dataset: Named | None = None
-    selection: Named | None = None
-    fraction: Fraction | None = None
-    """Random fraction of the dataset's rows, drawn with `seed`."""
-    rows: int | None = Field(None, ge=1)
-    """Random number of the dataset's rows, drawn with `seed`."""
     model: ModelName
     """Hub id, or a folder of the server inside an allowed root."""
     revision: Revision | None = None
@@ -53,21 +47,36 @@ class FinetuneRequest(Request):
     quantisation: Quantisation | None = None
     gradient_checkpointing: bool = False
     seed: int = Field(0, ge=0, lt=1 << 32)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.method == "full" and self.quantisation:
+            raise ValueError("a quantised model cannot be trained in full; use method=lora")
+        if self.batch_size % min(self.device_batch_size, self.batch_size):
+            raise ValueError("batch_size must be a multiple of device_batch_size")
+        return self
+
+
+class FinetuneRequest(TrainingRecipe, Request):
+    """Fine-tune a model on a selection, a dataset or a random fraction of it; the defaults are LESS's recipe."""
+
+    dataset: Named | None = None
+    selection: Named | None = None
+    fraction: Fraction | None = None
+    """Random fraction of the dataset's rows, drawn with `seed`."""
+    rows: int | None = Field(None, ge=1)
+    """Random number of the dataset's rows, drawn with `seed`."""
     name: Name | None = None
     dry_run: bool = False
 
     @model_validator(mode="after")
-    def _consistent(self) -> FinetuneRequest:
+    def _consistent(self) -> Self:
         if (self.dataset is None) == (self.selection is None):
             raise ValueError("name either a dataset or a selection")
         if self.fraction is not None and self.rows is not None:
             raise ValueError("name either a fraction or a number of rows")
         if self.selection is not None and (self.fraction or self.rows):
             raise ValueError("fraction and rows draw from a dataset; a selection is taken whole")
-        if self.method == "full" and self.quantisation:
-            raise ValueError("a quantised model cannot be trained in full; use method=lora")
-        if self.batch_size % min(self.device_batch_size, self.batch_size):
-            raise ValueError("batch_size must be a multiple of device_batch_size")
         return self
 
 

@@ -1,0 +1,79 @@
+"""Validations on a worker: a model is trained on some rows of a pool and measured on a task's rows, and not kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from gradstore.types import TrainingRecipe
+
+from datastore.leases import Claim
+from datastore.rows import Example
+from datastore.tasks import TaskExample
+from datastore.trainings import Measured, Training
+from worker.context import Context
+from worker.engines import within_memory
+from worker.evaluate import losses
+from worker.finetune import Trained, train
+from worker.heartbeat import Heartbeat
+
+TOKENS, LEAST_TOKENS = 8192, 512
+"""Padded tokens of a batch in which losses are measured, and how few are tried where these do not fit the memory."""
+
+
+def measure(claim: Claim, context: Context, heartbeat: Heartbeat) -> str:
+    """Do a shard's training unless it has been done before, and return its name."""
+    training = context.validations.training(claim.plan, claim.payload)
+    if context.validations.trainings.get(training.key) is None:
+        measured = _measured(training, context, heartbeat)
+        context.validations.trainings.put(training, measured)
+    return training.key
+
+
+def _measured(training: Training, context: Context, heartbeat: Heartbeat) -> Measured:
+    began = time.monotonic()
+    recipe = training.recipe
+    context.ahead.drop()
+    context.loaded.make_room()
+    trained = train(
+        _examples(training, context), recipe, device=context.device, on_step=lambda _done, _total: heartbeat.check()
+    )
+    found = _losses(trained, _rows(training, context), recipe, context, heartbeat)
+    heartbeat.check()
+    return Measured(
+        losses=found,
+        rows=trained.rows,
+        tokens=trained.tokens * recipe.epochs,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _examples(training: Training, context: Context) -> list[Example]:
+    wanted = set(training.rows)
+    examples = context.datasets.examples(training.dataset)
+    return [example for number, example in enumerate(examples) if number in wanted]
+
+
+def _rows(training: Training, context: Context) -> Sequence[TaskExample]:
+    """The rows whose losses are measured."""
+    tasks = context.tasks
+    return tasks.test(training.task) if training.split == "test" else tasks.validation(training.task)
+
+
+def _losses(
+    trained: Trained, rows: Sequence[TaskExample], recipe: TrainingRecipe, context: Context, heartbeat: Heartbeat
+) -> list[float | None]:
+    return within_memory(
+        lambda tokens: losses(
+            trained.model,
+            trained.tokenizer,
+            rows,
+            template=recipe.template,
+            max_length=recipe.max_length,
+            token_budget=tokens,
+            check=heartbeat.check,
+        ),
+        budget=TOKENS,
+        least=LEAST_TOKENS,
+        device=context.device,
+    )
