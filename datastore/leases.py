@@ -35,6 +35,7 @@ UNITS: dict[JobKind, str] = {
     "evaluation": "examples",
     "scoring": "rows",
     "validation": "trainings",
+    "attribution": "rows",
 }
 
 
@@ -99,6 +100,7 @@ def collection(kind: JobKind | None) -> str:
         "finetune": "finetunes",
         "evaluation": "evaluations",
         "validation": "validations",
+        "attribution": "attributions",
     }
     return f"/{own.get(kind, 'jobs')}"
 

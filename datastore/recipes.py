@@ -70,6 +70,19 @@ class Sources:
     tasks: dict[str, list[FeatureSet]]
 
 
+@dataclass(frozen=True)
+class Pools:
+    """Pools that are asked without a task: one feature set a checkpoint, all with the same parameters."""
+
+    run: str | None
+    checkpoints: tuple[str, ...]
+    weights: list[float]
+    """Weight of each checkpoint: its mean learning rate over the sum."""
+    parameters: dict[str, Any]
+    sets: dict[str, list[FeatureSet]]
+    """Of each dataset, in the order of the checkpoints."""
+
+
 _OWN = ("kind", "adam")
 """Parameters of a pool's features that its task's may have otherwise."""
 _SHARED = (
@@ -109,14 +122,8 @@ class Recipes:
         """
         _refuse_idle(query)
         tasks = [self.catalog.task(reference) for reference in dict.fromkeys(query.tasks)]
-        datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
         exclude = [self._excluded(reference) for reference in dict.fromkeys(query.exclude)]
-        checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
-        run = self.catalog.run(query.run) if query.run else None
-        near = self._pool_candidates(query, datasets, run, checkpoints)
-        pool = [candidate for candidate in near if len(candidate.pools) == max(1, len(datasets))]
-        if not pool:
-            raise self._missing_pool(query, datasets, run, checkpoints, near)
+        pool = self._candidates(query)
         found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
         complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
         if not complete:
@@ -125,6 +132,27 @@ class Recipes:
             raise _ambiguous(query, [candidate for candidate, _ in complete], path)
         candidate, targets = complete[0]
         return self._recipe(query, candidate, targets, exclude), Sources(datasets=candidate.pools, tasks=targets)
+
+    def pools(self, query: Query, *, path: str) -> Pools:
+        """The pools that a query without tasks means; raises as `resolve` does."""
+        _refuse_idle(query)
+        found = self._candidates(query)
+        if len(found) > 1:
+            raise _ambiguous(query, found, path)
+        candidate = found[0]
+        run = candidate.run.id if candidate.run else None
+        return Pools(run, candidate.checkpoints, self._weights(candidate), candidate.parameters, candidate.pools)
+
+    def _candidates(self, query: Query) -> list[_Candidate]:
+        """The pools that fit a query, whatever its tasks have. Raises `NotFound` and `GradientsMissing`."""
+        datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
+        checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
+        run = self.catalog.run(query.run) if query.run else None
+        near = self._pool_candidates(query, datasets, run, checkpoints)
+        found = [candidate for candidate in near if len(candidate.pools) == max(1, len(datasets))]
+        if not found:
+            raise self._missing_pool(query, datasets, run, checkpoints, near)
+        return found
 
     def _pool_candidates(
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
         return self.data / "scores"
 
     @property
+    def questions(self) -> Path:
+        """Folder of the features of attributions' questions."""
+        return self.data / "questions"
+
+    @property
     def selections(self) -> Path:
         """Folder of the selections' rows."""
         return self.data / "selections"

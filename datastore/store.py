@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from datastore.answers import Answers
+from datastore.attributions import Attributions
 from datastore.catalog import Catalog
 from datastore.checkpoints import Checkpoints
 from datastore.datasets import Datasets
@@ -14,6 +15,7 @@ from datastore.finetunes import Finetunes
 from datastore.gradients import FeatureStore
 from datastore.leases import Jobs
 from datastore.provenance import Cards
+from datastore.questions import Questions
 from datastore.recipes import Recipes
 from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
@@ -42,6 +44,7 @@ class OpenStore:
     answers: Answers
     cards: Cards
     validations: Validations
+    attributions: Attributions
 
 
 def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
@@ -71,4 +74,5 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         answers=Answers(catalog, datasets, scoring, settings.selections),
         cards=Cards(catalog, jobs),
         validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
+        attributions=Attributions(catalog, jobs, datasets, recipes, features, store, Questions(settings.questions)),
     )

@@ -22,6 +22,7 @@ from service.metrics import Metrics
 from service.middleware import Bodies, Conversation, Door
 from service.queue import Queue, queue_of
 from service.routes import (
+    attributions,
     checkpoints,
     datasets,
     evaluations,
@@ -51,6 +52,7 @@ ROUTERS = (
     finetunes.router,
     evaluations.router,
     validations.router,
+    attributions.router,
     jobs.router,
     health.router,
 )

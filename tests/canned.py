@@ -195,15 +195,21 @@ def task(name: str = "mmlu", **changes: Any) -> dict[str, Any]:
 
 def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: Any) -> dict[str, Any]:
     """A job of any kind; a succeeded one has a result."""
-    prefix = {"finetune": "ft", "gradients": "grad", "evaluation": "eval", "scoring": "score", "validation": "val"}[
-        kind
-    ]
+    prefix = {
+        "finetune": "ft",
+        "gradients": "grad",
+        "evaluation": "eval",
+        "scoring": "score",
+        "validation": "val",
+        "attribution": "attr",
+    }[kind]
     request = {
         "finetune": {"dataset": "ds_pool", "model": "tiny"},
         "gradients": {"dataset": "ds_pool", "run": "run_1"},
         "evaluation": {"finetune": "ft_1", "tasks": ["mmlu"]},
         "scoring": {"recipe": {}},
         "validation": {"dataset": "ds_pool", "task": "mmlu", "model": "tiny"},
+        "attribution": {"rows": [{"prompt": "Who?", "completion": "He."}], "k": 1},
     }[kind]
     done = {"queued": 0, "running": 4}.get(status, 10)
     return {
@@ -312,6 +318,54 @@ RESULTS: dict[str, Any] = {
         "trainings": 8,
         "tokens": 99,
         "seconds": 1.5,
+    },
+    "attribution": {
+        "recipe": {
+            **FEATURES,
+            "datasets": ["ds_pool"],
+            "checkpoints": ["ck_1", "ck_2"],
+            "checkpoint_weights": [0.75, 0.25],
+            "run": "run_1",
+            "query_kind": "sgd",
+            "origins": [],
+            "k": 1,
+        },
+        "data": [
+            {
+                "reason": None,
+                "loss": 1.5,
+                "tokens": 2,
+                **{
+                    end: [
+                        {
+                            "rank": 1,
+                            "dataset": "ds_pool",
+                            "row": row,
+                            "id": f"row-{row}",
+                            "origin": "dolly",
+                            "score": 4 * part,
+                            "per_checkpoint": [3 * part, part],
+                            "text": f"text {row}\nsecond line",
+                        }
+                    ]
+                    for end, row, part in (("most", 7, 0.125), ("least", 2, -0.0625))
+                },
+            }
+        ],
+        "searches": [
+            {
+                "dataset": "ds_pool",
+                "method": "exact",
+                "rows": 3,
+                "index": None,
+                "recall": None,
+                "candidates": None,
+                "seconds": 0.25,
+            }
+        ],
+        "computed_rows": 2,
+        "gradient_seconds": 0.5,
+        "seconds": 1.0,
     },
 }
 

@@ -27,7 +27,7 @@ from service.command import Server, listen
 from service.dependencies import Backend
 from service.queue import Queue
 
-KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation")
+KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation", "attribution")
 
 
 @dataclass(frozen=True)

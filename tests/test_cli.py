@@ -93,11 +93,12 @@ def test_the_command_line_has_what_was_promised() -> None:
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
         "validations": plain | {"create"},
+        "attributions": plain | {"create"},
         "jobs": {"list", "show", "wait", "cancel", "retry", "watch", "delete"},
     }
     for noun, verbs in promised.items():
         assert {name.split()[2] for name in ALL if name.startswith(f"gradstore {noun} ")} == verbs
-    assert {"gradstore select", "gradstore scores", "gradstore less", "gradstore health"} <= ALL.keys()
+    assert {"gradstore select", "gradstore scores", "gradstore why", "gradstore less", "gradstore health"} <= ALL.keys()
 
 
 def test_help_needs_neither_the_client_nor_the_server() -> None:
@@ -382,13 +383,16 @@ def test_a_table_is_not_cut_when_it_is_piped(run: Run, monkeypatch: pytest.Monke
     assert "name" * 50 in line.split()
 
 
-@pytest.mark.parametrize("noun", ["datasets", "tasks", "gradients", "finetunes", "evaluations", "validations", "jobs"])
+@pytest.mark.parametrize(
+    "noun", ["datasets", "tasks", "gradients", "finetunes", "evaluations", "validations", "attributions", "jobs"]
+)
 def test_every_list_can_be_printed(run: Run, noun: str) -> None:
     items = {
         "datasets": canned.dataset(), "tasks": canned.task(), "jobs": canned.job("failed"),
         "gradients": canned.job("running", kind="gradients"), "finetunes": canned.job("queued", name="warmup"),
         "evaluations": canned.job("succeeded", kind="evaluation"),
         "validations": canned.job("succeeded", kind="validation"),
+        "attributions": canned.job("running", kind="attribution"),
     }  # fmt: skip
     ran, _ = asked_by(run, Said({"data": [items[noun]], "has_more": False}), noun, "list")
     assert ran.code == 0
@@ -536,6 +540,47 @@ def test_scores_that_name_nothing_are_refused(run: Run, scores: str) -> None:
     assert ran.code == 2
     assert f"--scores {scores}: " in ran.err
     assert not asked
+
+
+def attributed(asked: Asked) -> Said:
+    return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="attribution"))
+
+
+def test_why_prints_what_helps_and_what_opposes(run: Run) -> None:
+    ran, asked = asked_by(run, attributed, "why", "Who?", "He.", "--k", "1", "--dataset", "pool", "--origin", "dolly")
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "He."}]
+    assert asked[0].json == {"rows": [{"messages": turns}], "k": 1, "datasets": ["pool"], "origins": ["dolly"]}
+    helps, opposes = ran.out.split("opposes most")
+    assert helps.startswith("loss 1.5 over 2 tokens\n\nhelps most\n")
+    assert helps.split()[-7:] == ["1", "0.5", "dolly", "7", "row-7", "text", "7"]
+    assert "second line" not in ran.out
+    assert "-0.25" in opposes
+    assert "3 rows, by every row" in ran.err
+    with_parts, _ = asked_by(run, attributed, "why", "Who?", "He.", "--parts")
+    assert {"ck_1", "ck_2", "0.375", "0.125"} <= set(with_parts.out.split())
+    as_json, _ = asked_by(run, attributed, "why", "Who?", "He.", "--json")
+    assert json.loads(as_json.out)["result"]["data"][0]["most"][0]["row"] == 7
+    assert asked_by(run, attributed, "attributions", "show", "attr_1", "--parts")[0].out == with_parts.out
+
+
+def test_attributions_are_made_of_a_files_rows(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "said.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "d"}\n')
+    ran, asked = asked_by(run, attributed, "attributions", "create", str(file))
+    assert (ran.out, asked[0].json) == (
+        "attr_1\n", {"rows": [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]}
+    )  # fmt: skip
+    waited, _ = asked_by(run, attributed, "attributions", "create", str(file), "--wait")
+    assert "helps most" in waited.out
+    for text, message in (
+        ('{"prompt": "a"}\n{', "line 2 is not JSON"),
+        ("[]", "line 1 is no JSON object"),
+        ("", "no rows"),
+    ):
+        file.write_text(text)
+        refused = run("attributions", "create", str(file), url="http://127.0.0.1:9")
+        assert refused.code == 2
+        assert message in " ".join(refused.err.split())
 
 
 def test_cancelled_and_retried_jobs_are_printed(run: Run) -> None:

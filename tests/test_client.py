@@ -43,6 +43,7 @@ from gradstore import _endpoints as endpoints
 from gradstore._flows import Answer
 from gradstore.client import Resource, call, each
 from gradstore.types import (
+    AttributionRequest,
     CheckpointRegister,
     EvaluationRequest,
     FinetuneRequest,
@@ -132,6 +133,7 @@ def test_help_writes_out_what_a_method_takes() -> None:
         (endpoints.GradientsFields, GradientsRequest, {"dry_run"}),
         (endpoints.FinetuneFields, FinetuneRequest, {"dry_run"}),
         (endpoints.EvaluationFields, EvaluationRequest, set()),
+        (endpoints.AttributionFields, AttributionRequest, {"rows"}),
         (endpoints.CheckpointFields, CheckpointRegister, {"path"}),
     ],
 )

@@ -93,6 +93,7 @@ def test_every_list_walks_its_pages(store: GradientStore) -> None:
         "finetunes",
         "evaluations",
         "validations",
+        "attributions",
         "jobs",
         "datasets",
     ):

@@ -55,6 +55,7 @@ from datastore.rows import Example
 from datastore.schema import CheckpointRow, JobRow, SegmentRow
 from datastore.tasks import TaskExample
 from worker import budgets, scoring, validations
+from worker.attributions import attribute
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
@@ -81,7 +82,7 @@ Commit = Callable[[], bool]
 Subject = Literal["base", "tuned"]
 T = TypeVar("T")
 
-KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation")
+KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation", "attribution")
 """What workers do; small pools are scored by the service itself (service/scoring.py)."""
 
 EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
@@ -638,4 +639,5 @@ _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "evaluation": _evaluation,
     "scoring": scoring.work,
     "validation": _validation,
+    "attribution": attribute,
 }

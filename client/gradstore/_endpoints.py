@@ -16,7 +16,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from gradstore._uploads import PathOrFile, Upload, source
-from gradstore.results import EvaluationJob, FinetuneJob, Selection, ValidationJob
+from gradstore.results import AttributionJob, EvaluationJob, FinetuneJob, Selection, ValidationJob
 from gradstore.types import (
     AdamForm,
     Aggregate,
@@ -42,6 +42,7 @@ from gradstore.types import (
     Reduction,
     Run,
     Scores,
+    Search,
     Split,
     Task,
     TaskKind,
@@ -446,6 +447,47 @@ def validations_estimate(**fields: Unpack[ValidationFields]) -> Call[ValidationE
     return _post("validations", ValidationEstimate, **fields, dry_run=True)
 
 
+# Attributions -----------------------------------------------------------------------------------------------------
+
+
+class AttributionFields(TypedDict, total=False):
+    """The fields of `gradstore.types.AttributionRequest`, which describes them and has their defaults."""
+
+    datasets: str | Sequence[str] | None
+    origins: str | Sequence[str] | None
+    k: int | None
+    search: Search | None
+    text: bool | None
+    run: str | None
+    checkpoints: str | Sequence[str] | None
+    weights: str | Sequence[str] | None
+    kind: FeatureKind | None
+    query_kind: Literal["sgd", "adam", "sign"] | None
+    adam: AdamForm | None
+    reduction: Reduction | None
+    dim: int | None
+    dtype: FeatureDtype | None
+    projection: ProjectionName | None
+    seed: int | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | Literal["none"] | None
+    name: str | None
+
+
+def attributions_create(
+    rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], /, **fields: Unpack[AttributionFields]
+) -> Call[AttributionJob]:
+    """Find the training examples with the most and the least influence on what a model has said.
+
+    `rows`: what it said, one row or several as datasets take them, `{"prompt": …, "completion": …}` or
+    `{"messages": […]}`.
+    """
+    listed = [rows] if isinstance(rows, Mapping) else list(rows)
+    return _post("attributions", AttributionJob, rows=[dict(row) for row in listed], **_lists(fields))
+
+
 # Jobs and the service -----------------------------------------------------------------------------------------------
 
 
@@ -549,7 +591,7 @@ def _many(value: Any) -> list[Any]:
 
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    several = {"checkpoints", "dims", "kinds", "tasks", "weights"}
+    several = {"checkpoints", "datasets", "dims", "kinds", "origins", "tasks", "weights"}
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 
 

@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import gradstore
+from gradstore import _cli_attributions as attributions
 from gradstore import _endpoints as endpoints
 from gradstore import errors, recipes
 from gradstore._cli_options import given, takes
@@ -61,8 +62,8 @@ SERVER_COMMANDS = {
     "worker": "Do the jobs of a store, beside other workers.",
 }
 ORDER = (
-    *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "evaluations"),
-    *("validations", "checkpoints", "runs", "jobs", "health"),
+    *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "why", "attributions"),
+    *("evaluations", "validations", "checkpoints", "runs", "jobs", "health"),
 )
 VERBS = (
     *(
@@ -325,6 +326,7 @@ COLUMNS: dict[str, Columns] = {
     "finetunes": JOBS,
     "evaluations": JOBS,
     "validations": JOBS,
+    "attributions": JOBS,
     "jobs": {"kind": lambda job: job.kind, **JOBS},
 }
 HELP = {
@@ -337,6 +339,7 @@ HELP = {
     "finetunes": "Trainings: the warm-up, and those on selections.",
     "evaluations": "Models measured on tasks.",
     "validations": "How well scores predict what training does.",
+    "attributions": "Training examples behind what a model said.",
     "jobs": "Work of all kinds: look, wait, cancel, go on.",
 }
 SELECTED: Columns = {
@@ -385,7 +388,7 @@ def _groups() -> dict[str, typer.Typer]:
             _add_list(made[noun], noun)
             _add_rename(made[noun], noun)
         _add_delete(made[noun], noun)
-        if noun not in {"selections", "evaluations", "validations"}:
+        if noun not in {"selections", "evaluations", "validations", "attributions"}:
             _add_show(made[noun], noun)
     return made
 
@@ -450,8 +453,13 @@ def _started(store: GradientStore, noun: str, job: Job[Any, Any], *, wait: bool,
         print_table(job.result.rows, MEASURED)
     elif noun == "validations" and job.result is not None:
         print_table(job.result.scores, JUDGED)
+    elif noun == "attributions" and job.result is not None:
+        attributions.print_result(job.result)
     else:
         typer.echo(job.id)
+
+
+attributions.add(app, groups["attributions"], session=_session, started=_started)
 
 
 # Datasets and tasks -------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from gradstore._progress import BytesBar
 from gradstore._signatures import expanded
 from gradstore._uploads import CountedReads
 from gradstore.results import (
+    AttributionJob,
+    AttributionResult,
     EvaluationJob,
     EvaluationResult,
     FinetuneJob,
@@ -515,6 +517,23 @@ class Validations(Resource[EngineT]):
     delete = call(endpoints.deleter("validations"))
 
 
+class Attributions(Resource[EngineT]):
+    """Jobs that find the training examples behind an answer."""
+
+    create = call(endpoints.attributions_create)
+    get = call(endpoints.getter("attributions", AttributionJob))
+    list = each(flows.paged(endpoints.lister("attributions", Page[AttributionJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("attributions", AttributionJob), SucceededJob[types.AttributionRequest, AttributionResult]
+        )
+    )
+    cancel = call(endpoints.canceller(AttributionJob))
+    retry = call(endpoints.retrier(AttributionJob))
+    rename = call(endpoints.renamer("attributions", AttributionJob))
+    delete = call(endpoints.deleter("attributions"))
+
+
 class Jobs(Resource[EngineT]):
     """Jobs of all kinds."""
 
@@ -541,6 +560,7 @@ class Store(Resource[EngineT]):
         self.finetunes = Finetunes(engine)
         self.evaluations = Evaluations(engine)
         self.validations = Validations(engine)
+        self.attributions = Attributions(engine)
         self.jobs = Jobs(engine)
 
     @property

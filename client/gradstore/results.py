@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Generic, Literal
 
 from pydantic import BaseModel
 
 from gradstore import frames, types
 from gradstore.types import (
+    AttributionRequest,
     EvaluationRequest,
     FinetuneRequest,
     Job,
@@ -67,6 +68,27 @@ class ValidationResult(Table, types.ValidationResult):
         return self.scores
 
 
+class AttributionResult(Table, types.AttributionResult):
+    """What speaks for and against each row; its table has a line for each example that was found."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return [
+            AttributedRow(question=number, end=end, **row.model_dump())
+            for number, each in enumerate(self.data)
+            for end in ("most", "least")
+            for row in getattr(each, end)
+        ]
+
+
+class AttributedRow(types.InfluentialRow):
+    """An example that was found, and for what."""
+
+    question: int
+    """Number of the request's row, from 0."""
+    end: Literal["most", "least"]
+
+
+AttributionJob = Job[AttributionRequest, AttributionResult]
 FinetuneJob = Job[FinetuneRequest, FinetuneResult]
 EvaluationJob = Job[EvaluationRequest, EvaluationResult]
 ValidationJob = Job[ValidationRequest, ValidationResult]

@@ -6,6 +6,7 @@ fractions lie between 0 and 1, and every key is present in an answer.
 
 from __future__ import annotations
 
+from gradstore.types.attributions import *
 from gradstore.types.base import *
 from gradstore.types.checkpoints import *
 from gradstore.types.datasets import *
