@@ -81,7 +81,7 @@ VERBS = (
     ),
     *("wait", "watch", "cancel", "retry", "rename", "delete"),
 )
-MISSING = "Not installed: pip install 'gradstore-server[service,worker]'"
+MISSING = "Missing: pip install 'gradstore-server[service,worker]'"
 REFUSED, USAGE, FAILED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 
 
