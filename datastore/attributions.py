@@ -30,16 +30,18 @@ from sqlalchemy.orm import Session
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets
 from datastore.errors import Conflict, InvalidInput
-from datastore.features import Features
+from datastore.features import HIDDEN_KINDS, Features
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
-from datastore.influence import everywhere
+from datastore.index import INDEX_ROWS, Index, Indexes, available
+from datastore.influence import Mask, everywhere
 from datastore.leases import Jobs, NewShard
 from datastore.questions import QuestionFeature, Questions
 from datastore.recipes import Query, Recipes
 from datastore.rows import Example
 from datastore.schema import JobRow
 from datastore.search import Ends, Extreme, Pool, exact
+from datastore.segments import FeatureView
 from datastore.shapes import BadRow, example
 
 QUESTION = "question"
@@ -67,6 +69,7 @@ class Attributions:
     features: Features
     store: FeatureStore
     questions: Questions
+    indexes: Indexes
 
     def start(self, request: AttributionRequest) -> tuple[AnyJob, bool]:
         """Start an attribution, or return the one of the same content; says whether there is work to do.
@@ -124,13 +127,17 @@ class Attributions:
         done = 0
         for dataset, sets in plan["feature_sets"].items():
             began = time.monotonic()
-            pool = self._pool(dataset, sets, recipe)
-            ends = exact(pool, unit, recipe.k, on_rows=_counted(on_rows, before=done, times=len(sets)))
+            views = self._views(dataset, sets)
+            heard = _counted(on_rows, before=done, times=len(sets))
+            index = self._index(views, recipe, unit, heard) if request.search == "auto" else None
+            valid = everywhere([view.valid for view in views]) if index is None else index.valid
+            pool = Pool(views, recipe.checkpoint_weights, valid & self._of_origins(dataset, recipe))
+            ends = exact(pool, unit, recipe.k, on_rows=heard) if index is None else index.search(pool, unit, recipe.k)
             for each, own in zip(found, ends, strict=True):
                 each.add(dataset, own)
             done += pool.rows * len(sets)
             on_rows(done)
-            reports.append(_report(dataset, pool, seconds=time.monotonic() - began))
+            reports.append(_report(dataset, pool, index, seconds=time.monotonic() - began))
         answers = iter(found)
         return [
             self._attribution(each, next(answers) if each.reason is None else None, recipe.k, text=request.text)
@@ -156,7 +163,7 @@ class Attributions:
             checkpoints=list(pools.checkpoints),
             checkpoint_weights=pools.weights,
             run=pools.run,
-            query_kind=kind if kind == "hidden" else request.query_kind,
+            query_kind=kind if kind in HIDDEN_KINDS else request.query_kind,
             origins=sorted(set(request.origins)),
             k=request.k,
             **pools.parameters,
@@ -172,19 +179,38 @@ class Attributions:
                 detail = f"{checkpoint.id} has no Adam moments: leave query_kind out, or ask for sgd or sign"
                 raise InvalidInput(detail, errors=[ProblemItem(pointer="/query_kind", detail=detail)])
 
-    def _pool(self, dataset: str, sets: Sequence[str], recipe: AttributionRecipe) -> Pool:
+    def _index(
+        self,
+        views: Sequence[FeatureView],
+        recipe: AttributionRecipe,
+        unit: NDArray[np.float64],
+        on_rows: Callable[[int], None],
+    ) -> Index | None:
+        """The index of a large pool, built now where there is none; None where every row is to be read."""
+        if views[0].rows < INDEX_ROWS or not available():
+            return None
+        index = self.indexes.get(views, recipe.checkpoint_weights)
+        if index is not None:
+            return index
+        pool = Pool(views, recipe.checkpoint_weights, everywhere([view.valid for view in views]))
+        return self.indexes.build(pool, unit, on_rows=on_rows)
+
+    def _of_origins(self, dataset: str, recipe: AttributionRecipe) -> Mask | np.bool_:
+        """Which rows the filter by origin lets through (n,); True where there is none."""
+        if not recipe.origins:
+            return np.True_
+        origins = set(recipe.origins)
+        return np.fromiter((label.origin in origins for label in self.datasets.labels(dataset)), bool)
+
+    def _views(self, dataset: str, sets: Sequence[str]) -> list[FeatureView]:
+        """The features of a dataset at each checkpoint. Raises `Conflict` where they have been deleted."""
         segments = [self.features.segments(each) for each in sets]
         if not all(segments):
             raise Conflict(
                 f"features of {dataset} have been deleted since this was asked: POST /gradients computes them again, "
                 "then retry the job"
             )
-        views = [self.store.view(own) for own in segments]
-        wanted = everywhere([view.valid for view in views])
-        if recipe.origins:
-            origins = set(recipe.origins)
-            wanted &= np.fromiter((label.origin in origins for label in self.datasets.labels(dataset)), bool)
-        return Pool(views, recipe.checkpoint_weights, wanted)
+        return [self.store.view(own) for own in segments]
 
     def _attribution(self, answered: Answered, found: _Found | None, k: int, *, text: bool) -> Attribution:
         last = answered.features[-1] if answered.features else None
@@ -244,11 +270,16 @@ def _hits(dataset: str, extreme: Extreme) -> list[_Hit]:
     return [_Hit(dataset, *each) for each in zip(extreme.rows.tolist(), extreme.parts.tolist(), strict=True)]
 
 
-def _report(dataset: str, pool: Pool, *, seconds: float) -> SearchReport:
+def _report(dataset: str, pool: Pool, index: Index | None, *, seconds: float) -> SearchReport:
     return SearchReport(
-        dataset=dataset, method="exact", rows=int(pool.wanted.sum()), index=None, recall=None, candidates=None,
+        dataset=dataset,
+        method="exact" if index is None else "index",
+        rows=int(pool.wanted.sum()),
+        index=None if index is None else index.id,
+        recall=None if index is None else index.measured.recall,
+        candidates=None if index is None else index.measured.candidates,
         seconds=seconds,
-    )  # fmt: skip
+    )
 
 
 def _examples(request: AttributionRequest) -> list[Example]:

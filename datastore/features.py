@@ -35,6 +35,7 @@ from datastore.durations import duration
 from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
+from datastore.index import Indexes
 from datastore.leases import Jobs, NewShard
 from datastore.models import Size
 from datastore.schema import (
@@ -309,9 +310,10 @@ class Features:
                 self.store.delete(segment)
 
         id = self.jobs.remove(reference, kind="gradients", before=delete_features)
-        scores = ScoreCache(self.settings.scores)
+        scores, indexes = ScoreCache(self.settings.scores), Indexes(self.settings.indexes)
         for segment in orphans:
             scores.delete(segment)
+            indexes.delete(segment)
         return id
 
     def _checkpoints(self, request: GradientsRequest) -> list[Checkpoint]:

@@ -31,6 +31,9 @@ ROUNDING = 1e-5
 TAKEN_BYTES = 32 << 20
 """Float32 bytes of the candidates' rows that are held at once."""
 
+FEW = 8
+"""Times k: so many candidates are scored in float64 at once."""
+
 Places = NDArray[np.int64]
 
 
@@ -119,19 +122,36 @@ def extremes(scores: Floats, wanted: Mask, k: int) -> Places:
     values = scores[rows]
     ordered = np.partition(values, (k - 1, len(values) - k))
     near = (values <= ordered[k - 1] + ROUNDING) | (values >= ordered[len(values) - k] - ROUNDING)
-    return rows[near]
+    found: Places = rows[near]
+    return found
 
 
 def best_of(pool: Pool, question: NDArray[np.floating], candidates: Places, k: int) -> Ends:
     """The k highest and the k lowest of the candidates (rows in ascending order) by their exact scores.
 
-    `question`: unit rows (checkpoints, dim).
+    `question`: unit rows (checkpoints, dim). Of many, those that may be among them are found in float32 first.
     """
+    if len(candidates) > FEW * k:
+        coarse = _coarse_scores(pool, question, candidates)
+        candidates = candidates[extremes(coarse, np.ones(len(candidates), bool), k)]
     parts = exact_parts(pool, question, candidates)
     scores = parts.sum(axis=1)
     highest = np.argsort(-scores, kind="stable")[:k]
     lowest = np.argsort(scores, kind="stable")[:k]
     return Ends(*(Extreme(candidates[chosen], parts[chosen]) for chosen in (highest, lowest)))
+
+
+def _coarse_scores(pool: Pool, question: NDArray[np.floating], rows: Places) -> Floats:
+    """The scores of some rows (ascending) for one question, in float32 (rows,)."""
+    scores = np.zeros(len(rows), np.float32)
+    step = max(1, BLOCK_BYTES // (4 * pool.views[0].dim))
+    for number, (view, weight) in enumerate(zip(pool.views, pool.weights, strict=True)):
+        asked = (question[number] * weight).astype(np.float32)
+        for start in range(0, len(rows), step):
+            taken = view.take(rows[start : start + step])
+            lengths = np.sqrt(np.einsum("ij,ij->i", taken, taken))
+            scores[start : start + step] += taken @ asked / np.where(lengths > 0, lengths, 1)
+    return scores
 
 
 def exact_parts(pool: Pool, question: NDArray[np.floating], rows: Places) -> NDArray[np.float64]:

@@ -367,7 +367,7 @@ class _MappedChunks:
         each = self.formats[name]
         found = np.empty((len(rows), *each.row_shape), each.dtype)
         size = found.itemsize * (each.width or 1)
-        buffers = memoryview(found.reshape(-1).view(np.uint8))
+        buffers = found.reshape(-1).view(np.uint8).data
         chunks, starts = np.unique(rows // CHUNK_ROWS, return_index=True)
         for chunk, (low, high) in zip(chunks.tolist(), pairwise([*starts.tolist(), len(rows)]), strict=True):
             path = self.group / each.name / each.key(chunk)

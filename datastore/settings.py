@@ -87,6 +87,11 @@ class Settings(BaseSettings):
         return self.data / "scores"
 
     @property
+    def indexes(self) -> Path:
+        """Folder of the indexes that attributions search."""
+        return self.data / "indexes"
+
+    @property
     def questions(self) -> Path:
         """Folder of the features of attributions' questions."""
         return self.data / "questions"

@@ -13,6 +13,7 @@ from datastore.evaluations import Evaluations
 from datastore.features import Features
 from datastore.finetunes import Finetunes
 from datastore.gradients import FeatureStore
+from datastore.index import Indexes
 from datastore.leases import Jobs
 from datastore.provenance import Cards
 from datastore.questions import Questions
@@ -74,5 +75,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         answers=Answers(catalog, datasets, scoring, settings.selections),
         cards=Cards(catalog, jobs),
         validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
-        attributions=Attributions(catalog, jobs, datasets, recipes, features, store, Questions(settings.questions)),
+        attributions=Attributions(
+            catalog, jobs, datasets, recipes, features, store, Questions(settings.questions), Indexes(settings.indexes)
+        ),
     )

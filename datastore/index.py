@@ -1,0 +1,444 @@
+"""An index over a pool: rows that may have the most and the least influence on a question, without reading them all.
+
+The rows of a pool at all its checkpoints are one long row √w_i φ_i(z)/‖φ_i(z)‖ after the other, whose product with the
+question's is the influence itself. That row, less the pool's mean (which changes no order), is projected to the
+`REDUCED` principal directions of a sample, stored in a byte a number (FAISS's scalar quantiser), and a question is
+compared with all of them: 256 MB for a million rows instead of 16 GB. What comes first at either end is then scored
+exactly from the store (datastore/search.py), so that an index can miss a row and never misstates a score.
+
+How often it misses is measured when it is built: the build multiplies every row with some vectors that are not in the
+index anyway, and the number of candidates is the smallest of `CANDIDATES` that finds `WANTED_RECALL` of their first
+`RECALL_AT` rows at both ends. The measurement is kept and stands in every answer.
+
+    <root>/index_<hash>/manifest.json      what it is made of, and what was measured
+    <root>/index_<hash>/projection.npy     float32: the mean, projected (1, reduced), and the directions below
+    <root>/index_<hash>/valid.npy          which rows have a feature at every checkpoint
+    <root>/index_<hash>/empty.faiss        the trained quantiser
+    <root>/index_<hash>/part-<n>.faiss     rows of a segment, mapped into memory when they are searched
+
+A pool that has grown begins with an index that exists: its parts are taken over (hard links), and the new rows added.
+What was tried, with numbers: docs/decisions/an-index-of-principal-directions.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datastore.durable import place, sweep, unfinished, write_file
+from datastore.identity import content_id
+from datastore.influence import Floats, Mask
+from datastore.search import Ends, Places, Pool, best_of, blocks, directions
+from datastore.segments import Rows
+
+log = logging.getLogger(__name__)
+
+INDEX_VERSION = 1
+"""Counted up when the arithmetic changes, so that old indexes are not found again."""
+INDEX_ROWS = 100_000
+"""Rows from which a pool gets an index: below, a pass over the store takes about a second."""
+REDUCED = 256
+"""Principal directions."""
+SAMPLE_BYTES = 256 << 20
+SAMPLE_ROWS = 8192
+"""Rows that the directions are found from, as far as SAMPLE_BYTES of float32 hold them."""
+PROBES = 32
+"""Rows of the pool whose true neighbours are found while the index is built, each left out of its own."""
+RECALL_AT = 100
+WANTED_RECALL = 0.95
+CANDIDATES = (500, 1000, 2000, 4000)
+"""Per end."""
+GROWTH = 1.1
+"""A pool that has grown by more than this since its index was measured is measured again."""
+OVERSAMPLED = 32
+"""Directions that the search for the principal ones has to spare (Halko, Martinsson and Tropp, 2011)."""
+POWERS = 3
+
+
+def available() -> bool:
+    """Whether FAISS is installed; without it every search is exact."""
+    return importlib.util.find_spec("faiss") is not None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an index was found to do on vectors that are not in it."""
+
+    recall: float
+    """Mean share of the true first `RECALL_AT` rows that are among the candidates; the lower one of both ends, and of
+    questions and rows of the pool."""
+    candidates: int
+    """Rows per end that are scored exactly."""
+
+
+class Index:
+    """An opened index."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        self.id = folder.name
+        self.measured = Measured(**manifest["measured"])
+        self._folder = folder
+        self._starts = np.cumsum([0, *(stop - start for start, stop in manifest["ranges"])])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(path.stat().st_size for path in self._folder.iterdir())
+
+    def search(self, pool: Pool, asked: NDArray[np.floating], k: int) -> list[Ends]:
+        """The k rows with the highest and the lowest scores for each question, as far as the index finds them.
+
+        `asked`: unit rows (questions, checkpoints, dim). More candidates are taken where k is large.
+        """
+        number = max(self.measured.candidates, 4 * k)
+        few = np.flatnonzero(pool.wanted) if int(pool.wanted.sum()) <= 2 * number else None
+        reduced = self.reduce(pool, asked)
+        return [
+            best_of(pool, question, self.candidates(row, pool, number) if few is None else few, k)
+            for question, row in zip(asked, reduced, strict=True)
+        ]
+
+    def reduce(self, pool: Pool, asked: NDArray[np.floating]) -> Floats:
+        """Questions (questions, checkpoints, dim) as the index compares them: (questions, reduced)."""
+        found = np.zeros((len(asked), self._projection.shape[1]), np.float32)
+        for number, (weight, part) in enumerate(zip(pool.weights, _parts(self._projection, pool), strict=True)):
+            found += (asked[:, number] * np.sqrt(weight)).astype(np.float32) @ part
+        return found
+
+    def candidates(self, question: Floats, pool: Pool, number: int) -> Places:
+        """Rows of the pool that may be among the first at either end, `number` for each, in order of rows."""
+        faiss = _faiss()
+        both = np.stack([question, -question])
+        scores, rows = [], []
+        for start, (first, part) in zip(self._starts, self._opened, strict=False):
+            parameters = None
+            if not pool.wanted.all():
+                own = np.ascontiguousarray(pool.wanted[first : first + part.ntotal])
+                selector = faiss.IDSelectorBitmap(np.packbits(own, bitorder="little"))
+                parameters = faiss.SearchParameters(sel=selector)
+            found, places = part.search(both, min(number, part.ntotal), params=parameters)
+            scores.append(found)
+            rows.append(np.where(places >= 0, places + start, -1))
+        table, places = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+        best = np.argpartition(-table, min(number, table.shape[1]) - 1, axis=1)[:, :number]
+        chosen = np.unique(np.take_along_axis(places, best, axis=1))
+        return chosen[chosen >= 0]
+
+    @cached_property
+    def valid(self) -> Mask:
+        """Rows that have a feature at every checkpoint (n,): read here, they need not be read from the store."""
+        found: Mask = np.load(self._folder / "valid.npy", allow_pickle=False)
+        return found
+
+    @cached_property
+    def _projection(self) -> Floats:
+        found: Floats = np.load(self._folder / "projection.npy", mmap_mode="r", allow_pickle=False)
+        return found
+
+    @cached_property
+    def _opened(self) -> list[tuple[int, Any]]:
+        """(first row, FAISS index) of each part, its codes mapped into memory."""
+        return [
+            (int(start), _read(self._folder / f"part-{number}.faiss", mapped=True))
+            for number, start in enumerate(self._starts[:-1])
+        ]
+
+
+@dataclass(frozen=True)
+class Indexes:
+    """The indexes under one folder."""
+
+    root: Path
+
+    def get(self, views: Sequence[Rows], weights: Sequence[float]) -> Index | None:
+        """The index of a pool, if it has one; nothing of the pool's is read."""
+        folder = self.root / _id(views, weights)
+        return Index(folder) if folder.is_dir() else None
+
+    def build(self, pool: Pool, asked: NDArray[np.floating], *, on_rows: Callable[[int], None] | None = None) -> Index:
+        """Make the index of a pool, from the one that begins it where there is one, and measure it.
+
+        `asked` are questions (n, checkpoints, dim) to measure it with, beside rows of the pool. `on_rows` hears how
+        many rows are done. Beside a sample, the directions and two blocks of rows it holds a byte for each number of
+        the reduced rows, and 4 · (PROBES + questions) bytes a row. Raises `NotEnoughSpace` and `Damaged`.
+        """
+        final = self.root / _id(pool.views, pool.weights)
+        with unfinished(self.root / "unfinished", final.name) as partial:
+            build = _Build(partial, pool, self._beginning(pool))
+            build.run(asked[:PROBES], on_rows)
+            place(partial, final)
+        log.info("index built", extra={"index": final.name, "rows": pool.rows})
+        return Index(final)
+
+    def delete(self, segment: str) -> int:
+        """Remove the indexes that hold rows of a segment; returns how many there were."""
+        users = [folder for folder, manifest in self._manifests() if segment in _segments(manifest)]
+        for folder in users:
+            with unfinished(self.root / "unfinished", folder.name) as partial:
+                try:
+                    folder.rename(partial / folder.name)
+                except FileNotFoundError:
+                    continue
+        return len(users)
+
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
+        return sweep(self.root / "unfinished", older_than=older_than)
+
+    def _beginning(self, pool: Pool) -> Path | None:
+        """The largest index whose rows begin the pool's."""
+        pieces, weights = _pieces(pool.views), list(pool.weights)
+        found = [
+            (len(manifest["pieces"]), folder)
+            for folder, manifest in self._manifests()
+            if manifest["weights"] == weights
+            and manifest["version"] == INDEX_VERSION
+            and manifest["pieces"] == pieces[: len(manifest["pieces"])]
+        ]
+        return max(found)[1] if found else None
+
+    def _manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for path in sorted(self.root.glob("index_*/manifest.json")):
+            try:
+                yield path.parent, json.loads(path.read_bytes())
+            except FileNotFoundError:  # deleted at this moment
+                continue
+
+
+class _Build:
+    """An index on its way: what rows are projected to, the parts that exist, and what it is measured with."""
+
+    def __init__(self, folder: Path, pool: Pool, beginning: Path | None) -> None:
+        self._folder = folder
+        self._pool = pool
+        self._ranges = _ranges(pool.views)
+        self._done = 0
+        """Ranges whose parts exist."""
+        self._kept: dict[str, Any] | None = None
+        """What was measured of the beginning, where it holds for the whole."""
+        if beginning is None:
+            self._projection, sample = _fitted(pool)
+            np.save(folder / "projection.npy", self._projection, allow_pickle=False)
+            _write_empty(folder / "empty.faiss", sample)
+        else:
+            self._take_over(beginning)
+        self._parts = _parts(self._projection, pool)
+
+    def run(self, asked: NDArray[np.floating], on_rows: Callable[[int], None] | None) -> None:
+        """Write the parts that are missing, and the manifest with what was measured."""
+        probes, places = _probes(self._pool, asked) if self._kept is None else (asked[:0], [])
+        true = np.zeros((len(probes), self._pool.rows), np.float32)
+        first = self._ranges[self._done][0] if self._done < len(self._ranges) else self._pool.rows
+        part = None
+        for start, stop, begins in blocks(self._pool):
+            if start < first and not len(probes):
+                continue
+            rows = [directions(view, start, stop, check=begins) for view in self._pool.views]
+            true[:, start:stop] = _scores(probes, rows, self._pool.weights)
+            if start >= first:
+                part = _read(self._folder / "empty.faiss") if part is None else part
+                part.add(self._reduced(rows))
+                if stop == self._ranges[self._done][1]:
+                    _write(part, self._folder / f"part-{self._done}.faiss")
+                    self._done, part = self._done + 1, None
+            if on_rows is not None:
+                on_rows(stop)
+        self._finish(probes, places, true)
+
+    def _reduced(self, rows: Sequence[Floats]) -> Floats:
+        """Rows of all checkpoints as the index stores them (n, reduced)."""
+        products = [
+            np.float32(np.sqrt(weight)) * (own @ part)
+            for own, part, weight in zip(rows, self._parts, self._pool.weights, strict=True)
+        ]
+        return np.asarray(np.sum(products, axis=0) - self._projection[0], np.float32)
+
+    def _take_over(self, beginning: Path) -> None:
+        manifest = json.loads((beginning / "manifest.json").read_bytes())
+        self._done = len(manifest["pieces"])
+        for name in ("projection.npy", "empty.faiss", *(f"part-{number}.faiss" for number in range(self._done))):
+            os.link(beginning / name, self._folder / name)
+        self._projection = np.load(self._folder / "projection.npy", allow_pickle=False)
+        if self._pool.rows <= GROWTH * manifest["measured_rows"]:
+            self._kept = {"measured": manifest["measured"], "measured_rows": manifest["measured_rows"]}
+
+    def _finish(self, probes: NDArray[np.floating], places: Sequence[int | None], true: Floats) -> None:
+        content: dict[str, Any] = {
+            "version": INDEX_VERSION,
+            "pieces": _pieces(self._pool.views),
+            "ranges": self._ranges,
+            "weights": list(self._pool.weights),
+            "measured": {"recall": 0.0, "candidates": CANDIDATES[-1]},
+            "measured_rows": self._pool.rows,
+        }
+        np.save(self._folder / "valid.npy", self._pool.wanted, allow_pickle=False)
+        manifest = self._folder / "manifest.json"
+        manifest.write_text(json.dumps(content))  # for the index to be opened and measured
+        found = self._kept or {"measured": vars(_measure(Index(self._folder), self._pool, probes, places, true))}
+        manifest.unlink()
+        write_file(manifest, json.dumps(content | found, indent=1).encode())
+
+
+# What is measured -------------------------------------------------------------------------------------------------
+
+
+def _probes(pool: Pool, asked: NDArray[np.floating]) -> tuple[NDArray[np.floating], list[int | None]]:
+    """Vectors that the index is measured with (n, checkpoints, dim), and which rows of the pool they are, if any."""
+    valid = np.flatnonzero(pool.wanted)
+    rows = np.sort(np.random.default_rng(1).choice(valid, min(PROBES, len(valid)), replace=False))
+    own = np.stack([_unit(view.take(rows)) for view in pool.views], axis=1)
+    return np.concatenate([asked, own]).astype(np.float32), [*[None] * len(asked), *rows.tolist()]
+
+
+def _measure(
+    index: Index, pool: Pool, probes: NDArray[np.floating], places: Sequence[int | None], true: Floats
+) -> Measured:
+    """The smallest number of candidates that finds enough of what is first for the probes, else the largest."""
+    reduced = index.reduce(pool, probes)
+    found = Measured(0.0, CANDIDATES[-1])
+    for number in CANDIDATES:
+        recalls: dict[tuple[bool, int], list[float]] = {}
+        for question, itself, scores in zip(reduced, places, true, strict=True):
+            candidates = index.candidates(question, pool, number + 1)  # the probe itself is not to be found
+            wanted = pool.wanted.copy()
+            if itself is not None:
+                wanted[itself] = False
+            for end, sign in enumerate((-1, 1)):
+                best = first_rows(sign * scores, wanted, RECALL_AT)
+                recalls.setdefault((itself is None, end), []).append(float(np.isin(best, candidates).mean()))
+        found = Measured(min(float(np.mean(each)) for each in recalls.values()), number)
+        if found.recall >= WANTED_RECALL:
+            break
+    return found
+
+
+def first_rows(values: Floats, wanted: NDArray[np.bool_], k: int) -> Places:
+    """The k rows with the lowest values, of those that are wanted."""
+    rows = np.flatnonzero(wanted)
+    if len(rows) <= k:
+        return rows
+    return rows[np.argpartition(values[rows], k)[:k]]
+
+
+def _scores(probes: NDArray[np.floating], rows: Sequence[Floats], weights: Sequence[float]) -> Floats:
+    """Influence of rows (checkpoints, n, dim) on probes (m, checkpoints, dim): (m, n)."""
+    found = np.zeros((len(probes), len(rows[0])), np.float32)
+    for number, (own, weight) in enumerate(zip(rows, weights, strict=True)):
+        found += (probes[:, number] * np.float32(weight)) @ own.T
+    return found
+
+
+# What rows are projected to ---------------------------------------------------------------------------------------
+
+
+def _fitted(pool: Pool) -> tuple[Floats, Floats]:
+    """The projection of a pool, from a sample of it, and the sample's reduced rows.
+
+    The projected mean (1, reduced), and below it the principal directions of all checkpoints together, (checkpoints ·
+    dim, reduced), by subspace iteration from random vectors (Halko, Martinsson and Tropp, 2011, algorithm 4.4).
+    """
+    rng = np.random.default_rng(0)
+    width = len(pool.views) * pool.views[0].dim
+    valid = np.flatnonzero(pool.wanted)
+    number = min(len(valid), SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * width)))
+    rows = np.sort(rng.choice(valid, number, replace=False))
+    sample = np.concatenate(
+        [
+            np.float32(np.sqrt(weight)) * _unit(view.take(rows))
+            for view, weight in zip(pool.views, pool.weights, strict=True)
+        ],
+        axis=1,
+    )
+    mean = sample.mean(axis=0)
+    sample -= mean
+    reduced = min(REDUCED, width, number)
+    basis = rng.standard_normal((width, min(reduced + OVERSAMPLED, width)), np.float32)
+    for _ in range(POWERS):
+        basis, _ = np.linalg.qr(sample.T @ (sample @ basis))
+    _, _, axes = np.linalg.svd(sample @ basis, full_matrices=False)
+    basis = np.ascontiguousarray(basis @ axes[:reduced].T, np.float32)
+    return np.concatenate([(mean @ basis)[None], basis]), sample @ basis
+
+
+def _unit(rows: Floats) -> Floats:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    found: Floats = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    return found
+
+
+def _parts(projection: Floats, pool: Pool) -> list[Floats]:
+    """The principal directions of each checkpoint (dim, reduced)."""
+    dim = pool.views[0].dim
+    return [projection[1 + number * dim : 1 + (number + 1) * dim] for number in range(len(pool.views))]
+
+
+# What an index is made of -----------------------------------------------------------------------------------------
+
+
+def _id(views: Sequence[Rows], weights: Sequence[float]) -> str:
+    content = {"version": INDEX_VERSION, "pieces": _pieces(views), "weights": list(weights)}
+    return content_id("index", content)
+
+
+def _ranges(views: Sequence[Rows]) -> list[tuple[int, int]]:
+    """Ranges of rows that lie in one segment at every checkpoint."""
+    borders = {0}
+    for view in views:
+        borders.update(np.cumsum([rows for _, rows in view.names]).tolist())
+    return list(pairwise(sorted(borders)))
+
+
+def _pieces(views: Sequence[Rows]) -> list[list[list[Any]]]:
+    """The segments of each range at each checkpoint, and where in them it lies."""
+    found = []
+    for start, stop in _ranges(views):
+        piece = []
+        for view in views:
+            first = 0
+            for name, rows in view.names:
+                if first <= start and stop <= first + rows:
+                    piece.append([name, start - first, stop - first])
+                first += rows
+        found.append(piece)
+    return found
+
+
+def _segments(manifest: dict[str, Any]) -> set[str]:
+    return {name for piece in manifest["pieces"] for name, _, _ in piece}
+
+
+def _write_empty(path: Path, sample: Floats) -> None:
+    """A quantiser that knows the range of each direction, and no rows."""
+    faiss = _faiss()
+    empty = faiss.IndexScalarQuantizer(sample.shape[1], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    empty.train(np.ascontiguousarray(sample))
+    _write(empty, path)
+
+
+def _write(index: Any, path: Path) -> None:
+    _faiss().write_index(index, str(path))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, *, mapped: bool = False) -> Any:
+    faiss = _faiss()
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+
+
+def _faiss() -> Any:
+    """FAISS, whose Python side its type hints do not tell of; imported where an index is built or searched."""
+    return importlib.import_module("faiss")
