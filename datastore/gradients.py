@@ -282,11 +282,11 @@ def _create_group(path: Path, *, rows: int, dim: int, dtype: FeatureDtype, recip
 
     header = {"format": FORMAT_VERSION, "rows": rows, "dim": dim, "dtype": dtype, "reasons": dict(REASONS)}
     group = zarr.create_group(path, zarr_format=3, attributes={"gradstore": header, "recipe": dict(recipe)})
-    for each in array_formats(dim, dtype).values():
+    for each in array_formats(rows, dim=dim, dtype=dtype).values():
         group.create_array(
             each.name,
             shape=(rows, *each.row_shape),
-            chunks=(CHUNK_ROWS, *each.row_shape),
+            chunks=(each.chunk_rows, *each.row_shape),
             dtype=each.dtype,
             fill_value=each.fill,
             filters=None,
@@ -318,35 +318,54 @@ def _check_fit(segment: Segment, start: int, block: Block) -> None:
 
 def _write_chunks(folder: Path, target: Segment, start: int, block: Block) -> dict[str, dict[str, Any]]:
     """Write a file per chunk and array; returns the key, bytes and sha256 of each."""
-    files = {}
-    for first in range(0, len(block.reasons), CHUNK_ROWS):
-        rows = slice(first, first + CHUNK_ROWS)
-        for name, values in _columns(block, rows, target.dtype).items():
-            each = target.formats[name]
-            body = _padded(values, each)
-            key = f"{name}/{each.key((start + first) // CHUNK_ROWS)}"
-            raw, check = body.view(np.uint8).reshape(-1).data, checksum(body)
-            write_file(folder / _flat(key), raw, check)
-            hashed = hashlib.sha256(raw)
-            hashed.update(check)
-            files[key] = {"bytes": each.chunk_bytes, "sha256": hashed.hexdigest()}
+    files: dict[str, dict[str, Any]] = {}
+    features = target.formats["features"]
+    scales, lengths_ = [], []
+    for first in range(0, len(block.reasons), features.chunk_rows):  # a chunk at a time: they may be long
+        stored, some_scales, some_lengths = _encoded(block, slice(first, first + features.chunk_rows), target.dtype)
+        files |= _write_chunk(folder, features, start + first, stored)
+        scales.append(some_scales)
+        lengths_.append(some_lengths)
+    columns = _columns(block)
+    columns["scales"], columns["lengths"] = np.concatenate(scales), np.concatenate(lengths_)
+    for name, values in columns.items():
+        each = target.formats[name]
+        for first in range(0, len(values), each.chunk_rows):
+            files |= _write_chunk(folder, each, start + first, values[first : first + each.chunk_rows])
     return files
 
 
-def _columns(block: Block, rows: slice, dtype: FeatureDtype) -> dict[str, NDArray[Any]]:
-    """The arrays of at most a chunk's rows; a row with a reason is zeros, whatever was computed for it."""
-    codes = np.array([_code(reason) for reason in block.reasons[rows]], np.uint8)
-    valid = codes == VALID
+def _write_chunk(folder: Path, each: ArrayFormat, start: int, values: NDArray[Any]) -> dict[str, dict[str, Any]]:
+    body = _padded(values, each)
+    key = f"{each.name}/{each.key(start // each.chunk_rows)}"
+    raw, check = body.view(np.uint8).reshape(-1).data, checksum(body)
+    write_file(folder / _flat(key), raw, check)
+    hashed = hashlib.sha256(raw)
+    hashed.update(check)
+    return {key: {"bytes": each.chunk_bytes, "sha256": hashed.hexdigest()}}
+
+
+def _encoded(
+    block: Block, rows: slice, dtype: FeatureDtype
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float64]]:
+    """Rows as they are stored, their scales and their lengths; of a row with a reason zeros, whatever was computed."""
+    valid = np.array([reason is None for reason in block.reasons[rows]])
     features = np.where(valid[:, None], block.features[rows], 0).astype(np.float32, copy=False)
     stored, scales = encode(features, dtype)
+    stored = np.where(valid[:, None], stored, 0).astype(stored.dtype, copy=False)
+    decoded = decode(stored, dtype, features.shape[1])
+    return stored, np.where(valid, scales, np.float32(0)), np.where(valid, lengths(decoded), 0)
+
+
+def _columns(block: Block) -> dict[str, NDArray[Any]]:
+    """The other arrays of a block."""
+    codes = np.array([_code(reason) for reason in block.reasons], np.uint8)
+    valid = codes == VALID
     return {
-        "features": np.where(valid[:, None], stored, 0).astype(stored.dtype, copy=False),
-        "scales": np.where(valid, scales, 0),
-        "lengths": np.where(valid, lengths(decode(stored, dtype, features.shape[1])), 0),
-        "norms": np.where(valid, block.norms[rows], 0),
-        "raw_norms": np.where(valid, block.raw_norms[rows], 0),
-        "losses": np.where(valid, block.losses[rows], 0),
-        "tokens": block.tokens[rows],
+        "norms": np.where(valid, block.norms, 0),
+        "raw_norms": np.where(valid, block.raw_norms, 0),
+        "losses": np.where(valid, block.losses, 0),
+        "tokens": block.tokens,
         "reason": codes,
     }
 
@@ -357,7 +376,7 @@ def _code(reason: str | None) -> int:
 
 def _padded(values: NDArray[Any], each: ArrayFormat) -> NDArray[Any]:
     """The values of a whole chunk: where the array ends within it, the fill value follows, as zarr has it."""
-    body = np.full((CHUNK_ROWS, *each.row_shape), each.fill, each.dtype)
+    body = np.full((each.chunk_rows, *each.row_shape), each.fill, each.dtype)
     body[: len(values)] = values
     return body
 

@@ -12,7 +12,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from datastore.dtypes import STORAGE, decode
 from datastore.errors import Damaged
-from datastore.shards import CHUNK_ROWS
+from datastore.shards import CHUNK_ROWS, chunk_rows
 
 FORMAT_VERSION = 1
 CHECKSUM_BYTES = 4
@@ -51,6 +51,7 @@ class ArrayFormat:
     name: str
     dtype: np.dtype[Any]
     fill: float
+    chunk_rows: int
     width: int | None = None  # columns; None for one number a row
 
     @property
@@ -61,26 +62,32 @@ class ArrayFormat:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of a chunk's file, with its checksum."""
-        return CHUNK_ROWS * (self.width or 1) * self.dtype.itemsize + CHECKSUM_BYTES
+        return self.chunk_rows * (self.width or 1) * self.dtype.itemsize + CHECKSUM_BYTES
+
+    def chunks(self, rows: int) -> int:
+        """Chunks that hold so many rows."""
+        return -(-rows // self.chunk_rows)
 
     def key(self, chunk: int) -> str:
         """Zarr's name of a chunk, and of its file inside the array's folder."""
         return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
 
 
-def array_formats(dim: int, dtype: FeatureDtype) -> dict[str, ArrayFormat]:
-    """The arrays of a segment by name, in the order in which they are written."""
+def array_formats(rows: int, *, dim: int, dtype: FeatureDtype) -> dict[str, ArrayFormat]:
+    """The arrays of a new segment by name, in the order in which they are written."""
     storage = STORAGE[dtype]
+    width = storage.width(dim)
+    numbers = ("scales", "lengths", "norms", "raw_norms", "losses")
+    short = chunk_rows(rows, row_bytes=4)
     formats = [
-        ArrayFormat("features", storage.dtype, storage.fill, storage.width(dim)),
-        ArrayFormat("scales", np.dtype("<f4"), np.nan),
-        ArrayFormat("lengths", np.dtype("<f4"), np.nan),
-        ArrayFormat("norms", np.dtype("<f4"), np.nan),
-        ArrayFormat("raw_norms", np.dtype("<f4"), np.nan),
-        ArrayFormat("losses", np.dtype("<f4"), np.nan),
-        ArrayFormat("tokens", np.dtype("<i4"), -1),
-        ArrayFormat("reason", np.dtype("u1"), NOT_WRITTEN),
-    ]
+        ArrayFormat(
+            "features", storage.dtype, storage.fill,
+            chunk_rows(rows, row_bytes=width * storage.dtype.itemsize), width,
+        ),
+        *(ArrayFormat(name, np.dtype("<f4"), np.nan, short) for name in numbers),
+        ArrayFormat("tokens", np.dtype("<i4"), -1, short),
+        ArrayFormat("reason", np.dtype("u1"), NOT_WRITTEN, short),
+    ]  # fmt: skip
     return {each.name: each for each in formats}
 
 
@@ -91,12 +98,8 @@ def checksum(body: NDArray[Any]) -> bytes:
 
 def stored_bytes(rows: int, *, dim: int, dtype: FeatureDtype) -> int:
     """Bytes that a segment takes on the disk, metadata apart."""
-    return chunk_count(rows) * sum(each.chunk_bytes for each in array_formats(dim, dtype).values())
-
-
-def chunk_count(rows: int) -> int:
-    """Chunks that hold `rows`."""
-    return -(-rows // CHUNK_ROWS)
+    formats = array_formats(rows, dim=dim, dtype=dtype).values()
+    return sum(each.chunks(rows) * each.chunk_bytes for each in formats)
 
 
 class Rows(ABC):
@@ -220,8 +223,9 @@ class Segment(Rows):
         self.dim = int(header["dim"])
         self.dtype = cast("FeatureDtype", header["dtype"])
         self.recipe = cast("dict[str, Any]", header["recipe"])
-        self.formats = array_formats(self.dim, self.dtype)
-        self._chunks = _chunks(group, self.formats, self.rows)
+        metadata = {path.parent.name: _read_json(path) for path in group.glob("*/zarr.json")}
+        self.formats = _found_formats(array_formats(self.rows, dim=self.dim, dtype=self.dtype), metadata, group)
+        self._chunks = _chunks(group, self.formats, metadata, self.rows)
         self._receipts = receipts
         self._columns: dict[str, NDArray[Any]] = {}
 
@@ -264,7 +268,7 @@ class Segment(Rows):
     @property
     def edges(self) -> list[int]:
         """See `Rows.edges`."""
-        return [*range(0, self.rows, CHUNK_ROWS), self.rows]
+        return [*range(0, self.rows, self.formats["features"].chunk_rows), self.rows]
 
     @property
     def names(self) -> list[tuple[str, int]]:
@@ -356,12 +360,13 @@ class _MappedChunks:
     formats: Mapping[str, ArrayFormat]
 
     def read(self, name: str, start: int, stop: int, *, check: bool) -> NDArray[Any]:
+        each = self.formats[name]
         parts = []
-        for chunk in range(start // CHUNK_ROWS, chunk_count(stop)):
-            first = chunk * CHUNK_ROWS
-            rows = self._chunk(self.formats[name], chunk, check=check)
-            parts.append(rows[max(start - first, 0) : min(stop - first, CHUNK_ROWS)])
-        return _joined(parts, self.formats[name])
+        for chunk in range(start // each.chunk_rows, each.chunks(stop)):
+            first = chunk * each.chunk_rows
+            rows = self._chunk(each, chunk, check=check)
+            parts.append(rows[max(start - first, 0) : min(stop - first, each.chunk_rows)])
+        return _joined(parts, each)
 
     def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         each = self.formats[name]
@@ -396,7 +401,7 @@ class _MappedChunks:
         body = raw[:-CHECKSUM_BYTES]
         if check and checksum(body) != raw[-CHECKSUM_BYTES:].tobytes():
             raise Damaged(f"{path} does not match its checksum; {_ADVICE}")
-        return body.view(each.dtype).reshape(CHUNK_ROWS, *each.row_shape)
+        return body.view(each.dtype).reshape(each.chunk_rows, *each.row_shape)
 
 
 @dataclass(frozen=True)
@@ -428,8 +433,23 @@ def _unwritten(rows: NDArray[Any], fill: float) -> bool:
     return bool(np.isnan(rows).any() if np.isnan(fill) else fill and (rows == fill).any())
 
 
-def _chunks(group: Path, formats: Mapping[str, ArrayFormat], rows: int) -> _Chunks:
-    own = all(_has_own_layout(_read_json(group / name / "zarr.json"), each, rows) for name, each in formats.items())
+def _found_formats(
+    formats: Mapping[str, ArrayFormat], metadata: Mapping[str, Mapping[str, Any]], group: Path
+) -> dict[str, ArrayFormat]:
+    """The formats with the rows that a chunk has in this group: segments of earlier versions have 1,024 always."""
+    for name in formats:
+        if name not in metadata:
+            raise Damaged(f"{group / name} is missing; {_ADVICE}")
+    return {
+        name: replace(each, chunk_rows=metadata[name]["chunk_grid"]["configuration"]["chunk_shape"][0])
+        for name, each in formats.items()
+    }
+
+
+def _chunks(
+    group: Path, formats: Mapping[str, ArrayFormat], metadata: Mapping[str, Mapping[str, Any]], rows: int
+) -> _Chunks:
+    own = all(_has_own_layout(metadata[name], each, rows) for name, each in formats.items())
     return _MappedChunks(group, formats) if own else _ZarrChunks(group, formats)
 
 
@@ -442,7 +462,7 @@ def _has_own_layout(metadata: Mapping[str, Any], each: ArrayFormat, rows: int) -
         and little
         and metadata["data_type"] == each.dtype.name
         and metadata["shape"] == [rows, *each.row_shape]
-        and metadata["chunk_grid"]["configuration"]["chunk_shape"] == [CHUNK_ROWS, *each.row_shape]
+        and metadata["chunk_grid"]["configuration"]["chunk_shape"] == [each.chunk_rows, *each.row_shape]
         and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
     )
 

@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHUNK_ROWS = 1024
-"""Rows of a Zarr chunk: 16 MiB of float16 at 8,192 dims."""
+"""Rows that have a chunk's worth of everything: shards begin at their multiples, and no chunk reaches over one."""
+CHUNK_BYTES = 64 << 20
+"""Of a chunk of long rows: 1,024 of them have 16 MiB at 8,192 float16 and 2 GiB at 2^20, too much to check at once."""
+
+
+def chunk_rows(rows: int, *, row_bytes: int) -> int:
+    """Rows of a chunk of an array of `rows`: 1,024, all there are where these are fewer, or what `CHUNK_BYTES` hold.
+
+    In the last case a power of two, so that chunks of long rows end where those of short ones do.
+
+    >>> chunk_rows(5000, row_bytes=16384), chunk_rows(9, row_bytes=16384), chunk_rows(5000, row_bytes=1 << 21)
+    (1024, 9, 32)
+    """
+    held = max(1, CHUNK_BYTES // row_bytes)
+    return max(1, min(rows, CHUNK_ROWS, 1 << (held.bit_length() - 1)))
 
 
 @dataclass(frozen=True)

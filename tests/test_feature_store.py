@@ -139,7 +139,7 @@ def test_anybodys_zarr_reads_the_same_numbers(store: FeatureStore, dtype: Featur
     fill(store, SEGMENT, block_of(2100), dtype=dtype, chunks=2)
     segment = store.open(SEGMENT)
     group = zarr.open_group(group_of(store), mode="r")
-    assert {name for name, _ in group.members()} == {*array_formats(DIM, dtype)}
+    assert {name for name, _ in group.members()} == {*array_formats(2100, dim=DIM, dtype=dtype)}
     for name, array in group.arrays():
         ours = segment.stored(0, 2100) if name == "features" else segment.column(name)
         np.testing.assert_array_equal(np.asarray(array[:]), ours)
@@ -195,6 +195,49 @@ def test_the_stated_bytes_are_the_bytes_on_the_disk(store: FeatureStore) -> None
     fill(store, SEGMENT, block_of(1500))
     metadata = sum(len(data) for name, data in files_of(group_of(store)).items() if name.endswith("zarr.json"))
     assert store.bytes(SEGMENT) == stored_bytes(1500, dim=DIM, dtype="float16") + metadata
+
+
+@pytest.mark.parametrize("rows", [1, 9, 1023, 1024])
+def test_a_segment_of_few_rows_takes_no_more_than_these(store: FeatureStore, rows: int) -> None:
+    fill(store, SEGMENT, block_of(rows))
+    columns = 5 * 4 + 4 + 1  # bytes of a row beside its feature
+    assert stored_bytes(rows, dim=DIM, dtype="float16") == rows * (2 * DIM + columns) + 8 * 4  # a checksum an array
+    read_all(store.open(SEGMENT))
+
+
+def test_chunks_of_long_rows_are_smaller_and_end_where_those_of_short_ones_do(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.shards.CHUNK_BYTES", 150 * 2 * DIM)
+    block = block_of(2500)
+    fill(store, SEGMENT, block)
+    segment = store.open(SEGMENT)
+    assert {name: each.chunk_rows for name, each in segment.formats.items() if name in ("features", "norms")} == {
+        "features": 128, "norms": 1024,
+    }  # fmt: skip
+    assert segment.edges == [*range(0, 2500, 128), 2500]
+    assert len(list((group_of(store) / "features").glob("c.*"))) == 20
+    read_all(segment)
+    np.testing.assert_array_equal(segment.norms, block.norms)
+    monkeypatch.undo()
+    fill(store, "seg_usual", block)
+    np.testing.assert_array_equal(segment.stored(0, 2500), store.open("seg_usual").stored(0, 2500))
+    again = store.open(SEGMENT)  # what is written stays readable, whatever a later version would choose
+    np.testing.assert_array_equal(again.stored(1000, 1100), segment.stored(1000, 1100))
+
+
+def test_a_segment_of_few_rows_in_a_whole_chunk_is_still_read(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.segments.chunk_rows", lambda rows, row_bytes: CHUNK_ROWS)  # noqa: ARG005
+    block = block_of(9)
+    fill(store, SEGMENT, block)
+    monkeypatch.undo()
+    segment = store.open(SEGMENT)
+    assert (group_of(store) / "features" / "c.0.0").stat().st_size == 1024 * DIM * 2 + 4
+    assert segment.edges == [0, 9]
+    np.testing.assert_array_equal(segment.tokens, block.tokens)
+    read_all(segment)
 
 
 def test_blocks_cover_all_rows_in_order_without_a_copy(store: FeatureStore) -> None:
@@ -527,7 +570,7 @@ def test_what_is_left_over_is_listed_and_what_is_unfinished_is_swept(store: Feat
 @pytest.mark.parametrize("place", [0, 1000, -1])
 def test_a_flipped_bit_is_found_and_named(store: FeatureStore, array: str, place: int) -> None:
     fill(store, SEGMENT, block_of(1500))
-    key = array_formats(DIM, "float16")[array].key(1)
+    key = array_formats(2000, dim=DIM, dtype="float16")[array].key(1)
     path = group_of(store) / array / key
     raw = bytearray(path.read_bytes())
     raw[place] ^= 4
@@ -623,7 +666,7 @@ def test_segments_of_a_grown_set_read_as_one(store: FeatureStore) -> None:
     assert (view.rows, view.dim, view.dtype) == (4000, DIM, "float16")
     for start, stop in ((0, 4000), (1499, 1500), (1499, 1511), (1500, 1510), (2000, 3500), (4000, 4000), (1500, 1500)):
         np.testing.assert_array_equal(view.features(start, stop), whole.features(start, stop))
-    for name in array_formats(DIM, "float16"):
+    for name in array_formats(2000, dim=DIM, dtype="float16"):
         if name != "features":
             np.testing.assert_array_equal(view.column(name), whole.column(name))
     assert view.reasons == whole.reasons == {1499: REASONS[6]}
@@ -858,7 +901,7 @@ def test_the_documented_lines_read_a_segment(store: FeatureStore) -> None:
 
 
 def test_the_document_names_every_array_and_reason() -> None:
-    for name in array_formats(DIM, "float16"):
+    for name in array_formats(2000, dim=DIM, dtype="float16"):
         assert f"| `{name}` |" in DOCUMENT
     for code, text in REASONS.items():
         assert f"| {code} | {text} |" in DOCUMENT

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.shards import CHUNK_ROWS, plan
+from datastore.shards import CHUNK_BYTES, CHUNK_ROWS, chunk_rows, plan
 
 
 @given(rows=st.integers(0, 100_000), chunks=st.integers(1, 9))
@@ -30,3 +30,12 @@ def test_a_shard_is_a_whole_number_of_chunks(rows: int, chunks: int) -> None:
 def test_a_shard_that_splits_a_chunk_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="whole number of chunks"):
         plan(10, size=size)
+
+
+@given(st.integers(0, 10**7), st.integers(1, 1 << 28))
+def test_a_chunk_holds_the_rows_of_a_shard_or_a_power_of_two_of_them(rows: int, row_bytes: int) -> None:
+    found = chunk_rows(rows, row_bytes=row_bytes)
+    assert found == 1 or found * row_bytes <= CHUNK_BYTES
+    assert CHUNK_ROWS % found == 0 or found == rows < CHUNK_ROWS
+    if found < min(rows, CHUNK_ROWS):
+        assert 2 * found * row_bytes > CHUNK_BYTES
