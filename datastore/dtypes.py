@@ -62,7 +62,7 @@ def encode(features: Floats, dtype: FeatureDtype) -> tuple[NDArray[Any], Floats]
     """Round finite rows (n, dim) to the dtype: the stored rows (n, width), and what a decoded row is multiplied with.
 
     Every number goes to the nearest that the dtype has under the row's scale, halves to the even one; of a binary row
-    the signs are kept, zero as 1. Multiplying a row by a power of two changes nothing but its scale.
+    the signs are kept, that of a zero too. Multiplying a row by a power of two changes nothing but its scale.
     """
     powers = power_of_two_scales(features)
     near_one = features * np.reciprocal(powers)[:, None]
@@ -70,7 +70,7 @@ def encode(features: Floats, dtype: FeatureDtype) -> tuple[NDArray[Any], Floats]
         codes, steps = _quantised(near_one, _LEVELS[dtype])
         return codes if dtype == "int8" else _packed(codes), _times(powers, steps)
     if dtype == "binary":
-        return np.packbits(features >= 0, axis=1, bitorder="little"), _times(powers, _mean_sizes(near_one))
+        return np.packbits(~np.signbit(features), axis=1, bitorder="little"), _times(powers, _mean_sizes(near_one))
     return (_rounded(near_one) if dtype == "bfloat16" else near_one.astype(STORAGE[dtype].dtype)), powers
 
 

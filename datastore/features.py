@@ -23,6 +23,7 @@ from gradstore.types import (
     FeatureSet,
     GradientsRequest,
     GradientsResult,
+    JobKind,
     ProblemItem,
 )
 from sqlalchemy import delete, exists, select
@@ -159,7 +160,7 @@ class Features:
         Raises `NotFound`, `InvalidInput` and `NotEnoughSpace`.
         """
         plan = self.plan(request)
-        free = self._free_bytes()
+        free = self.free_bytes()
         if plan.missing_bytes > free:
             raise NotEnoughSpace(needed=plan.missing_bytes, free=free)
         return self.jobs.create(
@@ -169,7 +170,7 @@ class Features:
             plan=plan.settings,
             name=request.name,
             uses=[plan.owner, *(feature.checkpoint for feature in plan.feature_sets)],
-            before=partial(self._begin, plan),
+            before=partial(self.begin, plan),
         )
 
     def estimate(self, request: GradientsRequest, *, tokens_per_row: float, size: Size | None) -> Estimate:
@@ -190,7 +191,7 @@ class Features:
             rows=plan.missing_rows,
             tokens=round(plan.missing_rows * tokens_per_row),
             bytes=plan.missing_bytes,
-            free_bytes=self._free_bytes(),
+            free_bytes=self.free_bytes(),
             seconds=time.seconds,
             basis=time.basis,
             memory_bytes=None if size is None else self._memory_bytes(plan, size, examples=batch),
@@ -226,7 +227,7 @@ class Features:
         common = {key: settings[key] for key in _IDENTITY}
         wanted = [{**common, **variant, "checkpoint": each.id} for each in checkpoints for variant in variants]
         with self.catalog.reading() as session:
-            found = [self._planned(session, owner, rows, parameters) for parameters in wanted]
+            found = [self.planned(session, owner, rows, parameters) for parameters in wanted]
         # These change no feature beyond rounding: they are recorded, and name nothing.
         name = content_id("grad", {"owner": owner, "sets": [feature.id for feature in found]})
         settings["token_budget"] = request.token_budget
@@ -235,9 +236,12 @@ class Features:
         return Plan(id=name, owner=owner, is_task=bool(request.task), rows=rows, settings=settings, feature_sets=found)
 
     def get(self, id: str) -> FeatureSet:
-        """A feature set by id."""
+        """A feature set by id. Raises `NotFound`."""
         with self.catalog.reading() as session:
-            return _feature_set(session, session.get_one(FeatureSetRow, id))
+            row = session.get(FeatureSetRow, id)
+            if row is None:
+                raise NotFound("feature set", id, collection="/gradients")
+            return _feature_set(session, row)
 
     def complete(self, *, datasets: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[FeatureSet]:
         """The feature sets of these datasets and tasks whose rows are all there."""
@@ -253,11 +257,7 @@ class Features:
         `Conflict`.
         """
         job = self.jobs.get(reference, kind="gradients")
-        if job.status != "succeeded":
-            raise Conflict(f"{job.id} is {job.status}: its rows can be read once it has succeeded")
-        query = select(JobFeatureRow.feature_set_id).where(JobFeatureRow.job_id == job.id)
-        with self.catalog.reading() as session:
-            known = list(session.scalars(query.order_by(JobFeatureRow.position)))
+        known = self.all_of_job(reference)
         if feature_set is not None and feature_set not in known:
             raise NotFound("feature set of this job", feature_set, collection=f"/gradients/{job.id}")
         if feature_set is None and len(known) > 1:
@@ -266,6 +266,15 @@ class Features:
                 choices=[f"{path}?feature_set={id}" for id in known],
             )
         return self.get(feature_set or known[0])
+
+    def all_of_job(self, reference: str) -> list[str]:
+        """The feature sets of a finished gradients job. Raises `NotFound`, and `Conflict` before all rows are there."""
+        job = self.jobs.get(reference, kind="gradients")
+        if job.status != "succeeded":
+            raise Conflict(f"{job.id} is {job.status}: its rows can be read once it has succeeded")
+        query = select(JobFeatureRow.feature_set_id).where(JobFeatureRow.job_id == job.id)
+        with self.catalog.reading() as session:
+            return list(session.scalars(query.order_by(JobFeatureRow.position)))
 
     def view(self, feature_set: FeatureSet) -> FeatureView:
         """The rows of a feature set."""
@@ -278,13 +287,7 @@ class Features:
 
     def result(self, session: Session, job: JobRow) -> dict[str, Any]:
         """The result of a gradients job whose shards are all done."""
-        query = (
-            select(FeatureSetRow)
-            .join(JobFeatureRow, JobFeatureRow.feature_set_id == FeatureSetRow.id)
-            .where(JobFeatureRow.job_id == job.id)
-            .order_by(JobFeatureRow.position)
-        )
-        rows = list(session.scalars(query))
+        rows = _of_job(session, job)
         excluded = _excluded(session, rows)
         computed = job.done - job.plan["reused"]
         tokens = sum(_tokens(session, row.id) for row in _one_per_checkpoint(rows))
@@ -300,8 +303,19 @@ class Features:
             seconds=seconds,
         ).model_dump(mode="json")
 
-    def remove(self, reference: str) -> str:
-        """Delete a gradients job and every feature that no other job answers with; returns its id."""
+    def of_result(self, session: Session, job: JobRow) -> list[FeatureSet]:
+        """The feature sets that a job answers with, inside its transaction."""
+        return [_feature_set(session, row) for row in _of_job(session, job)]
+
+    def tokens(self, feature_set: str, start: int, stop: int) -> int:
+        """Tokens of the chunks of a feature set that begin in rows `start:stop`."""
+        with self.catalog.reading() as session:
+            return sum(
+                chunk.tokens for base, chunk in _chunks(session, feature_set) if start <= base + chunk.start < stop
+            )
+
+    def remove(self, reference: str, *, kind: JobKind = "gradients") -> str:
+        """Delete a gradients job, or a conversion, and every feature that no other job answers with; returns its id."""
         orphans: list[str] = []
 
         def delete_features(session: Session, job: JobRow) -> None:
@@ -309,7 +323,7 @@ class Features:
             for segment in orphans:  # before others can ask for the same features again
                 self.store.delete(segment)
 
-        id = self.jobs.remove(reference, kind="gradients", before=delete_features)
+        id = self.jobs.remove(reference, kind=kind, before=delete_features)
         scores, indexes = ScoreCache(self.settings.scores), Indexes(self.settings.indexes)
         for segment in orphans:
             scores.delete(segment)
@@ -371,11 +385,11 @@ class Features:
             raise InvalidInput(f"the task {task.name} has no validation rows: upload it again with some")
         return task.id, task.validation
 
-    def _begin(self, plan: Plan, session: Session, job: JobRow) -> list[NewShard]:
+    def begin(self, plan: Plan, session: Session, job: JobRow) -> list[NewShard]:
         """Record a new job's feature sets and return its shards; where other requests have started or deleted some of
         the features since the plan was made, those that are missing now.
         """
-        sets = [self._planned(session, plan.owner, plan.rows, feature.parameters) for feature in plan.feature_sets]
+        sets = [self.planned(session, plan.owner, plan.rows, feature.parameters) for feature in plan.feature_sets]
         plan = replace(plan, feature_sets=sets)
         missing = _shards(session, plan)
         segments = sorted({segment for feature in sets for segment, _, _ in feature.segments})
@@ -384,7 +398,8 @@ class Features:
         _record(session, plan)
         return missing
 
-    def _planned(self, session: Session, owner: str, rows: int, parameters: dict[str, Any]) -> PlannedFeatureSet:
+    def planned(self, session: Session, owner: str, rows: int, parameters: dict[str, Any]) -> PlannedFeatureSet:
+        """The feature set with these parameters: which of its rows exist, and the segment that the others go to."""
         checkpoint = parameters["checkpoint"]
         recipe = content_id("recipe", parameters)
         id = content_id("feat", {"recipe": recipe, "owner": owner})
@@ -435,7 +450,8 @@ class Features:
         moments = 8 * len(forms) * size.chosen_parameters(settings["weights"] or ())
         return model * 2 + examples * plan.dims * 4 + moments
 
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
+        """Bytes that the store's disk has left."""
         self.settings.features.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.settings.features).free
 
@@ -620,6 +636,16 @@ def _excluded(session: Session, rows: Sequence[FeatureSetRow]) -> list[ExcludedR
         ExcludedRow(row=row, checkpoint=checkpoint, kinds=list(found), reason=reason)
         for (_, row, checkpoint, reason), found in sorted(kinds.items(), key=lambda item: item[0])
     ]
+
+
+def _of_job(session: Session, job: JobRow) -> list[FeatureSetRow]:
+    query = (
+        select(FeatureSetRow)
+        .join(JobFeatureRow, JobFeatureRow.feature_set_id == FeatureSetRow.id)
+        .where(JobFeatureRow.job_id == job.id)
+        .order_by(JobFeatureRow.position)
+    )
+    return list(session.scalars(query))
 
 
 def _one_per_checkpoint(rows: Sequence[FeatureSetRow]) -> list[FeatureSetRow]:

@@ -31,6 +31,7 @@ ATTEMPT_BITS = 20
 
 UNITS: dict[JobKind, str] = {
     "gradients": "rows",
+    "conversion": "rows",
     "finetune": "steps",
     "evaluation": "examples",
     "scoring": "rows",
@@ -97,6 +98,7 @@ def collection(kind: JobKind | None) -> str:
     """Where the jobs of a kind are listed; scoring jobs are listed among all jobs only."""
     own: dict[JobKind | None, str] = {
         "gradients": "gradients",
+        "conversion": "conversions",
         "finetune": "finetunes",
         "evaluation": "evaluations",
         "validation": "validations",
@@ -573,7 +575,9 @@ def _finished_by(session: Session, chunk: Publication) -> list[tuple[ShardRow, J
     query = (
         select(ShardRow, JobRow)
         .join(JobRow, JobRow.id == ShardRow.job_id)
-        .where(JobRow.kind == "gradients", JobRow.status != "succeeded", ShardRow.status == "succeeded")
+        .where(
+            JobRow.kind.in_(("gradients", "conversion")), JobRow.status != "succeeded", ShardRow.status == "succeeded"
+        )
     )
     return [
         (shard, job)

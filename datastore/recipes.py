@@ -49,6 +49,7 @@ class Query:
     reduction: Reduction | None = None
     dim: int | None = None
     dtype: FeatureDtype | None = None
+    converted_from: FeatureDtype | Literal["none"] | None = None
     projection: ProjectionName | None = None
     seed: int | None = None
     template: TemplateName | None = None
@@ -86,12 +87,14 @@ class Pools:
 _OWN = ("kind", "adam")
 """Parameters of a pool's features that its task's may have otherwise."""
 _SHARED = (
-    "weights", "reduction", "dim", "dtype", "projection", "projection_version", "seed", "template", "max_length",
-    "precision", "quantisation",
+    "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_version", "seed", "template",
+    "max_length", "precision", "quantisation",
 )  # fmt: skip
 """Parameters in which the features of pool and task must agree: like is compared with like."""
 _ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version")
 """Parameters that a query can name."""
+_NONE = ("quantisation", "converted_from")
+"""Parameters whose absence can be asked for, as `none`."""
 _OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
 _TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
@@ -264,16 +267,18 @@ class Recipes:
             nearest = max(near, key=lambda candidate: len(candidate.pools))
             owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
             body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
-            return GradientsMissing(f"{owner} has no features that go with the others': {_post(body)}", body=body)
+            posts = _posts(body, nearest.parameters)
+            return GradientsMissing(f"{owner} has no features that go with the others': {posts}", body=body)
         body = {"dataset": datasets[0] if datasets else _only(self.catalog.dataset_sizes()) or "<dataset>"}
         if checkpoints:
             body["checkpoints"] = list(checkpoints)
         else:
             body["run"] = run.id if run else _only(one.id for one in self.catalog.all_runs()) or "<run>"
-        body |= _body({name: value for name in _ASKED if (value := getattr(query, name)) is not None})
+        asked = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
+        body |= _body(asked)
         owners = " and ".join(datasets) or "any dataset"
         return GradientsMissing(
-            f"there are no features of {owners} at every checkpoint asked for: {_post(body)}", body=body
+            f"there are no features of {owners} at every checkpoint asked for: {_posts(body, asked)}", body=body
         )
 
 
@@ -316,18 +321,32 @@ def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str,
     shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] in HIDDEN_KINDS}
     body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
     return GradientsMissing(
-        f"the task {missing.name} has no features that go with the pool's: {_post(body)}", body=body
+        f"the task {missing.name} has no features that go with the pool's: {_posts(body, shared)}", body=body
     )
 
 
 def _body(parameters: dict[str, Any]) -> dict[str, object]:
-    """Parameters as POST /gradients takes them."""
+    """Parameters as POST /gradients takes them; of what was converted, those of what it was made from."""
     several = {"dim": "dims", "kind": "kinds"}
+    if parameters.get("converted_from") not in (None, "none"):
+        parameters = {**parameters, "dtype": parameters["converted_from"]}
     return {
         several.get(name, name): [value] if name in several else value
         for name, value in _telling(parameters).items()
-        if name in _ASKED and value is not None and (name, value) != ("quantisation", "none")
+        if name in _ASKED
+        and value is not None
+        and name != "converted_from"
+        and (name, value) != ("quantisation", "none")
     }
+
+
+def _posts(body: dict[str, object], parameters: dict[str, Any]) -> str:
+    """The requests that make features with these parameters: the computation, and a conversion where there is one."""
+    if parameters.get("converted_from") in (None, "none"):
+        return _post(body)
+    owner = {name: body[name] for name in ("dataset", "task") if name in body}
+    second = json.dumps({**owner, "dtype": parameters["dtype"]})
+    return f"{_post(body)}, and POST /conversions {second} then makes what goes with it"
 
 
 def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -337,8 +356,8 @@ def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(name: str, value: Any) -> Any:
-    """A parameter as a query names it: features without quantisation can be asked for, too."""
-    return "none" if name == "quantisation" and value is None else value
+    """A parameter as a query names it: features without quantisation, or conversion, can be asked for, too."""
+    return "none" if name in _NONE and value is None else value
 
 
 def _post(body: dict[str, object]) -> str:

@@ -8,6 +8,7 @@ from datastore.answers import Answers
 from datastore.attributions import Attributions
 from datastore.catalog import Catalog
 from datastore.checkpoints import Checkpoints
+from datastore.conversions import Conversions
 from datastore.datasets import Datasets
 from datastore.evaluations import Evaluations
 from datastore.features import Features
@@ -38,6 +39,7 @@ class OpenStore:
     checkpoints: Checkpoints
     store: FeatureStore
     features: Features
+    conversions: Conversions
     finetunes: Finetunes
     evaluations: Evaluations
     recipes: Recipes
@@ -55,6 +57,8 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     datasets, tasks = Datasets(settings.datasets), Tasks(settings.tasks)
     features = Features(catalog, jobs, store, settings)
     jobs.results["gradients"] = features.result
+    conversions = Conversions(catalog, jobs, features)
+    jobs.results["conversion"] = conversions.result
     finetunes = Finetunes(catalog, jobs, checkpoints, settings)
     recipes = Recipes(catalog, features)
     scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
@@ -68,6 +72,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         checkpoints=checkpoints,
         store=store,
         features=features,
+        conversions=conversions,
         finetunes=finetunes,
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
         recipes=recipes,

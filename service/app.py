@@ -24,6 +24,7 @@ from service.queue import Queue, queue_of
 from service.routes import (
     attributions,
     checkpoints,
+    conversions,
     datasets,
     evaluations,
     exports,
@@ -50,6 +51,7 @@ ROUTERS = (
     selections.router,
     exports.router,
     finetunes.router,
+    conversions.router,
     evaluations.router,
     validations.router,
     attributions.router,

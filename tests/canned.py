@@ -198,6 +198,7 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
     prefix = {
         "finetune": "ft",
         "gradients": "grad",
+        "conversion": "conv",
         "evaluation": "eval",
         "scoring": "score",
         "validation": "val",
@@ -206,6 +207,7 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
     request = {
         "finetune": {"dataset": "ds_pool", "model": "tiny"},
         "gradients": {"dataset": "ds_pool", "run": "run_1"},
+        "conversion": {"dataset": "ds_pool", "dtype": "int8"},
         "evaluation": {"finetune": "ft_1", "tasks": ["mmlu"]},
         "scoring": {"recipe": {}},
         "validation": {"dataset": "ds_pool", "task": "mmlu", "model": "tiny"},
@@ -237,6 +239,7 @@ FEATURES: dict[str, Any] = {
     "seed": 0,
     "dim": 8192,
     "dtype": "float16",
+    "converted_from": None,
     "template": "tulu",
     "max_length": 2048,
     "precision": "float32",
@@ -275,6 +278,7 @@ RESULTS: dict[str, Any] = {
         "token_budget": 8192,
         "seconds": 1.5,
     },
+    "conversion": {"feature_sets": [FEATURE_SET], "rows": 3, "converted_rows": 3, "seconds": 0.5},
     "evaluation": {
         "rows": [
             {

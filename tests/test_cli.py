@@ -94,6 +94,7 @@ def test_the_command_line_has_what_was_promised() -> None:
         "evaluations": plain | {"create"},
         "validations": plain | {"create"},
         "attributions": plain | {"create"},
+        "conversions": plain | {"create"},
         "jobs": {"list", "show", "wait", "cancel", "retry", "watch", "delete"},
     }
     for noun, verbs in promised.items():

@@ -105,7 +105,7 @@ def test_a_quantised_number_is_the_nearest_step(row: list[float], dtype: Feature
 def test_a_binary_row_keeps_the_signs_and_their_mean_size(row: list[float]) -> None:
     features = np.array([row], np.float32)
     stored, scales = encode(features, "binary")
-    np.testing.assert_array_equal(decode(stored, "binary", len(row))[0], [1 if x >= 0 else -1 for x in row])
+    np.testing.assert_array_equal(decode(stored, "binary", len(row))[0], [math.copysign(1, x) for x in row])
     mean = math.fsum(abs(float(x)) for x in features[0]) / len(row)
     if mean:
         assert scales[0] == pytest.approx(mean, rel=1e-6, abs=1.5e-45)

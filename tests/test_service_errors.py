@@ -19,12 +19,13 @@ NOUNS = [
     "checkpoints",
     "runs",
     "gradients",
+    "conversions",
     "selections",
     "finetunes",
     "evaluations",
     "validations",
 ]
-POSTS = ["/runs", "/gradients", "/finetunes", "/evaluations", "/validations"]
+POSTS = ["/runs", "/gradients", "/conversions", "/finetunes", "/evaluations", "/validations"]
 VALIDATION: dict[str, Any] = {"dataset": "d", "task": "t", "model": "o/m"}
 FORMS = ["/datasets", "/tasks", "/checkpoints"]
 
@@ -113,6 +114,9 @@ def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> Non
         ("/gradients", {"dataset": "d", "run": "r", "a~b/c": 1}, "/a~0b~1c"),
         ("/gradients", {"dataset": "d", "task": "t", "run": "r"}, ""),
         ("/gradients", {"dataset": "d"}, ""),
+        ("/conversions", {"dataset": "d", "dtype": "int3"}, "/dtype"),
+        ("/conversions", {"dataset": "d"}, "/dtype"),
+        ("/conversions", {"dtype": "int8"}, ""),
         ("/finetunes", {"dataset": "d"}, "/model"),
         ("/finetunes", {"dataset": "d", "model": "o/m", "epochs": "many"}, "/epochs"),
         ("/finetunes", {"dataset": "d", "model": "o/m", "lora": {"r": 0}}, "/lora/r"),

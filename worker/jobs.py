@@ -38,6 +38,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datastore import conversions
 from datastore.catalog import name_if_free, record_checkpoint, record_run
 from datastore.checkpoints import run_id
 from datastore.durable import untouched_for
@@ -82,7 +83,15 @@ Commit = Callable[[], bool]
 Subject = Literal["base", "tuned"]
 T = TypeVar("T")
 
-KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation", "attribution")
+KINDS: tuple[JobKind, ...] = (
+    "gradients",
+    "conversion",
+    "finetune",
+    "evaluation",
+    "scoring",
+    "validation",
+    "attribution",
+)
 """What workers do; small pools are scored by the service itself (service/scoring.py)."""
 
 EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
@@ -251,20 +260,22 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     )
     heartbeat.check()
     laps.end("computing")
-    return partial(_commit, claim, context, rows, features, laps)
+
+    def write(output: dict[str, Any]) -> NewChunk:
+        block = sound(_block(rows, None if features is None else features[kind_of(output)], output["dim"]))
+        return _write(claim, context, output, block, tokens=sum(len(row.input_ids) for row in rows.encoded))
+
+    return partial(_commit, claim, context, write, laps)
 
 
-def _commit(claim: Claim, context: Context, rows: Rows, features: dict[Kind, Features] | None, laps: _Laps) -> bool:
+def _commit(claim: Claim, context: Context, write: Callable[[dict[str, Any]], NewChunk], laps: _Laps) -> bool:
     """Write a shard's features, commit and publish them; whether it was in time.
 
     What is written is left where it is when anything fails, since a commit may have been made whose answer was lost;
     `tidy` knows later.
     """
     laps.end("waiting")  # for the shard before to be written
-    chunks = [
-        _write(claim, context, output, rows, None if features is None else features[kind_of(output)])
-        for output in claim.payload["outputs"]
-    ]
+    chunks = [write(output) for output in claim.payload["outputs"]]
     won = context.jobs.succeed(claim, chunks=chunks)
     mine = context.jobs.unpublished(attempt=claim.token)
     _publish(context, mine)
@@ -375,10 +386,9 @@ def _budget(claim: Claim, context: Context, base: Base, engine: GradientEngine, 
     return recorded
 
 
-def _write(claim: Claim, context: Context, output: dict[str, Any], rows: Rows, features: Features | None) -> NewChunk:
+def _write(claim: Claim, context: Context, output: dict[str, Any], block: Block, *, tokens: int) -> NewChunk:
     """Keep a shard's features of one dim as this attempt's own."""
     start = claim.payload["start"] - output["base"]
-    block = sound(_block(rows, features, output["dim"]))
     context.store.create(
         output["segment"],
         rows=output["rows"],
@@ -390,10 +400,10 @@ def _write(claim: Claim, context: Context, output: dict[str, Any], rows: Rows, f
     return NewChunk(
         segment=output["segment"],
         start=start,
-        stop=start + len(rows.reasons),
+        stop=start + len(block.reasons),
         digest=digest,
         excluded=[(start + row, reason) for row, reason in block.excluded.items()],
-        tokens=sum(len(row.input_ids) for row in rows.encoded),
+        tokens=tokens,
     )
 
 
@@ -534,6 +544,23 @@ def _training_examples(claim: Claim, context: Context, request: FinetuneRequest)
             yield example
 
 
+# Conversions --------------------------------------------------------------------------------------------------------
+
+
+def _conversion(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
+    """Read a range of rows of stored feature sets, to be written in another dtype."""
+    start, stop = claim.payload["start"], claim.payload["stop"]
+    laps = _Laps()
+
+    def write(output: dict[str, Any]) -> NewChunk:
+        heartbeat.check()
+        source = context.conversions.source(claim.plan, output)
+        block = conversions.block(context.features.view(source), start, stop)
+        return _write(claim, context, output, block, tokens=context.features.tokens(source.id, start, stop))
+
+    return partial(_commit, claim, context, write, laps)
+
+
 # Evaluations ----------------------------------------------------------------------------------------------------------
 
 
@@ -635,6 +662,7 @@ def _validation(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
 
 _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "gradients": _gradients,
+    "conversion": _conversion,
     "finetune": _finetune,
     "evaluation": _evaluation,
     "scoring": scoring.work,

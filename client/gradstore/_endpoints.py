@@ -23,6 +23,7 @@ from gradstore.types import (
     AnyJob,
     Attention,
     Checkpoint,
+    ConversionJob,
     Estimate,
     ExportFormat,
     FeatureDtype,
@@ -253,6 +254,26 @@ def gradients_features(
     return _content(_path("gradients", name, "features"), params, accept=accept)
 
 
+# Conversions ------------------------------------------------------------------------------------------------------
+
+
+class ConversionFields(TypedDict, total=False):
+    """The fields of `gradstore.types.ConversionRequest`, which describes them and has their defaults."""
+
+    feature_sets: str | Sequence[str] | None
+    gradients: str | None
+    dataset: str | None
+    task: str | None
+    run: str | None
+    dtype: Required[FeatureDtype]
+    name: str | None
+
+
+def conversions_create(**fields: Unpack[ConversionFields]) -> Call[ConversionJob]:
+    """Make feature sets of a narrower dtype from stored ones, without a model; what exists is not made again."""
+    return _post("conversions", ConversionJob, **_lists(fields))
+
+
 # Selection --------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +291,7 @@ class Question(TypedDict, total=False):
     reduction: Reduction | None
     dim: int | None
     dtype: FeatureDtype | None
+    converted_from: FeatureDtype | Literal["none"] | None
     projection: ProjectionName | None
     seed: int | None
     template: TemplateName | None

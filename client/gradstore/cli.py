@@ -42,6 +42,7 @@ from gradstore._cli_validations import JUDGED, SCORES_HELP, TEXTS, read_scores
 from gradstore._cli_words import in_commands
 from gradstore.types import (
     Checkpoint,
+    ConversionRequest,
     EvaluationRequest,
     ExportFormat,
     FinetuneRequest,
@@ -63,7 +64,7 @@ SERVER_COMMANDS = {
 }
 ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "why", "attributions"),
-    *("evaluations", "validations", "checkpoints", "runs", "jobs", "health"),
+    *("evaluations", "validations", "conversions", "checkpoints", "runs", "jobs", "health"),
 )
 VERBS = (
     *(
@@ -262,6 +263,10 @@ AS_TRAINED = {
     "precision": "Number type of the base model while it computes; by default as the run was trained.",
     "template": "How a conversation is written as text; by default as the run was trained.",
 }
+CONVERTED = {
+    "dtype": "Number type that is wanted.",
+    "run": "Run by id or name: of a dataset or task, its checkpoints only.",
+}
 ADAM = "Adam's direction as LESS's code has it (less), with bias correction (exact), or both of them."
 KINDS = "What the files hold: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl, or what else the server can read."
 
@@ -315,6 +320,7 @@ COLUMNS: dict[str, Columns] = {
         "age": lambda run: ago(run.created_at),
     },
     "gradients": JOBS,
+    "conversions": JOBS,
     "selections": {
         "id": lambda selection: selection.id,
         "name": lambda selection: selection.name,
@@ -335,6 +341,7 @@ HELP = {
     "checkpoints": "Adapters and models: from fine-tunes, or your own.",
     "runs": "The checkpoints of one training, in order.",
     "gradients": "Projected gradients of datasets and tasks.",
+    "conversions": "Stored features made narrower: float16 to int8, say.",
     "selections": "What select has answered.",
     "finetunes": "Trainings: the warm-up, and those on selections.",
     "evaluations": "Models measured on tasks.",
@@ -663,6 +670,17 @@ def gradients_features(
             reference, output, feature_set=feature_set, start=start, stop=stop, progress=is_terminal()
         )
         typer.echo(saved)
+
+
+@groups["conversions"].command("create")
+@takes(endpoints.conversions_create, request=ConversionRequest, texts=CONVERTED)
+def create_conversion(ctx: typer.Context, *, wait: Wait = False, as_json: Json = False, **fields: Any) -> None:
+    """Make feature sets of a narrower dtype from stored ones, without a model.
+
+    Prints the job's id. Name feature sets, a gradients job, a dataset or a task. What exists is not converted again.
+    """
+    with _session(ctx) as store:
+        _started(store, "conversions", store.conversions.create(**given(fields)), wait=wait, as_json=as_json)
 
 
 @groups["finetunes"].command("create")

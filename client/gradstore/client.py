@@ -39,7 +39,16 @@ from gradstore.results import (
     ValidationJob,
     ValidationResult,
 )
-from gradstore.types import AnyJob, AnyObject, GradientsJob, GradientsRequest, GradientsResult, Page
+from gradstore.types import (
+    AnyJob,
+    AnyObject,
+    ConversionJob,
+    ConversionResult,
+    GradientsJob,
+    GradientsRequest,
+    GradientsResult,
+    Page,
+)
 
 DEFAULT_URL = "http://localhost:8000"
 CONNECTING = 10.0  # seconds
@@ -450,6 +459,23 @@ class Gradients(Resource[EngineT]):
     delete = call(endpoints.deleter("gradients"))
 
 
+class Conversions(Resource[EngineT]):
+    """Jobs that make feature sets of another dtype from stored ones."""
+
+    create = call(endpoints.conversions_create)
+    get = call(endpoints.getter("conversions", ConversionJob))
+    list = each(flows.paged(endpoints.lister("conversions", Page[ConversionJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("conversions", ConversionJob), SucceededJob[types.ConversionRequest, ConversionResult]
+        )
+    )
+    cancel = call(endpoints.canceller(ConversionJob))
+    retry = call(endpoints.retrier(ConversionJob))
+    rename = call(endpoints.renamer("conversions", ConversionJob))
+    delete = call(endpoints.deleter("conversions"))
+
+
 class Selections(Resource[EngineT]):
     """Recorded answers of `select`."""
 
@@ -561,6 +587,7 @@ class Store(Resource[EngineT]):
         self.evaluations = Evaluations(engine)
         self.validations = Validations(engine)
         self.attributions = Attributions(engine)
+        self.conversions = Conversions(engine)
         self.jobs = Jobs(engine)
 
     @property

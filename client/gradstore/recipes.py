@@ -136,6 +136,7 @@ def less(
         max_length=features.max_length,
         precision=features.precision,
         quantisation=features.quantisation or "none",
+        converted_from="none",
         progress=progress,
     )
 

@@ -61,6 +61,8 @@ class ScoresQuery(RequestBody):
     reduction: Reduction | None = None
     dim: int | None = Field(None, ge=1)
     dtype: FeatureDtype | None = None
+    converted_from: FeatureDtype | Literal["none"] | None = None
+    """`none`: features that were computed with this dtype, or made of float32."""
     projection: ProjectionName | None = None
     seed: int | None = Field(None, ge=0)
     template: TemplateName | None = None
@@ -97,6 +99,7 @@ class ScoresQuery(RequestBody):
             reduction=self.reduction,
             dim=self.dim,
             dtype=self.dtype,
+            converted_from=self.converted_from,
             projection=self.projection,
             seed=self.seed,
             template=self.template,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gradstore.types.attributions import *
 from gradstore.types.base import *
 from gradstore.types.checkpoints import *
+from gradstore.types.conversions import *
 from gradstore.types.datasets import *
 from gradstore.types.evaluations import *
 from gradstore.types.finetunes import *

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-JobKind = Literal["gradients", "finetune", "evaluation", "scoring", "validation", "attribution"]
+JobKind = Literal["gradients", "conversion", "finetune", "evaluation", "scoring", "validation", "attribution"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds"]
 AdamForm = Literal["less", "exact"]

@@ -111,6 +111,9 @@ class FeatureSet(Body):
     seed: int | None
     dim: int
     dtype: FeatureDtype
+    converted_from: FeatureDtype | None = None
+    """What the features were rounded to before, where they were converted and could differ by a step from those
+    computed with this dtype."""
     template: TemplateName
     max_length: int
     precision: Precision

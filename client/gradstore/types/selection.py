@@ -41,6 +41,7 @@ class SelectionRecipe(Body):
     seed: int | None
     dim: int
     dtype: FeatureDtype
+    converted_from: FeatureDtype | None = None
     template: TemplateName
     max_length: int
     precision: Precision
