@@ -108,6 +108,10 @@ class Attributions:
 
         return self.jobs.remove(reference, kind="attribution", before=forget)
 
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
+        return self.indexes.sweep(older_than=older_than) + self.questions.sweep(older_than=older_than)
+
     def search(
         self,
         request: AttributionRequest,
@@ -125,7 +129,7 @@ class Attributions:
         found = [_Found([], []) for _ in unit]
         reports: list[SearchReport] = []
         done = 0
-        for dataset, sets in plan["feature_sets"].items():
+        for dataset, sets in plan["feature_sets"].items() if len(unit) else ():
             began = time.monotonic()
             views = self._views(dataset, sets)
             heard = _counted(on_rows, before=done, times=len(sets))

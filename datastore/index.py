@@ -52,7 +52,7 @@ INDEX_ROWS = 100_000
 REDUCED = 256
 """Principal directions."""
 SAMPLE_BYTES = 256 << 20
-SAMPLE_ROWS = 8192
+SAMPLE_ROWS = 4096
 """Rows that the directions are found from, as far as SAMPLE_BYTES of float32 hold them."""
 PROBES = 32
 """Rows of the pool whose true neighbours are found while the index is built, each left out of its own."""
@@ -64,7 +64,7 @@ GROWTH = 1.1
 """A pool that has grown by more than this since its index was measured is measured again."""
 OVERSAMPLED = 32
 """Directions that the search for the principal ones has to spare (Halko, Martinsson and Tropp, 2011)."""
-POWERS = 3
+POWERS = 2
 
 
 def available() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class Questions:
         for key in keys:
             with contextlib.suppress(FileNotFoundError):
                 self._path(key).unlink()
+
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
+        left = [path for path in self.root.glob(".question_*") if time.time() - path.stat().st_mtime > older_than]
+        for path in left:
+            path.unlink(missing_ok=True)
+        return len(left)
 
     def _path(self, key: str) -> Path:
         return self.root / f"{key}.npy"

@@ -249,6 +249,17 @@ def test_a_questions_feature_comes_back_as_it_was(tmp_path: Path) -> None:
     assert questions.get("question_1") is None
 
 
+def test_what_a_killed_process_left_is_swept(pool: Store) -> None:
+    questions, indexes = pool.attributions.questions, pool.attributions.indexes
+    (questions.root / ".question_1.abc").parent.mkdir(parents=True)
+    (questions.root / ".question_1.abc").touch()
+    (indexes.root / "unfinished" / "index_1.abc").mkdir(parents=True)
+    questions.put("question_2", QuestionFeature(question()[0], 1.0, 1))
+    assert pool.attributions.sweep(older_than=60) == 0
+    assert pool.attributions.sweep(older_than=-1) == 2
+    assert questions.get("question_2") is not None
+
+
 @pytest.mark.parametrize("damage", [lambda raw: raw[:50], lambda raw: raw[:0], lambda raw: raw[:-9] + b"\1" + raw[-8:]])
 def test_a_damaged_feature_is_taken_for_missing(tmp_path: Path, damage: Any) -> None:
     questions = Questions(tmp_path)
@@ -342,6 +353,9 @@ def test_a_row_without_a_token_to_learn_from_is_answered_with_the_reason(place: 
     assert (result.data[0].most, result.data[0].least, result.data[0].loss) == ([], [], None)
     assert len(result.data[1].most) == 10
     assert result.computed_rows == 2
+    alone = found(place, rows=[endless], max_length=64)
+    assert alone.data[0].reason is not None
+    assert alone.searches == []
 
 
 def test_a_cancelled_job_goes_on_with_what_it_has(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,7 @@ def tidy(context: Context) -> None:
     context.store.sweep(older_than=LEFT_OVER)
     context.checkpoints.sweep()
     context.validations.sweep(older_than=LEFT_OVER)
+    context.attributions.sweep(older_than=LEFT_OVER)
     segments, checkpoints = select(SegmentRow.id), select(CheckpointRow.id)
     trainings = select(JobRow.id).where(JobRow.status != "succeeded")
     _delete_unknown(context, segments, context.store.root.glob("seg_*"), context.store.delete)
