@@ -160,7 +160,7 @@ def make_workload(
     rows = _make_rows([*lengths, *trained_on], vocabulary, generator)
     rows, training = rows[: len(lengths)], rows[len(lengths) :]
     untrained = Workload(model, rows, _draw_moments(model, seed), preset.dims, device)
-    return replace(untrained, moments=_train(untrained, training)) if train else untrained
+    return replace(untrained, moments=trained(untrained, training)) if train else untrained
 
 
 def draw_lengths(preset: Preset, *, examples: int, seed: int = 0) -> list[int]:
@@ -231,8 +231,8 @@ def _make_rows(lengths: Sequence[int], vocabulary: int, generator: torch.Generat
     return rows
 
 
-def _train(workload: Workload, rows: Sequence[Encoded]) -> Moments:
-    """Train the adapter a few steps, and return Adam's moments."""
+def trained(workload: Workload, rows: Sequence[Encoded]) -> Moments:
+    """Train the adapter on the rows, a step on every `TRAINING_ROWS` of them, and return Adam's moments."""
     named = trainable(workload.model)
     optimizer = torch.optim.AdamW(named.values(), lr=LEARNING_RATE, weight_decay=0.0)
     for start in range(0, len(rows), TRAINING_ROWS):
@@ -244,7 +244,7 @@ def _train(workload: Workload, rows: Sequence[Encoded]) -> Moments:
     return Moments(
         exp_avg={name: values["exp_avg"].float() for name, values in state.items()},
         exp_avg_sq={name: values["exp_avg_sq"].float() for name, values in state.items()},
-        step=TRAINING_STEPS,
+        step=-(-len(rows) // TRAINING_ROWS),
     )
 
 

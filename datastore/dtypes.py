@@ -11,8 +11,8 @@
 | int4     | uint8, two a byte    | -7 … 7                | largest / 7       | 1.9                     |
 | binary   | uint8, eight a byte  | -1, 1                 | mean of the sizes | 3.9                     |
 
-The speeds are of one thread of a 2-core AMD EPYC without AVX512, blocks of 8 MiB; numpy's own conversion of a float16
-gives 0.5, its unpackbits 2.5, shifting nibbles apart 1.0 to 1.7.
+The speeds are of one thread of a 2-core AMD EPYC without AVX512, blocks of 8 MiB (`benchmarks/dtypes.py` prints them);
+numpy's own conversion of a float16 gives 0.5, its unpackbits 2.5, shifting nibbles apart 1.0 to 1.7.
 Zarr has no bfloat16, no nibbles and no bits, so that these are stored as unsigned integers, least significant first.
 """
 

@@ -17,7 +17,7 @@ STEPS, BATCH, LENGTH = 400, 16, 128  # batch in sequences, length in tokens
 LEARNING_RATE = 3e-3
 
 
-def build(folder: Path, texts: Sequence[str], *, seed: int) -> None:
+def build(folder: Path, texts: Sequence[str], *, seed: int, steps: int = STEPS) -> None:
     """Train on `texts` and save a folder that transformers loads."""
     torch.manual_seed(seed)
     tokenizer = _tokenizer(texts)
@@ -36,7 +36,7 @@ def build(folder: Path, texts: Sequence[str], *, seed: int) -> None:
             bos_token_id=None,
         )
     )
-    _train(model, tokenizer, texts, random.Random(seed))
+    _train(model, tokenizer, texts, random.Random(seed), steps=steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -55,7 +55,12 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], rng: random.Random
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    rng: random.Random,
+    *,
+    steps: int,
 ) -> None:
     """Next-token prediction on random windows of the texts, one after the other in a random order."""
     ids: list[int] = []
@@ -63,9 +68,9 @@ def _train(
         ids += [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     stream = torch.tensor(ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in (bar := trange(STEPS, desc="base model", unit="step")):
+    for _ in (bar := trange(steps, desc="base model", unit="step")):
         starts = [rng.randrange(len(stream) - LENGTH) for _ in range(BATCH)]
         windows = torch.stack([stream[start : start + LENGTH] for start in starts])
         loss = model(input_ids=windows, labels=windows).loss
