@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gradstore.types import ScoredRow, SelectedRow, Selection, SelectionRecipe
 
 from datastore.catalog import Catalog
-from datastore.datasets import Datasets, RowLabel
+from datastore.datasets import Datasets, Origins, RowLabel, joined
 from datastore.errors import NotFound
 from datastore.identity import content_id
 from datastore.influence import NO_SUBTASK, Mask, TaskScores
@@ -136,6 +136,14 @@ class Answers:
         table = _table(self._pool(recipe), rows, combined, names).drop_columns(["rank"])
         masked = pa.array(combined.score, mask=~combined.valid)
         return table.set_column(table.schema.get_field_index("score"), "score", masked)
+
+    def chosen(self, selection: str) -> pa.Table:
+        """All rows of a selection as a table, best first. Raises `NotFound`."""
+        return pq.read_table(self._path(self.catalog.selection(selection).id), memory_map=True)
+
+    def origins(self, recipe: SelectionRecipe) -> Origins:
+        """The origin of every row of a recipe's pool."""
+        return joined([self.datasets.origins(dataset) for dataset in recipe.datasets])
 
     def rows(self, selection: str) -> Iterator[SelectedRow]:
         """All rows of a selection, best first."""

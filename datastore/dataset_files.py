@@ -143,6 +143,12 @@ class DatasetFolder:
             for row, line in zip(rows, file, strict=False):  # the file goes on behind the last row asked for
                 yield example(json.loads(line), file=self._file(row))[0]
 
+    def examples_at(self, rows: Iterable[int]) -> Iterator[Example]:
+        """The examples of any rows, in the order asked; raises IndexError."""
+        numbers = list(rows)
+        for row, line in zip(numbers, self.lines(numbers), strict=True):
+            yield example(json.loads(line), file=self._file(row))[0]
+
     def sources(self) -> list[DatasetSource]:
         """The uploads these rows came from, oldest first."""
         records = [

@@ -18,16 +18,20 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Literal
 
+import numpy as np
 from gradstore.types import DatasetSource, ProblemItem, RowProblem, UploadReport
+from numpy.typing import NDArray
 
 from datastore import files
 from datastore.dataset_files import (
@@ -45,11 +49,12 @@ from datastore.rows import Example
 from datastore.shapes import BadRow, example
 from datastore.strict_json import NotJson, canonical, compact, parse
 
-__all__ = ["REPORTED", "Datasets", "Ingested", "RowLabel"]
+__all__ = ["REPORTED", "Datasets", "Ingested", "Origins", "RowLabel", "joined"]
 
 REPORTED = 100  # problems, and remarks, that a report holds; all are counted
 DETAIL = 400  # characters of a reason, which may quote the row
 ABANDONED = 60.0  # seconds after which an unlocked folder of incoming/ belongs to nobody
+REMEMBERED = 16  # datasets whose rows' origins are kept in memory, 4 bytes a row
 NO_DATASETS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -73,6 +78,24 @@ class Ingested:
     """False where the same rows were stored already."""
 
 
+@dataclass(frozen=True)
+class Origins:
+    """The origin of every row of a dataset, as numbers that arrays can be grouped by."""
+
+    names: tuple[str, ...]
+    """Of one dataset, the most frequent first."""
+    codes: NDArray[np.int32]
+    """Number of each row's origin among `names` (n,)."""
+
+
+def joined(parts: Sequence[Origins]) -> Origins:
+    """The origins of the rows of several datasets, one after the other."""
+    names = tuple(dict.fromkeys(name for part in parts for name in part.names))
+    numbers = {name: number for number, name in enumerate(names)}
+    codes = [np.array([numbers[name] for name in part.names], np.int32)[part.codes] for part in parts]
+    return Origins(names, np.concatenate(codes))
+
+
 class Datasets:
     """The datasets under one folder. Any number of processes may ingest and read at once; deleting a dataset while the
     same file is being uploaded is for the catalog to prevent, which knows what is in use."""
@@ -82,6 +105,7 @@ class Datasets:
         self._sources, self._incoming = root / "sources", root / "incoming"
         for folder in (self._sources, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
+        self._origins = lru_cache(maxsize=REMEMBERED)(self._read_origins)
 
     def ingest(
         self,
@@ -130,6 +154,20 @@ class Datasets:
     def labels(self, dataset: str) -> list[RowLabel]:
         """Id and origin of every row."""
         return list(self._folder(dataset).labels())
+
+    def examples_at(self, dataset: str, rows: Iterable[int]) -> Iterator[Example]:
+        """The examples of any rows, in the order asked; raises IndexError."""
+        return self._folder(dataset).examples_at(rows)
+
+    def origins(self, dataset: str) -> Origins:
+        """The origin of every row. Labels are read once (0.3 s for 200,000 rows) and remembered."""
+        self._folder(dataset)  # a dataset that is gone is not found here either
+        return self._origins(dataset)
+
+    def sizes(self, dataset: str) -> NDArray[np.int64]:
+        """Bytes of every row as one line, without its end (n,)."""
+        sizes: NDArray[np.int64] = np.diff(self._folder(dataset).offsets()) - 1
+        return sizes
 
     def lines(self, dataset: str, rows: Iterable[int]) -> Iterator[bytes]:
         """The original rows asked for, in the order asked, each as one line without its end; raises IndexError.
@@ -203,6 +241,12 @@ class Datasets:
             report=intake.report(),
             created=created,
         )
+
+    def _read_origins(self, dataset: str) -> Origins:
+        folder = self._folder(dataset)
+        names = tuple(name for name, _ in Counter(folder.manifest.origins).most_common())
+        numbers = {name: number for number, name in enumerate(names)}
+        return Origins(names, np.fromiter((numbers[label.origin] for label in folder.labels()), np.int32))
 
     @contextmanager
     def _workplace(self) -> Iterator[Path]:

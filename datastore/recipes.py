@@ -157,6 +157,33 @@ class Recipes:
             raise self._missing_pool(query, datasets, run, checkpoints, near)
         return found
 
+    def sources(self, recipe: SelectionRecipe) -> Sources:
+        """The features that a recipe reads. Raises `GradientsMissing` where some have been deleted."""
+        shared = {name: getattr(recipe, name) for name in _SHARED}
+        own = {name: getattr(recipe, name) for name in _OWN}
+        known = _TASK_KINDS if recipe.task_kind not in HIDDEN_KINDS else ((recipe.task_kind, None),)
+        forms = [form for form in known if form[0] == recipe.task_kind]
+        pools = {dataset: self._stored({"dataset": dataset}, recipe, [own | shared]) for dataset in recipe.datasets}
+        tasks = {
+            task: self._stored({"task": task}, recipe, [{"kind": kind, "adam": adam} | shared for kind, adam in forms])
+            for task in recipe.tasks
+        }
+        return Sources(datasets=pools, tasks=tasks)
+
+    def _stored(
+        self, owner: dict[str, str], recipe: SelectionRecipe, variants: Sequence[dict[str, Any]]
+    ) -> list[FeatureSet]:
+        """The feature sets of a dataset or task at a recipe's checkpoints, of the first variant that is there."""
+        known = self.features.complete(**{f"{noun}s": [id] for noun, id in owner.items()})
+        for variant in variants:
+            sets = [each for each in known if all(getattr(each, name) == value for name, value in variant.items())]
+            if (chosen := _in_order(sets, recipe.checkpoints)) is not None:
+                return chosen
+        body = {**owner, "checkpoints": list(recipe.checkpoints), **_body(variants[0])}
+        raise GradientsMissing(
+            f"the features that this was made from are not stored any more: {_post(body)}", body=body
+        )
+
     def _pool_candidates(
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
     ) -> list[_Candidate]:

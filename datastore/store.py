@@ -11,6 +11,7 @@ from datastore.checkpoints import Checkpoints
 from datastore.conversions import Conversions
 from datastore.datasets import Datasets
 from datastore.evaluations import Evaluations
+from datastore.explanations import Explaining
 from datastore.features import Features
 from datastore.finetunes import Finetunes
 from datastore.gradients import FeatureStore
@@ -48,6 +49,7 @@ class OpenStore:
     cards: Cards
     validations: Validations
     attributions: Attributions
+    explaining: Explaining
 
 
 def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
@@ -63,6 +65,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     recipes = Recipes(catalog, features)
     scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
     jobs.results["scoring"] = scoring.result
+    answers = Answers(catalog, datasets, scoring, settings.selections)
     return OpenStore(
         settings=settings,
         catalog=catalog,
@@ -77,10 +80,11 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
         recipes=recipes,
         scoring=scoring,
-        answers=Answers(catalog, datasets, scoring, settings.selections),
+        answers=answers,
         cards=Cards(catalog, jobs),
         validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
         attributions=Attributions(
             catalog, jobs, datasets, recipes, features, store, Questions(settings.questions), Indexes(settings.indexes)
         ),
+        explaining=Explaining(answers, datasets, features, recipes, tasks),
     )

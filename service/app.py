@@ -25,7 +25,9 @@ from service.routes import (
     attributions,
     checkpoints,
     conversions,
+    dashboard,
     datasets,
+    distributions,
     evaluations,
     exports,
     finetunes,
@@ -48,6 +50,7 @@ ROUTERS = (
     runs.router,
     gradients.router,
     select.router,
+    distributions.router,
     selections.router,
     exports.router,
     finetunes.router,
@@ -57,6 +60,7 @@ ROUTERS = (
     attributions.router,
     jobs.router,
     health.router,
+    dashboard.router,
 )
 THREADS = 128  # handlers at work at once; a GET /select that waits for scores is one of them
 ABANDONED = 86400.0  # seconds after which what a killed server left half-done is deleted
@@ -77,6 +81,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None, queue: Que
     )
     app.state.backend = backend
     app.state.metrics = Metrics(backend)
+    app.state.dashboard = dashboard.Files()
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]  # FastAPI's way of changing it

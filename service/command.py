@@ -53,6 +53,7 @@ class Server(uvicorn.Server):
         store = self.backend.settings.data.absolute()
         worker = "with a worker" if self.worker else "without a worker"
         typer.echo(f"gradstore is ready at {self.url} ({worker}; store: {store}). Ctrl-C stops it.", err=True)
+        typer.echo(f"The dashboard is at {self.url}/dashboard/", err=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let the streams end, then the connections, then the worker."""

@@ -203,6 +203,8 @@ class _Body:
 class Door:
     """Lets in who may come in: with an API key, whoever has it; without one, programs of this machine.
 
+    The dashboard's files are open to all who reach the server: a browser asks for them before its user can give a key.
+
     Without a key, a web page open in a browser of this machine could send forms to the service, or read it through a
     name that resolves to 127.0.0.1. So a request that names another origin or another host is refused.
     """
@@ -213,7 +215,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
-        refusal = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        refusal = self._refusal(Headers(scope=scope), page=_is_page(scope)) if scope["type"] == "http" else None
         if refusal is None:
             await self.app(scope, receive, send)
             return
@@ -222,8 +224,10 @@ class Door:
         answer: Response = problems.respond(problem, headers)
         await answer(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> NotAuthenticated | NotAllowed | None:
+    def _refusal(self, headers: Headers, *, page: bool) -> NotAuthenticated | NotAllowed | None:
         if self.api_key is not None:
+            if page:
+                return None
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.api_key.encode()):
                 return None
@@ -235,6 +239,12 @@ class Door:
         if origin is not None and urlsplit(origin).netloc != host:
             return NotAllowed(f"a web page of {origin} may not use this service")
         return None
+
+
+def _is_page(scope: Scope) -> bool:
+    """Whether a request is for the dashboard's own files, which hold no data."""
+    path: str = scope["path"]
+    return scope["method"] in {"GET", "HEAD"} and (path in {"/", "/dashboard"} or path.startswith("/dashboard/"))
 
 
 def is_loopback(host: str) -> bool:

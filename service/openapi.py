@@ -26,6 +26,7 @@ BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, Checkpoint
 CONFLICTING = {
     "/select", "/scores", "/checkpoints/{reference}/content", "/finetunes/{reference}/content",
     "/gradients/{reference}/rows", "/gradients/{reference}/features", "/jobs/{reference}",
+    "/scores/distribution", "/overlaps", "/selections/{selection}/explanations",
 }  # fmt: skip
 """Paths whose GET can answer 409."""
 

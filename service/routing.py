@@ -19,6 +19,8 @@ from service.problems import UnsupportedMediaType
 
 JSON = "application/json"
 READING = frozenset({"GET", "HEAD"})
+KEPT = ("Content-Security-Policy", "Content-Location")
+"""Headers that a 304 repeats: a browser takes those it brings over into the answer that it has kept."""
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -84,7 +86,8 @@ def conditional(request: Request, response: Response) -> Response:
         response.headers["ETag"] = tag
     wanted = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
     if tag in wanted or "*" in wanted:
-        return Response(status_code=304, headers={"ETag": tag})
+        kept = {name: response.headers[name] for name in KEPT if name in response.headers}
+        return Response(status_code=304, headers={"ETag": tag, **kept})
     return response
 
 

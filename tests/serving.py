@@ -141,9 +141,9 @@ def form_files(files: dict[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
 
 
 @contextmanager
-def serving(data: Path, *, queue: Queue | None = None, **settings: Any) -> Iterator[Service]:
+def serving(data: Path, *, queue: Queue | None = None, port: int = 0, **settings: Any) -> Iterator[Service]:
     """Run a service over the folder `data`, without a worker."""
-    chosen = Settings(data=data, port=0, embedded_worker=False, **settings)
+    chosen = Settings(data=data, port=port, embedded_worker=False, **settings)
     app = create_app(chosen, queue=queue)
     server = Server(app)
     listener = listen(chosen)

@@ -84,12 +84,12 @@ def test_every_command_and_every_option_says_what_it_is_for(name: str) -> None:
 def test_the_command_line_has_what_was_promised() -> None:
     plain = {"list", "show", "rename", "delete"}
     promised = {
-        "datasets": plain | {"upload", "content"},
+        "datasets": plain | {"upload", "rows", "lengths", "content"},
         "tasks": plain | {"upload", "register"},
         "checkpoints": plain | {"upload", "register", "download"},
         "runs": plain | {"create"},
         "gradients": plain | {"create", "rows"},
-        "selections": plain | {"rows", "content"},
+        "selections": plain | {"rows", "explain", "content"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
         "validations": plain | {"create"},

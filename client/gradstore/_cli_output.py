@@ -90,6 +90,12 @@ def ago(moment: datetime) -> str:
     return f"{seconds:.0f} s"
 
 
+def shortened(text: str, length: int) -> str:
+    """A text as one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "–"

@@ -25,6 +25,8 @@ from gradstore.types import (
     Checkpoint,
     ConversionJob,
     Estimate,
+    ExampleRows,
+    Explanations,
     ExportFormat,
     FeatureDtype,
     FeatureKind,
@@ -33,8 +35,10 @@ from gradstore.types import (
     Health,
     JobKind,
     JobStatus,
+    Lengths,
     LoraSettings,
     Method,
+    Overlaps,
     Page,
     Precision,
     ProjectionName,
@@ -42,6 +46,7 @@ from gradstore.types import (
     Quantisation,
     Reduction,
     Run,
+    ScoreDistribution,
     Scores,
     Search,
     Split,
@@ -49,6 +54,7 @@ from gradstore.types import (
     TaskKind,
     TemplateName,
     UploadedDataset,
+    Usage,
     ValidatedRecipe,
     ValidationEstimate,
     ValidationKind,
@@ -147,6 +153,25 @@ def datasets_upload(
 def datasets_content(dataset: str, /, *, source: str | None = None) -> Call[None]:
     """Get the original rows, one per line; with `source` one uploaded file, byte for byte, by its SHA-256."""
     return _content(_path("datasets", dataset, "content"), _params(source=source))
+
+
+def datasets_rows(
+    dataset: str,
+    /,
+    *,
+    origin: str | None = None,
+    q: str | None = None,
+    limit: int | None = None,
+    after: str | None = None,
+) -> Call[ExampleRows]:
+    """Get a page of a dataset's rows with their text."""
+    params = _params(origin=origin, q=q, limit=limit, after=after)
+    return Call(method="GET", path=_path("datasets", dataset, "rows"), params=params, answer=ExampleRows)
+
+
+def datasets_lengths(dataset: str, /, *, bins: int | None = None) -> Call[Lengths]:
+    """Get how long a dataset's rows are, in bytes: a histogram of at most so many `bins` for each origin."""
+    return Call(method="GET", path=_path("datasets", dataset, "lengths"), params=_params(bins=bins), answer=Lengths)
 
 
 # Tasks ------------------------------------------------------------------------------------------------------------
@@ -327,6 +352,41 @@ def scores(
         answer=Scores,
         timeout=wait + ANSWERING,
     )
+
+
+def score_distribution(
+    *, bins: int | None = None, steps: int | None = None, wait: float = 0.0, **question: Unpack[Question]
+) -> Call[ScoreDistribution]:
+    """Get the histogram of a pool's scores by origin, and what the fractions 1/steps, 2/steps, … of the pool take."""
+    return Call(
+        method="GET",
+        path="/scores/distribution",
+        params=_params(**question, bins=bins, steps=steps, wait=wait),
+        answer=ScoreDistribution,
+        timeout=wait + ANSWERING,
+    )
+
+
+def overlaps(
+    *, pct: float | None = None, k: int | None = None, wait: float = 0.0, **question: Unpack[Question]
+) -> Call[Overlaps]:
+    """Get what the selections of several tasks share, and how far the tasks agree on the pool, for each pair."""
+    params = _params(**question, pct=pct, k=k, wait=wait)
+    return Call(method="GET", path="/overlaps", params=params, answer=Overlaps, timeout=wait + ANSWERING)
+
+
+def selections_explanations(
+    name: str,
+    /,
+    *,
+    origin: str | None = None,
+    q: str | None = None,
+    limit: int | None = None,
+    after: str | None = None,
+) -> Call[Explanations]:
+    """Get a page of chosen rows with their text, their score for every subtask, and the nearest validation example."""
+    params = _params(origin=origin, q=q, limit=limit, after=after)
+    return Call(method="GET", path=_path("selections", name, "explanations"), params=params, answer=Explanations)
 
 
 def selections_get(name: str, /, *, limit: int | None = None, after: str | None = None) -> Call[Selection]:
@@ -556,6 +616,11 @@ def finetunes_content(name: str, /) -> Call[None]:
 def health() -> Call[Health]:
     """Say whether the service can work, and which workers it has seen."""
     return Call(method="GET", path="/health", answer=Health)
+
+
+def usage() -> Call[Usage]:
+    """Say how much of everything the store holds, and how many bytes its parts take on the server's disk."""
+    return Call(method="GET", path="/usage", answer=Usage)
 
 
 # Parts of a request -------------------------------------------------------------------------------------------------

@@ -33,14 +33,20 @@ from gradstore._progress import BytesBar, JobBar
 from gradstore.results import Selection, SucceededJob
 from gradstore.types import (
     AnyJob,
+    ExampleRow,
+    ExampleRows,
+    Explanation,
+    Explanations,
     ExportFormat,
     FeatureRow,
     FeatureRows,
     Job,
+    Overlaps,
     Page,
     Problem,
     RequestT,
     ResultT,
+    ScoreDistribution,
     ScoredRow,
     Scores,
     ScoringJob,
@@ -50,6 +56,7 @@ from gradstore.types import (
 )
 
 PAGE = 1000  # rows asked for at a time
+EXPLAINED = 20  # explanations asked for at a time: each is computed
 LISTED = 100  # resources asked for at a time
 PATIENCE = 300.0  # seconds a wait outlives a server that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
@@ -356,6 +363,25 @@ def _paged(page: Callable[[str | None], Flow[_Rows[T]]]) -> Stream[T]:
             return
 
 
+class _Places(_Rows[EmitT_co], Protocol[EmitT_co]):
+    """A page of rows that says where the next one begins: a search may find nothing on a page and go on."""
+
+    @property
+    def next(self) -> int | None: ...
+
+
+def _followed(page: Callable[[str | None], Flow[_Places[T]]]) -> Stream[T]:
+    """Iterate over the rows of page after page; each says where the next one begins."""
+    after: str | None = None
+    while True:
+        found = yield from page(after)
+        for row in found.data:
+            yield Emit(row)
+        if found.next is None:
+            return
+        after = str(found.next)
+
+
 # Waiting ----------------------------------------------------------------------------------------------------------
 
 
@@ -526,6 +552,52 @@ def save_scores(
     return (yield from download(replace(call, accept=accept), path, progress=progress))
 
 
+def score_distribution(
+    *,
+    bins: int | None = None,
+    steps: int | None = None,
+    progress: bool = False,
+    timeout: float | None = None,
+    **question: Unpack[Question],
+) -> Flow[ScoreDistribution]:
+    """Get the histogram of a pool's scores by origin, and what the fractions 1/steps, 2/steps, … of the pool take.
+
+    Scores that are not ready are waited for (`progress`, `timeout` as in `wait`).
+    """
+    call = _endpoints.score_distribution(**question, bins=bins, steps=steps, wait=_patience(timeout))
+    return parse(ScoreDistribution, (yield from _scored(call, progress=progress, timeout=timeout)))
+
+
+def overlaps(
+    *,
+    pct: float | None = None,
+    k: int | None = None,
+    progress: bool = False,
+    timeout: float | None = None,
+    **question: Unpack[Question],
+) -> Flow[Overlaps]:
+    """Get what the selections of several tasks share, and how far the tasks agree on the pool, for each pair of tasks.
+
+    Scores that are not ready are waited for (`progress`, `timeout` as in `wait`).
+    """
+    call = _endpoints.overlaps(**question, pct=pct, k=k, wait=_patience(timeout))
+    return parse(Overlaps, (yield from _scored(call, progress=progress, timeout=timeout)))
+
+
+def selections_explanations(
+    selection: str, /, *, origin: str | None = None, q: str | None = None
+) -> Stream[Explanation]:
+    """Iterate over the chosen rows with their text, their score for every subtask and the nearest validation example.
+
+    Only those of one `origin`, and those that hold the text `q`.
+    """
+
+    def page(after: str | None) -> Flow[Explanations]:
+        return send(_endpoints.selections_explanations(selection, origin=origin, q=q, limit=EXPLAINED, after=after))
+
+    yield from _followed(page)
+
+
 def _table_type(path: str | os.PathLike[str], *, what: str) -> str:
     """The media type of numbers saved under a path, by its ending."""
     return _media_type(path, {".npy": NPY, ".parquet": "application/vnd.apache.parquet"}, what=what)
@@ -674,6 +746,15 @@ def download_folder(call: Call[Any], path: str | os.PathLike[str], *, progress: 
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def datasets_rows(dataset: str, /, *, origin: str | None = None, q: str | None = None) -> Stream[ExampleRow]:
+    """Iterate over a dataset's rows with their text, in order; those of one `origin`, those that hold the text `q`."""
+
+    def page(after: str | None) -> Flow[ExampleRows]:
+        return send(_endpoints.datasets_rows(dataset, origin=origin, q=q, limit=PAGE, after=after))
+
+    yield from _followed(page)
 
 
 def datasets_lines(dataset: str, /) -> Stream[bytes]:

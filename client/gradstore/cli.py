@@ -37,6 +37,7 @@ from gradstore._cli_output import (
     print_table,
     say,
     say_lost_rows,
+    shortened,
 )
 from gradstore._cli_validations import JUDGED, SCORES_HELP, TEXTS, read_scores
 from gradstore._cli_words import in_commands
@@ -52,6 +53,7 @@ from gradstore.types import (
     JobKind,
     JobStatus,
     Task,
+    Turn,
     ValidationRequest,
 )
 
@@ -63,23 +65,13 @@ SERVER_COMMANDS = {
     "worker": "Do the jobs of a store, beside other workers.",
 }
 ORDER = (
-    *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "selections", "why", "attributions"),
-    *("evaluations", "validations", "conversions", "checkpoints", "runs", "jobs", "health"),
+    *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
+    *("selections", "why", "attributions", "evaluations", "validations", "conversions", "checkpoints", "runs"),
+    *("jobs", "usage", "health"),
 )
 VERBS = (
-    *(
-        "upload",
-        "register",
-        "create",
-        "list",
-        "show",
-        "rows",
-        "features",
-        "content",
-        "export",
-        "provenance",
-        "download",
-    ),
+    *("upload", "register", "create", "list", "show", "rows", "explain", "lengths", "features", "content"),
+    *("export", "provenance", "download"),
     *("wait", "watch", "cancel", "retry", "rename", "delete"),
 )
 MISSING = "Missing: pip install 'gradstore-server[service,worker]'"
@@ -360,6 +352,28 @@ SELECTED: Columns = {
     "subtask": lambda row: row.subtask,
 }
 SCORED: Columns = {name: SELECTED[name] for name in ("dataset", "row", "score", "id", "origin", "task", "subtask")}
+EXPLAINED: Columns = {
+    "rank": lambda row: row.rank,
+    "score": lambda row: row.score,
+    "origin": lambda row: row.origin,
+    "text": lambda row: _text(row.turns, 60),
+    "best subtask": lambda row: max(row.subtasks, key=lambda one: one.score).subtask,
+    "nearest": lambda row: _text(row.nearest.turns, 60),
+    "influence": lambda row: row.nearest.influence,
+}
+SHARED: Columns = {
+    "task": lambda pair: pair.tasks[0],
+    "and": lambda pair: pair.tasks[1],
+    "shared rows": lambda pair: pair.shared,
+    "jaccard": lambda pair: pair.jaccard,
+    "rank correlation": lambda pair: pair.rank_correlation,
+}
+CUTS: Columns = {
+    "fraction": lambda cut: cut[0],
+    "rows": lambda cut: cut[1],
+    "score": lambda cut: cut[2],
+    "origins": lambda cut: ", ".join(f"{name} {count:,}" for name, count in cut[3] if count),
+}
 COMPUTED: Columns = {
     "row": lambda row: row.row,
     "norm": lambda row: row.norm,
@@ -367,6 +381,19 @@ COMPUTED: Columns = {
     "loss": lambda row: row.loss,
     "tokens": lambda row: row.tokens,
     "no feature": lambda row: row.reason,
+}
+READ: Columns = {
+    "row": lambda row: row.row,
+    "id": lambda row: row.id,
+    "origin": lambda row: row.origin,
+    "text": lambda row: _text(row.turns, 80),
+}
+LENGTHS: Columns = {
+    "origin": lambda origin: origin[0],
+    "rows": lambda origin: origin[1].rows,
+    "shortest": lambda origin: origin[1].shortest,
+    "median": lambda origin: origin[1].median,
+    "longest": lambda origin: origin[1].longest,
 }
 MEASURED: Columns = {
     "model": lambda row: row.model,
@@ -379,6 +406,10 @@ MEASURED: Columns = {
     "value": lambda row: row.value,
     "95 % ": lambda row: _interval(row.interval),
 }
+
+
+def _text(turns: Iterable[Turn], length: int) -> str:
+    return shortened(" ⏎ ".join(turn.prefix + turn.content for turn in turns), length)
 
 
 def _interval(interval: Interval | None) -> str | None:
@@ -501,6 +532,24 @@ def upload_dataset(
             print_json(stored)
         else:
             typer.echo(stored.id)
+
+
+@groups["datasets"].command("rows")
+@takes(endpoints.datasets_rows, without=["limit", "after"])
+def dataset_rows(
+    ctx: typer.Context, reference: Reference, *, limit: Rows = 20, as_json: Json = False, **fields: Any
+) -> None:
+    """Print rows with the beginning of their text; with --json all of it."""
+    with _session(ctx) as store:
+        print_list(islice(store.datasets.rows(reference, **given(fields)), limit or None), READ, as_json=as_json)
+
+
+@groups["datasets"].command("lengths")
+def dataset_lengths(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
+    """Print how long the rows of each origin are, in bytes; with --json their histograms, too."""
+    with _session(ctx) as store:
+        found = store.datasets.lengths(reference)
+        print_json(found) if as_json else print_table(found.origins.items(), LENGTHS)
 
 
 @groups["datasets"].command("content")
@@ -889,6 +938,48 @@ def scores(
         print_list(islice(rows, limit or None), SCORED, as_json=as_json)
 
 
+@app.command()
+@takes(
+    endpoints.score_distribution,
+    without=["bins", "steps", "wait"],
+    texts={"task": "Task by id or name; repeat for several."},
+)
+def distribution(
+    ctx: typer.Context,
+    *,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Cuts to print, at equal steps.")] = 20,
+    as_json: Json = False,
+    timeout: Timeout = None,
+    **fields: Any,
+) -> None:
+    """Print what each fraction of a pool would take: rows, the last score, rows of each origin."""
+    with _session(ctx) as store:
+        found = store.score_distribution(steps=steps, progress=is_terminal(), timeout=timeout, **given(fields))
+        cuts = found.cuts
+        origins = [[(name, own[step]) for name, own in cuts.origins.items()] for step in range(len(cuts.rows))]
+        print_json(found) if as_json else print_table(zip(cuts.pct, cuts.rows, cuts.scores, origins, strict=True), CUTS)
+
+
+@app.command()
+@takes(endpoints.overlaps, without=["wait"], texts={"task": "Task by id or name; repeat for several."})
+def overlaps(ctx: typer.Context, *, as_json: Json = False, timeout: Timeout = None, **fields: Any) -> None:
+    """Print what the selections of several tasks share, and how far the tasks agree on the whole pool."""
+    with _session(ctx) as store:
+        found = store.overlaps(progress=is_terminal(), timeout=timeout, **given(fields))
+        print_json(found) if as_json else print_table(found.pairs, SHARED)
+
+
+@groups["selections"].command("explain")
+@takes(endpoints.selections_explanations, without=["limit", "after"])
+def explain_selection(
+    ctx: typer.Context, reference: Reference, *, limit: Rows = 10, as_json: Json = False, **fields: Any
+) -> None:
+    """Print chosen rows with their best subtask and the validation example nearest to each; with --json all scores."""
+    with _session(ctx) as store:
+        rows = store.selections.explanations(reference, **given(fields))
+        print_list(islice(rows, limit or None), EXPLAINED, as_json=as_json)
+
+
 @groups["selections"].command("show")
 def show_selection(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
     """Print a selection without its rows."""
@@ -951,6 +1042,13 @@ def selection_provenance(
 
 
 # The service, and the whole flow --------------------------------------------------------------------------------------
+
+
+@app.command()
+def usage(ctx: typer.Context, *, as_json: Json = False) -> None:
+    """Print how much of everything the store holds, and the bytes that its parts take on the server's disk."""
+    with _session(ctx) as store:
+        print_object(store.usage(), as_json=as_json)
 
 
 @app.command()

@@ -403,6 +403,8 @@ class Datasets(Resource[EngineT]):
     list = each(flows.paged(endpoints.lister("datasets", Page[types.Dataset])))
     rename = call(endpoints.renamer("datasets", types.Dataset))
     delete = call(endpoints.deleter("datasets"))
+    rows = each(flows.datasets_rows)
+    lengths = call(endpoints.datasets_lengths)
     lines = each(flows.datasets_lines)
     download = call(flows.datasets_download)
 
@@ -482,6 +484,7 @@ class Selections(Resource[EngineT]):
     get = call(flows.selection)
     list = each(flows.paged(endpoints.lister("selections", Page[Selection])))
     rows = each(flows.selection_rows)
+    explanations = each(flows.selections_explanations)
     lines = each(flows.selections_lines)
     save = call(flows.selections_save)
     export = call(flows.selections_export)
@@ -598,7 +601,10 @@ class Store(Resource[EngineT]):
     select = call(flows.select)
     scores = each(flows.scores)
     save_scores = call(flows.save_scores)
+    score_distribution = call(flows.score_distribution)
+    overlaps = call(flows.overlaps)
     health = call(endpoints.health)
+    usage = call(endpoints.usage)
 
 
 class GradientStore(Store[Blocking]):

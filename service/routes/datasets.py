@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse
-from gradstore.types import Dataset, Name, Named, Page, Rename, UploadedDataset
+from gradstore.types import Dataset, ExampleRows, Lengths, Name, Named, Page, Rename, UploadedDataset
 from gradstore.types import Request as RequestBody
+from pydantic import ConfigDict, Field
 
+from datastore import browsing
 from datastore.datasets import Ingested
 from datastore.errors import NotFound
 from datastore.schema import DatasetRow
@@ -122,6 +124,38 @@ def get_dataset_content(backend: BackendDep, reference: Reference, wanted: Annot
         filename=source.filename,
         headers={"ETag": f'"{source.sha256}"'},
     )
+
+
+class RowsWanted(RequestBody):
+    """Which rows of a dataset are looked at."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    limit: int = Field(20, ge=1, le=1000)
+    """How many at most."""
+    after: int = Field(0, ge=0)
+    """Rows before the page: `next` of the page before."""
+    origin: str | None = Field(None, max_length=4096)
+    """Only rows of this origin."""
+    q: str | None = Field(None, min_length=1, max_length=1000)
+    """Only rows that hold this text, in any case of letters."""
+
+
+@router.get("/{reference}/rows")
+def list_dataset_rows(backend: BackendDep, reference: Reference, wanted: Annotated[RowsWanted, Query()]) -> ExampleRows:
+    """A page of a dataset's rows with their text."""
+    dataset = backend.catalog.dataset(reference).id
+    return browsing.page(
+        backend.datasets, dataset, after=wanted.after, limit=wanted.limit, origin=wanted.origin, text=wanted.q
+    )
+
+
+@router.get("/{reference}/lengths")
+def get_dataset_lengths(
+    backend: BackendDep, reference: Reference, bins: Annotated[int, Query(ge=1, le=200)] = 40
+) -> Lengths:
+    """How long a dataset's rows are, in bytes, by origin: at most so many `bins`."""
+    return browsing.lengths(backend.datasets, backend.catalog.dataset(reference).id, bins=bins)
 
 
 @router.patch("/{reference}")

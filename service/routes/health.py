@@ -1,4 +1,4 @@
-"""Whether the service can work, and what Prometheus sees of it."""
+"""Whether the service can work, what its store holds, and what Prometheus sees of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request, Response
 from gradstore import __version__
-from gradstore.types import Health
+from gradstore.types import Health, Usage
 
+from datastore import usage
 from service.dependencies import BackendDep
 from service.metrics import MEDIA_TYPE, Metrics
 from service.routing import Router
@@ -38,6 +39,12 @@ def get_health(backend: BackendDep, response: Response) -> Health:
         workers=backend.jobs.workers() if catalog else [],
         free_bytes=shutil.disk_usage(backend.settings.data).free,
     )
+
+
+@router.get("/usage")
+def get_usage(backend: BackendDep) -> Usage:
+    """How many things of each noun the store holds, and the bytes that its parts take on the disk."""
+    return usage.usage(backend.catalog, backend.settings)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

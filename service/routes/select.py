@@ -48,7 +48,7 @@ LOOK_INTERVAL = 0.02  # seconds between two looks at a scoring job
 router = Router(tag="selections")
 
 
-class ScoresQuery(RequestBody):
+class ScoresAsked(RequestBody):
     """Whose scores are asked for; what is left out must be the only one there is."""
 
     task: list[Named] = Field(min_length=1, max_length=100)
@@ -74,14 +74,11 @@ class ScoresQuery(RequestBody):
     """`less`: mean within a subtask, then the largest; `avg`, `max`, `min`: over all validation rows."""
     combine: Literal["max", "mean"] = "max"
     """How the scores of several tasks become one."""
-    limit: int = Field(20, ge=0, le=10_000)
-    after: int = Field(0, ge=0)
-    """Rank, or row of the pool, after which the page begins."""
     wait: float | None = Field(None, ge=0, le=30)
     """Seconds to wait for scores before the answer is 202."""
 
     @model_validator(mode="after")
-    def _one_training(self) -> ScoresQuery:
+    def _one_training(self) -> ScoresAsked:
         if self.run is not None and self.checkpoint:
             raise ValueError("name either a run or checkpoints")
         return self
@@ -112,6 +109,14 @@ class ScoresQuery(RequestBody):
             k=getattr(self, "k", None),
             exclude=getattr(self, "exclude", ()),
         )
+
+
+class ScoresQuery(ScoresAsked):
+    """Whose scores are asked for, and which part of the answer."""
+
+    limit: int = Field(20, ge=0, le=10_000)
+    after: int = Field(0, ge=0)
+    """Rank, or row of the pool, after which the page begins."""
 
 
 class SelectQuery(ScoresQuery):
@@ -147,7 +152,7 @@ def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], b
     recipe, sources = backend.recipes.resolve(parameters.query(), path=request.url.path)
     found = backend.answers.find(recipe, limit=parameters.limit, after=parameters.after)
     if found is None:
-        scores = _scores(backend, recipe, sources, parameters.wait)
+        scores = ready_scores(backend, recipe, sources, parameters.wait)
         if isinstance(scores, Response):
             return scores
         found = backend.answers.select(recipe, sources, scores, limit=parameters.limit, after=parameters.after)
@@ -163,7 +168,7 @@ def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], b
 def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()], backend: BackendDep) -> Response:
     """The score of every row of the pool, in the order of the pool."""
     recipe, sources = backend.recipes.resolve(parameters.query(), path=request.url.path)
-    found = _scores(backend, recipe, sources, parameters.wait)
+    found = ready_scores(backend, recipe, sources, parameters.wait)
     if isinstance(found, Response):
         return found
     match wanted_format(request, parameters.format):
@@ -178,7 +183,7 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
     return JSONResponse(page.model_dump(mode="json"))
 
 
-def _scores(
+def ready_scores(
     backend: Backend, recipe: SelectionRecipe, sources: Sources, wait: float | None
 ) -> Sequence[TaskScores] | Response:
     """The scores, or the answer that they are not ready. Raises `Conflict` where they cannot be computed."""

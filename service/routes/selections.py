@@ -9,8 +9,9 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
-from gradstore.types import Page, Rename, Selection
-from pydantic import Field
+from gradstore.types import Explanations, Page, Rename, Selection
+from gradstore.types import Request as RequestBody
+from pydantic import ConfigDict, Field
 
 from datastore.schema import SelectionRow
 from service.dependencies import Backend, BackendDep, Paging, Reference
@@ -39,6 +40,31 @@ def get_selection(
 ) -> Selection:
     """A selection and a page of its rows: those after rank `after`."""
     return backend.answers.read(selection, limit=limit, after=after)
+
+
+class ExplanationsWanted(RequestBody):
+    """Which chosen rows are explained."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    limit: int = Field(10, ge=1, le=100)
+    """How many at most."""
+    after: int = Field(0, ge=0)
+    """Rank after which the page begins: `next` of the page before."""
+    origin: str | None = Field(None, max_length=4096)
+    """Only rows of this origin."""
+    q: str | None = Field(None, min_length=1, max_length=1000)
+    """Only rows that hold this text, in any case of letters."""
+
+
+@router.get("/{selection}/explanations")
+def explain_selection(
+    selection: Reference, wanted: Annotated[ExplanationsWanted, Query()], backend: BackendDep
+) -> Explanations:
+    """The chosen rows with their text, their score for every subtask, and the nearest validation example of each."""
+    return backend.explaining.page(
+        selection, after=wanted.after, limit=wanted.limit, origin=wanted.origin, text=wanted.q
+    )
 
 
 @router.patch("/{selection}")

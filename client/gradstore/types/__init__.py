@@ -11,7 +11,9 @@ from gradstore.types.base import *
 from gradstore.types.checkpoints import *
 from gradstore.types.conversions import *
 from gradstore.types.datasets import *
+from gradstore.types.distributions import *
 from gradstore.types.evaluations import *
+from gradstore.types.explanations import *
 from gradstore.types.finetunes import *
 from gradstore.types.gradients import *
 from gradstore.types.jobs import *

@@ -1,4 +1,4 @@
-"""Datasets and what became of an upload."""
+"""Datasets, what became of an upload, and their rows as they are looked at."""
 
 from __future__ import annotations
 
@@ -63,3 +63,55 @@ class UploadedDataset(Dataset):
     created: bool
     """False where the same rows were already stored."""
     report: UploadReport
+
+
+class Turn(Body):
+    """A turn of a conversation, or one of the two parts of a row that has a prompt and a completion."""
+
+    role: Literal["system", "user", "assistant", "tool", "prompt", "completion"]
+    prefix: str
+    """Unsupervised beginning of an assistant's turn; mostly empty."""
+    content: str
+
+
+class ExampleRow(Body):
+    """A row of a dataset as it is trained on."""
+
+    row: int
+    """Position in the dataset, from 0."""
+    id: str | None
+    """The example's own id, as uploaded."""
+    origin: str
+    turns: list[Turn]
+
+
+class ExampleRows(Body):
+    """A page of a dataset's rows, in their order."""
+
+    dataset: str
+    data: list[ExampleRow]
+    has_more: bool
+    next: int | None
+    """`after` of the next page; null at the end. A search looks through a part of the rows at once, so a page may hold
+    less than `limit`, even nothing, and go on here."""
+
+
+class OriginLengths(Body):
+    """How long the rows of one origin are, in bytes."""
+
+    rows: int
+    shortest: int
+    median: float
+    longest: int
+    counts: list[int]
+    """Rows between two `edges`, the lower one included."""
+
+
+class Lengths(Body):
+    """How long a dataset's rows are: bytes of the JSON line that each is kept as."""
+
+    dataset: str
+    edges: list[int]
+    """Borders of the bins in bytes, one more than there are bins; about equal in ratio."""
+    origins: dict[str, OriginLengths]
+    """By origin, the most frequent first."""

@@ -1,4 +1,4 @@
-"""The service itself: its workers and its health."""
+"""The service itself: its workers, its health, and what its store holds."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ class Health(Body):
     dispatch: bool
     workers: list[Worker]
     free_bytes: int
+
+
+class Usage(Body):
+    """What the store holds, and the disk that it takes."""
+
+    counts: dict[str, int]
+    """How many there are of each noun: datasets, tasks, checkpoints, runs, gradients, selections, …"""
+    bytes: dict[str, int]
+    """Bytes on the server's disk by part: datasets (with the uploads), tasks, checkpoints, features, scores,
+    selections, indexes, questions (of attributions), trainings (of validations), work (unfinished fine-tunes), and
+    other (a SQLite catalog, uploads at work)."""
+    free_bytes: int
+    """Bytes free where the store lies."""

@@ -1,0 +1,102 @@
+"""Rows as people look at them: a page of a dataset, filtered by origin and text, and how long its rows are.
+
+Any page is found by its place: the lines' offsets are mapped, so the last rows of a pool of 200,000 take as long as the
+first, about 1 ms for 20. A search reads the rows that it passes, 40 µs each, and so at most `SEARCHED` of them for one
+page; an index over the text would double the disk that a dataset takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from gradstore.types import ExampleRow, ExampleRows, Lengths, OriginLengths, ProblemItem, Turn
+from numpy.typing import NDArray
+
+from datastore.datasets import Datasets
+from datastore.errors import InvalidInput
+from datastore.rows import Example
+
+SEARCHED = 10_000  # rows that one page of a search looks through, half a second
+
+
+def page(
+    datasets: Datasets, dataset: str, *, after: int, limit: int, origin: str | None = None, text: str | None = None
+) -> ExampleRows:
+    """The first `limit` rows from row `after` on that have this origin and hold this text, in any case of letters.
+
+    Raises `InvalidInput` where the dataset has no such origin.
+    """
+    rows = _rows_of(datasets, dataset, origin)
+    left = rows[np.searchsorted(rows, min(after, len(datasets.sizes(dataset)))) :]
+    looked_at = left[: SEARCHED if text else limit]
+    found: list[ExampleRow] = []
+    passed = 0
+    for row, example in zip(looked_at.tolist(), datasets.examples_at(dataset, looked_at.tolist()), strict=True):
+        if len(found) == limit:
+            break
+        passed += 1
+        if text is None or holds(example, text):
+            found.append(ExampleRow(row=row, id=example.id, origin=example.origin, turns=turns(example)))
+    following = int(left[passed]) if passed < len(left) else None
+    return ExampleRows(dataset=dataset, data=found, has_more=following is not None, next=following)
+
+
+def turns(example: Example) -> list[Turn]:
+    """An example's text in the order in which it is read."""
+    if example.messages:
+        return [Turn(role=turn.role, prefix=turn.prefix, content=turn.content) for turn in example.messages]
+    return [
+        Turn(role="prompt", prefix="", content=example.prompt or ""),
+        Turn(role="completion", prefix="", content=example.completion or ""),
+    ]
+
+
+def holds(example: Example, text: str) -> bool:
+    """Whether one of an example's turns holds this text, whatever the case of its letters."""
+    wanted = text.casefold()
+    return any(wanted in (turn.prefix + turn.content).casefold() for turn in turns(example))
+
+
+def lengths(datasets: Datasets, dataset: str, *, bins: int) -> Lengths:
+    """Histograms of the rows' lengths, one for each origin, over the same bins."""
+    sizes, origins = datasets.sizes(dataset), datasets.origins(dataset)
+    edges = ratio_edges(int(sizes.min()), int(sizes.max()), bins=bins)
+    found = {}
+    for number, name in enumerate(origins.names):
+        own = sizes[origins.codes == number]
+        found[name] = OriginLengths(
+            rows=len(own),
+            shortest=int(own.min()),
+            median=float(np.median(own)),
+            longest=int(own.max()),
+            counts=np.histogram(own, edges)[0].tolist(),
+        )
+    return Lengths(dataset=dataset, edges=edges, origins=found)
+
+
+def ratio_edges(low: int, high: int, *, bins: int) -> list[int]:
+    """At most `bins` + 1 rising whole numbers around `low` to `high`, about equal in ratio; the last is above `high`.
+
+    >>> ratio_edges(10, 159, bins=4)
+    [10, 20, 40, 80, 160]
+    """
+    edges = np.unique(np.round(np.geomspace(max(low, 1), high + 1, bins + 1)).astype(np.int64)).tolist()
+    edges[0], edges[-1] = low, high + 1
+    return edges if len(edges) > 1 else [low, high + 1]
+
+
+def _rows_of(datasets: Datasets, dataset: str, origin: str | None) -> NDArray[np.int64]:
+    """The rows of one origin, or all, rising."""
+    if origin is None:
+        return np.arange(len(datasets.sizes(dataset)))
+    origins = datasets.origins(dataset)
+    return np.flatnonzero(origins.codes == number_of(origin, origins.names))
+
+
+def number_of(origin: str, names: Sequence[str]) -> int:
+    """The number of an origin. Raises `InvalidInput` where there is none of this name."""
+    if origin not in names:
+        detail = f"no row has the origin {origin!r}; there are {', '.join(map(repr, names[:20]))}"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="origin")])
+    return names.index(origin)

@@ -1,0 +1,165 @@
+// Selections: what was chosen, from which sources, and why: score per subtask and the nearest validation example.
+
+import { get, save } from "../api.js";
+import { allTasks, taskNames } from "../asking.js";
+import { bar, colour } from "../charts.js";
+import { fill, fresh, h } from "../dom.js";
+import { ago, called, decimal, percent, plural, whole } from "../format.js";
+import { choice, conversation, empty, facts, heading, loading, named, panel, table } from "../parts.js";
+
+const ROWS = 10; // of a page
+const SUBTASKS = 5; // shown before the rest is folded
+
+/** Fill the page: all selections, or the one that the address names. */
+export async function show(main, context) {
+  await (context.parts[1] ? showOne(main, context) : showAll(main, context));
+}
+
+const amount = ({ pct, k }) => (pct === null ? plural(k, "row") : percent(pct));
+
+// All selections
+
+async function showAll(main, context) {
+  const place = h("div");
+  const names = taskNames(await allTasks(context.signal));
+  const more = h("button", { type: "button", class: "quiet", onclick: () => load() }, "Show more");
+  const found = [];
+  async function load() {
+    const page = await get("selections", { limit: 50, after: found.at(-1)?.id }, context.signal);
+    found.push(...page.data);
+    more.hidden = !page.has_more;
+    fill(place, found.length ? list(found, names) : empty("Nothing has been selected yet.", "gradstore select --task mmlu --pct 0.05"));
+  }
+  await load();
+  fill(main, heading("Selections", "The rows that help a task most, as they were chosen."), h("div", { class: "panel" }, place, h("div", { class: "pager" }, more)));
+}
+
+function list(selections, names) {
+  return table("Selections, the newest first", [
+    { title: "selection", cell: (selection) => named(selection, `#/selections/${selection.id}`) },
+    { title: "tasks", cell: ({ recipe }) => recipe.tasks.map((task) => names[task] ?? task).join(", ") },
+    { title: "asked for", number: true, cell: ({ recipe }) => amount(recipe) },
+    { title: "rows", number: true, cell: ({ count }) => whole(count) },
+    { title: "of", number: true, cell: ({ pool }) => whole(pool) },
+    { title: "made", cell: (selection) => ago(selection.created_at) },
+  ], selections);
+}
+
+// One selection
+
+async function showOne(main, context) {
+  const id = encodeURIComponent(context.parts[1]);
+  const [selection, tasks] = await Promise.all([get(`selections/${id}`, { limit: 0 }, context.signal), allTasks(context.signal)]);
+  const names = taskNames(tasks);
+  const { recipe } = selection;
+  const failed = h("div");
+  const download = (text, accept, ending) => h("button", { type: "button", class: "quiet", onclick: () => save(`selections/${id}/content`, {}, `${called(selection)}.${ending}`, accept).catch((error) => context.failed(error, failed)) }, text);
+  fill(
+    main,
+    h("p", {}, h("a", { href: "#/selections" }, "← All selections")),
+    heading(called(selection), selection.name ? selection.id : null, h("div", { class: "filters" }, download("Download rows", "application/x-ndjson", "jsonl"), download("Download table", "text/csv", "csv"))),
+    failed,
+    panel("At a glance", facts([
+      ["rows", `${whole(selection.count)} of ${whole(selection.pool)}`],
+      ["asked for", amount(recipe)],
+      ["tasks", recipe.tasks.map((task) => names[task] ?? task).join(", ")],
+      ["score", recipe.aggregate],
+      ["features", `${recipe.kind} × ${recipe.task_kind}, ${whole(recipe.dim)} dims`],
+      ["made", ago(selection.created_at)],
+    ]), h("p"), h("details", {}, h("summary", {}, "Recipe"), h("pre", {}, h("code", {}, JSON.stringify(recipe, null, 2))))),
+    panel("Sources", sources(selection)),
+    rowsPanel(selection, names, context),
+  );
+}
+
+function sources({ origins, pool_origins: pool, count }) {
+  const total = Object.values(pool).reduce((sum, rows) => sum + rows, 0);
+  const items = Object.entries(pool).sort(([, one], [, other]) => other - one).map(([name, rows], place) => ({ name, place, chosen: origins[name] ?? 0, share: (origins[name] ?? 0) / count, pool: rows / total }));
+  return table("Chosen rows of each source", [
+    { title: "source", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
+    { title: "", cell: ({ share, place }) => bar(share, place) },
+    { title: "rows chosen", number: true, cell: ({ chosen }) => whole(chosen) },
+    { title: "of those chosen", number: true, cell: ({ share }) => percent(share) },
+    { title: "of the pool", number: true, cell: ({ pool: share }) => percent(share) },
+  ], items);
+}
+
+// Its rows
+
+function rowsPanel(selection, names, context) {
+  const { params, remember, signal } = context;
+  const place = h("div"), note = h("p", { class: "note", role: "status" });
+  const before = [];
+  let following = null, asked = null;
+  const back = h("button", { type: "button", class: "quiet", onclick: () => load(before.pop() ?? 0) }, "Previous");
+  const forth = h("button", { type: "button", class: "quiet", onclick: () => (before.push(Number(params.get("after") ?? 0)), load(following)) }, "Next");
+
+  async function load(after) {
+    asked?.abort();
+    const own = (asked = new AbortController());
+    remember({ after: after ? String(after) : null });
+    back.disabled = forth.disabled = true;
+    fill(place, loading());
+    try {
+      const found = await search(selection, params, after, AbortSignal.any([signal, own.signal]));
+      following = found.next;
+      fill(place, found.data.length ? h("ol", { class: "rows" }, found.data.map((row) => explained(row, names))) : empty("No chosen row is like this."));
+      note.textContent = found.data.length ? `ranks ${whole(found.data[0].rank)} to ${whole(found.data.at(-1).rank)} of ${whole(selection.count)}` : "";
+      back.disabled = !before.length && !after;
+      forth.disabled = following === null;
+    } catch (error) {
+      if (!own.signal.aborted) context.failed(error, place, () => load(after));
+    }
+  }
+
+  function start(changes) {
+    remember(changes);
+    before.length = 0;
+    load(0);
+  }
+
+  const text = fresh("search");
+  const origins = Object.keys(selection.origins).map((name) => [name, name]);
+  const searching = h("form", { class: "filters", role: "search", onsubmit: (event) => (event.preventDefault(), start({ q: event.target.elements.q.value })) },
+    h("div", { class: "field wide" }, h("label", { for: text }, "Text"), h("input", { id: text, name: "q", type: "search", value: params.get("q") ?? "" })),
+    choice("Source", [["", "all sources"], ...origins], params.get("origin") ?? "", (origin) => start({ origin })),
+    h("button", { type: "submit" }, "Search"));
+  load(Number(params.get("after") ?? 0));
+  return panel("Chosen rows", searching, place, h("div", { class: "pager" }, back, forth, note));
+}
+
+async function search({ id }, params, after, signal) {
+  const found = [];
+  let next = after;
+  do {
+    const wanted = { origin: params.get("origin"), q: params.get("q"), after: next, limit: ROWS - found.length };
+    const page = await get(`selections/${id}/explanations`, wanted, signal);
+    found.push(...page.data);
+    next = page.next;
+  } while (next !== null && found.length < ROWS);
+  return { data: found, next };
+}
+
+function explained(row, names) {
+  const { nearest } = row;
+  return h("li", { class: "row", "data-rank": row.rank },
+    h("header", {}, h("h3", {}, `Rank ${whole(row.rank)}`), h("span", {}, `score ${decimal(row.score)}`), h("span", {}, row.origin), h("a", { href: `#/datasets/${row.dataset}?after=${row.row}` }, `row ${whole(row.row)}`), row.id !== null && h("span", { class: "id" }, row.id)),
+    conversation(row.turns),
+    h("div", { class: "why" },
+      h("div", {}, h("h4", {}, "Score per subtask"), subtaskScores(row, names)),
+      h("div", {}, h("h4", {}, "Nearest validation example"), h("p", { class: "note" }, `${place(nearest, names)}, row ${whole(nearest.row)}, influence ${decimal(nearest.influence)}`), conversation(nearest.turns))));
+}
+
+const place = ({ task, subtask }, names) => ((names[task] ?? task) === subtask ? subtask : `${names[task] ?? task} / ${subtask}`);
+
+function subtaskScores({ subtasks, rank }, names) {
+  const sorted = [...subtasks].sort((one, other) => other.score - one.score);
+  const largest = Math.max(...sorted.map(({ score }) => Math.abs(score)), 1e-9);
+  const made = (items) => table(`Score of rank ${rank} for each subtask`, [
+    { title: "subtask", cell: (item) => place(item, names) },
+    { title: "", cell: ({ score }) => bar(Math.max(score, 0) / largest, score === sorted[0].score ? 0 : 8) },
+    { title: "score", number: true, cell: ({ score }) => decimal(score) },
+  ], items);
+  if (sorted.length <= SUBTASKS) return made(sorted);
+  return h("div", {}, made(sorted.slice(0, SUBTASKS)), h("details", {}, h("summary", {}, plural(sorted.length - SUBTASKS, "more subtask")), made(sorted.slice(SUBTASKS))));
+}

@@ -1,0 +1,118 @@
+// What several pages are made of: headings, tables, panels, errors, empty states, a row's text.
+
+import { NoAnswer } from "./api.js";
+import { fill, fresh, h } from "./dom.js";
+
+/** The head of a page. */
+export function heading(title, lead = null, ...beside) {
+  return h("div", { class: "heading" }, h("div", {}, h("h1", { tabindex: "-1" }, title), lead && h("p", { class: "lead" }, lead)), ...beside);
+}
+
+/** A titled part of a page. */
+export function panel(title, ...children) {
+  const id = fresh("panel");
+  return h("section", { class: "panel", "aria-labelledby": id }, h("h2", { id }, title), ...children);
+}
+
+/** A table: columns are {title, number?, cell: item → node}. It scrolls by itself where it is too wide. */
+export function table(caption, columns, items) {
+  const head = columns.map(({ title, number }) => h("th", { scope: "col", class: number && "number" }, title));
+  const rows = items.map((item) => h("tr", {}, columns.map((column, place) => tableCell(column, item, place))));
+  return scrolling(caption, h("table", {}, h("caption", { class: "unseen" }, caption), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows)));
+}
+
+function tableCell({ number, cell }, item, place) {
+  return place ? h("td", { class: number && "number" }, cell(item)) : h("th", { scope: "row", class: number && "number" }, cell(item));
+}
+
+/** What is wider than the window scrolls, by keyboard, too. */
+export function scrolling(label, child) {
+  return h("div", { class: "scrolling", tabindex: "0", role: "region", "aria-label": label }, child);
+}
+
+/** Facts as name and value. */
+export function facts(pairs) {
+  const shown = pairs.filter(([, value]) => value !== null && value !== undefined);
+  return h("dl", { class: "facts" }, shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+}
+
+/** A link to a thing by its name, or by its id where it has none. */
+export const named = (thing, href) => h("a", { href, class: !thing.name && "id" }, thing.name ?? thing.id);
+
+/** What stands where nothing is yet, and what to do about it. */
+export function empty(text, command = null) {
+  return h("div", { class: "empty" }, h("p", {}, text), command && h("pre", {}, h("code", {}, command)));
+}
+
+/** While something is on its way. */
+export const loading = (text = "Loading …") => h("p", { class: "loading", role: "status" }, text);
+
+/** An error in the server's words; `again` tries once more. */
+export function failure(error, again = null) {
+  const body = error.body;
+  const title = body ? body.title : error instanceof NoAnswer ? "No answer" : "This page failed";
+  const places = (body?.errors ?? []).filter(({ detail }) => detail !== body.detail);
+  return h(
+    "div",
+    { class: "failure", role: "alert" },
+    h("h2", {}, title),
+    h("p", {}, error.message),
+    places.length > 0 && h("ul", {}, body.type === "ambiguous" ? choices(places) : places.map(({ detail }) => h("li", {}, h("code", {}, detail)))),
+    body?.instance && h("p", { class: "note" }, `The server's log has it under ${body.instance}.`),
+    again && h("button", { type: "button", onclick: again }, "Try again"),
+  );
+}
+
+/** Links to this page with each of the questions that the server offers, named by what tells them apart. */
+function choices(places) {
+  const questions = places.map(({ detail }) => new URL(detail).searchParams);
+  const names = [...new Set(questions.flatMap((one) => [...one.keys()]))];
+  const telling = names.filter((name) => new Set(questions.map((one) => one.getAll(name).join())).size > 1);
+  const page = location.hash.split("?")[0];
+  return questions.map((one) => h("li", {}, h("a", { href: `${page}?${one}` }, telling.map((name) => `${name} ${one.getAll(name).join(", ") || "not said"}`).join(", "))));
+}
+
+const SIGNS = { queued: "○", running: "◐", succeeded: "✓", failed: "✕", cancelled: "–" };
+
+/** A job's state as a word with a sign. */
+export function badge(status) {
+  return h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
+}
+
+/** A labelled choice. */
+export function choice(label, options, chosen, onchange) {
+  const id = fresh("choice");
+  const made = options.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
+  return h("div", { class: "field" }, h("label", { for: id }, label), h("select", { id, onchange: (event) => onchange(event.target.value) }, made));
+}
+
+const LONG = 700; // characters beyond which a text is folded
+
+/** A row of a dataset or a task as it is read, turn after turn. */
+export function conversation(turns) {
+  return h("div", { class: "turns" }, turns.map(({ role, prefix, content }) => h("div", { class: `turn ${role}` }, h("span", { class: "role" }, role), foldable(prefix ? `${prefix} ${content}` : content))));
+}
+
+function foldable(text) {
+  const shown = h("p", { class: "text" }, text.length > LONG ? `${text.slice(0, LONG)} …` : text);
+  if (text.length <= LONG) return shown;
+  const button = h("button", { type: "button", class: "link", "aria-expanded": "false", onclick: () => unfold() }, "Show all");
+  let open = false;
+  function unfold() {
+    open = !open;
+    shown.textContent = open ? text : `${text.slice(0, LONG)} …`;
+    button.textContent = open ? "Show less" : "Show all";
+    button.setAttribute("aria-expanded", String(open));
+  }
+  return h("div", {}, shown, button);
+}
+
+/** Run `work`, and put what it returns into `place`; an error stands there with a button that tries again. */
+export async function into(place, work, context) {
+  fill(place, loading());
+  try {
+    fill(place, await work());
+  } catch (error) {
+    context.failed(error, place, () => into(place, work, context));
+  }
+}

@@ -1,0 +1,564 @@
+"""The dashboard in a real browser, over a real service: it shows what the API says, and takes mouse and keyboard."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import pytest
+from gradstore.types import JobKind, JobStatus
+from playwright.sync_api import Browser, expect
+
+from service.routes.dashboard import FOLDER, POLICY
+from tests.browser import Visit, chromium, visiting
+from tests.serving import Service, problem_of, serving
+from tests.shown import ROWS, large, shown
+
+pytestmark = pytest.mark.services
+
+expect.set_options(timeout=20_000)
+LARGE = 200_000  # rows
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service over the store of the pictures; its job at work keeps its lease."""
+    folder = tmp_path_factory.mktemp("shown")
+    shown(folder).catalog.close()
+    with serving(folder / "store", lease=3600.0) as running:
+        yield running
+
+
+@pytest.fixture
+def visit(browser: Browser, service: Service) -> Iterator[Visit]:
+    with visiting(browser, service.url) as found:
+        yield found
+
+
+def answer(service: Service, path: str, **params: Any) -> Any:
+    """What the API says."""
+    found = service.http.get(path, params=params)
+    assert found.is_success, found.text
+    return found.json()
+
+
+# The files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_browser_that_knows_the_address_alone_finds_the_dashboard(shared_service: Service) -> None:
+    for path in ("/", "/dashboard"):
+        found = shared_service.http.get(path, follow_redirects=True)
+        assert found.url.path == "/dashboard/"
+        assert found.headers["content-type"] == "text/html; charset=utf-8"
+
+
+def test_files_come_with_a_strict_policy_and_are_not_sent_twice(shared_service: Service) -> None:
+    for path in FOLDER.rglob("*.*"):
+        found = shared_service.http.get(f"/dashboard/{path.relative_to(FOLDER).as_posix()}")
+        assert found.content == path.read_bytes()
+        assert found.headers["content-security-policy"] == POLICY
+        again = shared_service.http.get(found.url.path, headers={"If-None-Match": found.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["content-security-policy"] == POLICY  # the browser's copy takes it over
+    assert "unsafe" not in POLICY
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "../app.py", "%2e%2e/app.py", "pages", "pages/"])
+def test_what_is_no_file_of_the_dashboard_is_not_found(shared_service: Service, name: str) -> None:
+    problem_of(shared_service.http.get(f"/dashboard/{name}"), 404)
+
+
+def test_the_files_ask_nobody_else() -> None:
+    addresses = {
+        address
+        for path in FOLDER.rglob("*.*")
+        for address in re.findall(r"https?://[\w./]+", path.read_text())
+        if address != "http://www.w3.org/2000/svg"
+    }
+    assert not addresses
+
+
+def test_with_a_key_the_files_are_open_and_the_data_are_not(tmp_path: Path) -> None:
+    with serving(tmp_path / "store", api_key="secret") as service, httpx.Client(base_url=service.url) as stranger:
+        for path in ("/dashboard/", "/dashboard/app.js", "/dashboard/pages/jobs.js"):
+            assert stranger.get(path).status_code == 200
+        assert stranger.get("/").status_code == 307
+        for path in ("/datasets", "/usage", "/openapi.json", "/dashboards"):
+            problem_of(stranger.get(path), 401)
+        problem_of(stranger.post("/dashboard/"), 401)
+
+
+# All pages ----------------------------------------------------------------------------------------------------------
+
+PLACES = {
+    "overview": ("", "Overview"),
+    "jobs": ("jobs", "Jobs"),
+    "datasets": ("datasets", "Datasets"),
+    "scores": ("scores?task=mmlu", "Scores"),
+    "selections": ("selections", "Selections"),
+    "overlap": ("overlaps", "Overlap"),
+    "training": ("training", "Training"),
+}
+
+
+def opened(visit: Visit, service: Service, name: str) -> None:
+    """Go to one of the pages that the documentation shows."""
+    if name == "dataset":
+        visit.open(f"datasets/{answer(service, '/datasets/tulu-sample')['id']}", title="tulu-sample")
+        visit.page.get_by_role("heading", name="Row 0").wait_for()
+    elif name == "selection":
+        chosen = answer(service, "/select", task="mmlu", pct=0.05, limit=0)
+        visit.open(f"selections/{chosen['id']}", title=chosen["id"])
+        visit.page.get_by_role("heading", name="Rank 1", exact=True).wait_for()
+    else:
+        place, title = PLACES[name]
+        visit.open(place, title=title)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", [*PLACES, "dataset", "selection"])
+def test_a_page_has_no_fault_that_axe_knows(browser: Browser, service: Service, name: str, scheme: Any) -> None:
+    with visiting(browser, service.url, color_scheme=scheme) as visit:
+        opened(visit, service, name)
+        assert not visit.faults(only=None if scheme == "light" else "color-contrast")  # the rest is the same
+        if scheme == "light" or name == "scores":
+            visit.picture(name if scheme == "light" else f"{name}-dark")
+
+
+def test_the_check_for_faults_finds_one(visit: Visit) -> None:
+    visit.open("jobs", title="Jobs")
+    visit.page.evaluate("document.querySelector('label').remove()")
+    assert any(fault.startswith("select-name") for fault in visit.faults())
+
+
+def test_dark_and_light_are_the_systems_choice(browser: Browser, service: Service) -> None:
+    found = {}
+    for scheme in ("light", "dark"):
+        with visiting(browser, service.url, color_scheme=scheme) as visit:
+            visit.open("", title="Overview")
+            colour = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+            found[scheme] = sum(map(int, re.findall(r"\d+", colour)))
+    assert found["dark"] < 150
+    assert found["light"] > 600
+
+
+def test_a_narrow_window_scrolls_down_only(browser: Browser, service: Service) -> None:
+    with visiting(browser, service.url) as visit:
+        visit.page.set_viewport_size({"width": 400, "height": 800})
+        for name in [*PLACES, "dataset", "selection"]:
+            opened(visit, service, name)
+            assert visit.page.evaluate("document.documentElement.scrollWidth") <= 400, name
+
+
+def test_the_keyboard_alone_leads_everywhere(visit: Visit) -> None:
+    visit.open("", title="Overview")
+    visit.page.keyboard.press("Tab")
+    expect(visit.page.get_by_role("link", name="Skip to content")).to_be_focused()
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#main")).to_be_focused()
+    visit.page.keyboard.press("Shift+Tab")
+    links = visit.page.get_by_role("navigation").get_by_role("link")
+    expect(links.last).to_be_focused()
+    while not links.filter(has_text="Jobs").evaluate("link => link === document.activeElement"):
+        visit.page.keyboard.press("Shift+Tab")
+    visit.page.keyboard.press("Enter")
+    visit.heading("Jobs")
+    expect(visit.page.get_by_role("heading", level=1)).to_be_focused()
+    visit.page.keyboard.press("Tab")
+    expect(visit.page.get_by_label("Kind")).to_be_focused()
+
+
+def test_an_address_that_leads_nowhere_says_so(visit: Visit) -> None:
+    visit.open("nowhere", title="There is no such page")
+
+
+def test_the_key_is_asked_for_and_never_shown(browser: Browser, tmp_path: Path) -> None:
+    with serving(tmp_path / "store", api_key="a-secret") as service, visiting(browser, service.url) as visit:
+        asked: list[str] = []
+        visit.page.on("request", lambda request: asked.append(request.url))
+        visit.open("", title="Log in")
+        assert not visit.faults()
+        field = visit.page.get_by_label("API key")
+        field.fill("wrong")
+        field.press("Enter")
+        visit.page.get_by_text("This is not the server's key.").wait_for()
+        field.fill("a-secret")
+        visit.page.get_by_role("button", name="Log in").click()
+        visit.heading("Overview")
+        visit.page.reload()
+        visit.heading("Overview")
+        assert not any("a-secret" in url for url in [*asked, visit.page.url])
+        visit.page.get_by_role("button", name="Log out").click()
+        visit.heading("Log in")
+        assert visit.page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
+        assert all("401" in complaint for complaint in visit.complaints)  # what the browser writes of every 401
+        visit.complaints.clear()
+
+
+def test_a_server_that_goes_away_is_told_and_found_again(browser: Browser, tmp_path: Path) -> None:
+    with visiting(browser, "") as visit:
+        with serving(tmp_path / "store") as service:
+            visit.url = service.url
+            visit.open("", title="Overview")
+            port = httpx.URL(service.url).port
+        visit.page.get_by_role("navigation").get_by_role("link", name="Jobs").click()
+        expect(visit.page.get_by_role("alert")).to_contain_text("The server does not answer")
+        with serving(tmp_path / "store", port=port):
+            visit.page.get_by_role("button", name="Try again").click()
+            visit.heading("Jobs")
+        assert all("ERR_CONNECTION" in complaint for complaint in visit.complaints)
+        visit.complaints.clear()
+
+
+# Overview -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_store_says_what_to_do(browser: Browser, shared_service: Service) -> None:
+    with visiting(browser, shared_service.url) as visit:
+        visit.open("", title="Overview")
+        expect(visit.page.get_by_text("gradstore datasets upload")).to_be_visible()
+        assert not visit.faults()
+        visit.picture("empty")
+        visit.open("datasets", title="Datasets")
+        expect(visit.page.get_by_text("There is no dataset yet")).to_be_visible()
+        visit.open("jobs", title="Jobs")
+        expect(visit.page.get_by_text("Nothing has been started yet.")).to_be_visible()
+
+
+def test_the_overview_counts_what_the_store_holds(visit: Visit, service: Service) -> None:
+    visit.open("", title="Overview")
+    counts = answer(service, "/usage")["counts"]
+    cards = visit.page.get_by_role("list", name="What the store holds").get_by_role("listitem")
+    expect(cards.filter(has_text="tasks")).to_have_text(re.compile(rf"^{counts['tasks']}\s*tasks$"))
+    expect(cards.filter(has_text="gradients")).to_have_text(re.compile(rf"^{counts['gradients']}\s*gradients jobs$"))
+
+
+# Jobs ---------------------------------------------------------------------------------------------------------------
+
+
+def gradients(service: Service, seed: int) -> dict[str, Any]:
+    """A gradients job that waits, of its own."""
+    body = {"dataset": "tulu-sample", "run": "warmup", "dims": [8], "seed": seed, "name": f"job {seed}"}
+    found: dict[str, Any] = service.http.post("/gradients", json=body).json()
+    return found
+
+
+def test_every_kind_of_job_can_be_chosen(visit: Visit) -> None:
+    visit.open("jobs", title="Jobs")
+    assert set(visit.page.get_by_label("Kind").locator("option").all_inner_texts()) == {"all kinds", *get_args(JobKind)}
+    states = visit.page.get_by_label("State").locator("option").all_inner_texts()
+    assert set(states) == {"all states", *get_args(JobStatus)}
+
+
+def test_jobs_are_filtered_by_the_server(visit: Visit, service: Service) -> None:
+    visit.open("jobs", title="Jobs")
+    rows = visit.page.get_by_role("table").locator("tbody tr")
+    assert rows.count() == len(answer(service, "/jobs", limit=50)["data"])
+    visit.page.get_by_label("State").select_option("failed")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("failed")
+    assert "status=failed" in visit.page.url
+    visit.page.reload()
+    visit.heading("Jobs")
+    expect(rows).to_have_count(1)
+
+
+def test_a_job_is_followed_cancelled_and_tried_again(visit: Visit, service: Service) -> None:
+    job = gradients(service, 1)
+    visit.open(f"jobs/{job['id']}", title="job 1")
+    state = visit.page.locator(".badge")
+    expect(state).to_contain_text("queued")
+    claim = service.backend.jobs.claim("test", kinds=["gradients"], job=job["id"])
+    assert claim is not None
+    assert service.backend.jobs.renew(claim, done=160)
+    expect(visit.page.get_by_text("160 of 1,280 rows")).to_be_visible()
+    expect(visit.page.get_by_role("progressbar")).to_have_attribute("value", "0.125")
+    visit.page.get_by_role("button", name="Cancel").click()
+    expect(state).to_contain_text("cancelled")
+    assert answer(service, f"/jobs/{job['id']}")["status"] == "cancelled"
+    visit.page.get_by_role("button", name="Try again").click()
+    expect(state).to_contain_text(re.compile("queued|running"))
+    service.http.post(f"/jobs/{job['id']}/cancel")
+    expect(visit.page.get_by_role("status").filter(has_text="The job is cancelled")).to_be_attached()
+
+
+def test_the_list_of_jobs_keeps_itself_up_to_date_and_the_focus_where_it_is(visit: Visit, service: Service) -> None:
+    visit.open("jobs", title="Jobs")
+    job = gradients(service, 2)
+    row = visit.page.locator(f"tr[data-job={job['id']}]")
+    button = row.get_by_role("button", name="Cancel job 2")
+    button.focus()
+    claim = service.backend.jobs.claim("test", kinds=["gradients"], job=job["id"])
+    assert claim is not None
+    assert service.backend.jobs.renew(claim, done=64)
+    expect(row).to_contain_text("64 of 1,280 rows")
+    button.press("Enter")
+    expect(row).to_contain_text("cancelled")
+
+
+def test_a_failed_job_shows_why_in_the_servers_words(visit: Visit, service: Service) -> None:
+    failed = answer(service, "/jobs", status="failed")["data"][0]
+    visit.open(f"jobs/{failed['id']}", title=failed["name"])
+    expect(visit.page.get_by_role("alert")).to_contain_text(failed["error"]["detail"])
+    assert not visit.faults()
+    visit.picture("job-failed")
+
+
+# Datasets -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_shows_its_sources_and_lengths(visit: Visit, service: Service) -> None:
+    opened(visit, service, "dataset")
+    dataset = answer(service, "/datasets/tulu-sample")
+    sources = visit.page.get_by_role("table", name="Rows of each source").locator("tbody tr")
+    shown = [(row.locator("th").inner_text(), row.locator("td").nth(1).inner_text()) for row in sources.all()]
+    assert dict(shown) == {name: str(count) for name, count in dataset["origins"].items()}
+    lengths = answer(service, "/datasets/tulu-sample/lengths")["origins"]
+    visit.page.get_by_text("The same as numbers").click()
+    table = visit.page.get_by_role("table", name="Bytes of a row by source").locator("tbody tr")
+    for name, own in lengths.items():
+        expect(table.filter(has_text=name)).to_contain_text(f"{own['shortest']} B")
+
+
+def test_rows_are_searched_and_paged(visit: Visit, service: Service) -> None:
+    opened(visit, service, "dataset")
+    titles = visit.page.locator(".row h3")
+    visit.page.get_by_label("Text", exact=True).fill("TROUT")
+    visit.page.get_by_role("button", name="Search").click()
+    found = answer(service, "/datasets/tulu-sample/rows", q="trout", limit=20)["data"]
+    expect(titles).to_have_text([f"Row {row['row']}" for row in found[:10]])
+    visit.page.get_by_role("button", name="Next").click()
+    expect(titles).to_have_text([f"Row {row['row']}" for row in found[10:]])
+    visit.page.get_by_role("button", name="Previous").click()
+    expect(titles).to_have_text([f"Row {row['row']}" for row in found[:10]])
+    visit.page.get_by_label("Source", exact=True).select_option("cot")
+    expect(visit.page.get_by_text("No row is like this.")).to_be_visible()
+    visit.page.get_by_label("Text", exact=True).fill("")
+    visit.page.get_by_role("button", name="Search").click()
+    of_cot = answer(service, "/datasets/tulu-sample/rows", origin="cot", limit=10)["data"]
+    expect(titles).to_have_text([f"Row {row['row']}" for row in of_cot])
+    visit.page.get_by_label("Go to row").fill(str(ROWS - 1))
+    visit.page.get_by_role("button", name="Go", exact=True).click()
+    last = answer(service, "/datasets/tulu-sample/rows", origin="cot", after=ROWS - 1)["data"]
+    expect(titles).to_have_text([f"Row {row['row']}" for row in last])
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+def sources_taken(visit: Visit) -> dict[str, int]:
+    """What the page says that the cut takes of each source."""
+    rows = visit.page.get_by_role("table", name="Rows of each source that the cut takes").locator("tbody tr")
+    cells = [(row.locator("th").inner_text(), row.locator("td").nth(1).inner_text()) for row in rows.all()]
+    return {name: int(count.replace(",", "")) for name, count in cells if count != "0"}
+
+
+def check_cut(visit: Visit, service: Service, step: int) -> None:
+    """The page shows the cut after `step` tenths of a percent, with the API's numbers."""
+    cuts = answer(service, "/scores/distribution", task="mmlu", steps=1000)["cuts"]
+    slider = visit.page.get_by_role("slider")
+    expect(slider).to_have_attribute("aria-valuenow", f"{step / 10:g}")
+    rows = cuts["rows"][step - 1]
+    expect(slider).to_have_attribute("aria-valuetext", re.compile(rf"^{step / 10:g} %: {rows:,} rows with a score of "))
+    assert sources_taken(visit) == {name: own[step - 1] for name, own in cuts["origins"].items() if own[step - 1]}
+    assert sum(sources_taken(visit).values()) == rows
+    expect(visit.page.locator(".told")).to_contain_text(f"{rows:,} of ")
+
+
+def test_the_cut_is_dragged_by_mouse(visit: Visit, service: Service) -> None:
+    visit.open("scores?task=mmlu", title="Scores")
+    check_cut(visit, service, 50)
+    frame = visit.page.locator(".cut").bounding_box()
+    handle = visit.page.get_by_role("slider").bounding_box()
+    assert frame is not None
+    assert handle is not None
+    visit.page.mouse.move(handle["x"] + handle["width"] / 2, frame["y"] + 60)
+    visit.page.mouse.down()
+    for part in (0.3, 0.5, 0.6):
+        visit.page.mouse.move(frame["x"] + part * frame["width"], frame["y"] + 60)
+    visit.page.mouse.up()
+    visit.page.mouse.move(frame["x"] + 5, frame["y"] + 60)  # the button is up: nothing moves
+    found = answer(service, "/scores/distribution", task="mmlu", steps=1000)
+    low, high = found["edges"][0], found["edges"][-1]
+    step = next(step for step, score in enumerate(found["cuts"]["scores"], 1) if score <= high - 0.6 * (high - low))
+    now = float(visit.page.get_by_role("slider").get_attribute("aria-valuenow") or 0)
+    assert abs(10 * now - step) <= 8  # a pixel is some rows
+    check_cut(visit, service, round(10 * now))
+
+
+def test_the_cut_is_moved_by_keys_and_by_a_number(visit: Visit, service: Service) -> None:
+    visit.open("scores?task=mmlu&pct=10", title="Scores")
+    slider = visit.page.get_by_role("slider")
+    slider.focus()
+    for key, step in (
+        *(("ArrowRight", 101), ("ArrowUp", 102), ("ArrowLeft", 101), ("ArrowDown", 100), ("PageUp", 110)),
+        *(("PageDown", 100), ("Home", 1), ("ArrowLeft", 1), ("End", 1000)),
+    ):
+        visit.page.keyboard.press(key)
+        check_cut(visit, service, step)
+    visit.page.get_by_label("Percent of the pool").fill("12.5")
+    visit.page.get_by_label("Percent of the pool").press("Enter")
+    check_cut(visit, service, 125)
+
+
+def test_the_cut_is_put_by_touch(browser: Browser, service: Service) -> None:
+    with visiting(browser, service.url, has_touch=True) as visit:
+        visit.open("scores?task=mmlu", title="Scores")
+        frame = visit.page.locator(".cut").bounding_box()
+        assert frame is not None
+        visit.page.touchscreen.tap(frame["x"] + frame["width"] / 2, frame["y"] + 60)
+        now = float(visit.page.get_by_role("slider").get_attribute("aria-valuenow") or 0)
+        assert now > 5
+        check_cut(visit, service, round(10 * now))
+
+
+def test_what_the_cut_takes_is_selected(visit: Visit, service: Service) -> None:
+    visit.open("scores?task=mmlu&pct=7.5", title="Scores")
+    visit.page.get_by_role("button", name="Select these rows").click()
+    chosen = answer(service, "/select", task="mmlu", pct=0.075, limit=0)
+    visit.heading(chosen["id"])
+    rows = visit.page.get_by_role("table", name="Chosen rows of each source").locator("tbody tr")
+    shown = {row.locator("th").inner_text(): int(row.locator("td").nth(1).inner_text()) for row in rows.all()}
+    assert {name: count for name, count in shown.items() if count} == chosen["origins"]
+
+
+# Selections ---------------------------------------------------------------------------------------------------------
+
+
+def test_chosen_rows_are_shown_with_why_they_were_chosen(visit: Visit, service: Service) -> None:
+    opened(visit, service, "selection")
+    chosen = answer(service, "/select", task="mmlu", pct=0.05, limit=0)
+    first = answer(service, f"/selections/{chosen['id']}/explanations", limit=1)["data"][0]
+    shown = visit.page.locator(".row").first
+    expect(shown).to_contain_text(first["turns"][0]["content"].splitlines()[0])
+    expect(shown).to_contain_text(first["nearest"]["turns"][0]["content"])
+    expect(shown).to_contain_text(f"influence {first['nearest']['influence']:.3f}")
+    scores = {score["subtask"]: f"{score['score']:.3f}" for score in first["subtasks"]}
+    rows = shown.get_by_role("table").locator("tbody tr")
+    found = {row.locator("th").inner_text(): row.locator("td").last.inner_text() for row in rows.all()}
+    assert found == {f"mmlu / {name}": score for name, score in scores.items()}
+
+
+def test_chosen_rows_are_filtered_and_paged(visit: Visit, service: Service) -> None:
+    opened(visit, service, "selection")
+    chosen = answer(service, "/select", task="mmlu", pct=0.05, limit=1000)
+    titles = visit.page.locator(".row h3")
+    visit.page.get_by_role("button", name="Next").click()
+    expect(titles).to_have_text([f"Rank {rank}" for rank in range(11, 21)])
+    origin = next(iter(chosen["origins"]))
+    visit.page.get_by_label("Source", exact=True).select_option(origin)
+    ranks = [row["rank"] for row in chosen["data"] if row["origin"] == origin][:10]
+    expect(titles).to_have_text([f"Rank {rank}" for rank in ranks])
+    visit.page.get_by_label("Text", exact=True).fill("nothing has this text")
+    visit.page.get_by_role("button", name="Search").click()
+    expect(visit.page.get_by_text("No chosen row is like this.")).to_be_visible()
+
+
+def test_chosen_rows_are_saved_as_they_were_uploaded(visit: Visit, service: Service) -> None:
+    opened(visit, service, "selection")
+    with visit.page.expect_download() as download:
+        visit.page.get_by_role("button", name="Download rows").click()
+    chosen = answer(service, "/select", task="mmlu", pct=0.05, limit=0)
+    expected = service.http.get(f"/selections/{chosen['id']}/content").content
+    assert Path(download.value.path()).read_bytes() == expected
+    assert download.value.suggested_filename == f"{chosen['id']}.jsonl"
+
+
+# Overlap and training -----------------------------------------------------------------------------------------------
+
+
+def test_the_overlap_of_tasks_is_a_table_of_the_apis_numbers(visit: Visit, service: Service) -> None:
+    opened(visit, service, "overlap")
+    found = answer(service, "/overlaps", task=["gsm8k", "bbh", "mmlu"], pct=0.05)
+    by_pair = {frozenset(pair["tasks"]): pair for pair in found["pairs"]}
+    ids = {name: answer(service, f"/tasks/{name}")["id"] for name in ("gsm8k", "bbh", "mmlu")}
+    shared = visit.page.get_by_role("table", name="Shared rows of each pair of tasks")
+    agreement = visit.page.get_by_role("table", name="Rank correlation of each pair of tasks")
+    for one, other in (("gsm8k", "bbh"), ("bbh", "mmlu"), ("mmlu", "gsm8k")):
+        pair = by_pair[frozenset((ids[one], ids[other]))]
+        column = ["gsm8k", "bbh", "mmlu"].index(other)
+        for table, text in ((shared, f"{pair['shared']} rows"), (agreement, f"{pair['rank_correlation']:.2f}")):
+            row = table.locator("tbody tr").filter(has=visit.page.get_by_role("rowheader", name=one, exact=True))
+            expect(row.locator("td").nth(column)).to_contain_text(text)
+    visit.page.get_by_label("bbh").uncheck()
+    expect(shared.locator("tbody tr")).to_have_count(2)
+    visit.page.get_by_label("mmlu").uncheck()
+    expect(visit.page.get_by_text("Choose two tasks or more.")).to_be_visible()
+
+
+def test_trainings_and_evaluations_stand_side_by_side(visit: Visit, service: Service) -> None:
+    opened(visit, service, "training")
+    curves = visit.page.locator(".curves path")
+    finetunes = answer(service, "/finetunes")["data"]
+    expect(curves).to_have_count(len(finetunes))
+    visit.page.get_by_role("checkbox", name="warm-up on 5 %").uncheck()
+    expect(curves).to_have_count(len(finetunes) - 1)
+    metric = visit.page.get_by_role("table", name="Metric of each model")
+    heads = metric.locator("thead th").all_inner_texts()
+    assert heads == ["task", "base", "random 5 %", "selected 5 %"]
+    for job in answer(service, "/evaluations")["data"]:
+        tuned = next(row for row in job["result"]["rows"] if row["model"] == "tuned" and row["subtask"] is None)
+        cell = metric.locator("tbody tr").first.locator("td").nth(heads.index(job["name"]) - 1)
+        expect(cell).to_contain_text(f"{tuned['value']:.3f}")
+
+
+# Many rows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("large")
+    large(folder, LARGE).catalog.close()
+    with serving(folder / "store") as running:
+        yield running
+
+
+@pytest.fixture
+def large_visit(browser: Browser, large_service: Service) -> Iterator[Visit]:
+    """A visit of the large store: no page may fetch more than a megabyte, or make more than 3,000 elements."""
+    with visiting(browser, large_service.url) as found:
+        bodies: list[int] = []
+        found.page.on("response", lambda response: bodies.append(int(response.headers.get("content-length", 0))))
+        yield found
+        assert sum(bodies) < 1_000_000
+        assert found.page.evaluate("document.querySelectorAll('*').length") < 3_000
+
+
+def test_two_hundred_thousand_rows_are_read_a_page_at_a_time(large_visit: Visit) -> None:
+    large_visit.open("datasets", title="Datasets")
+    large_visit.page.get_by_role("link", name="large").click()
+    large_visit.heading("large")
+    large_visit.page.get_by_role("heading", name="Row 9").wait_for()
+    large_visit.page.get_by_label("Go to row").fill("199999")
+    large_visit.page.get_by_role("button", name="Go", exact=True).click()
+    expect(large_visit.page.locator(".row")).to_have_count(1)
+    expect(large_visit.page.locator(".row")).to_contain_text("question 199999")
+    large_visit.page.get_by_label("Text", exact=True).fill("question 45000")
+    large_visit.page.get_by_role("button", name="Search").click()
+    expect(large_visit.page.locator(".row h3")).to_have_text(["Row 45,000"])
+
+
+def test_two_hundred_thousand_scores_are_cut_and_explained(large_visit: Visit, large_service: Service) -> None:
+    large_visit.open("scores?task=mmlu&pct=0.1", title="Scores")
+    slider = large_visit.page.get_by_role("slider")
+    expect(slider).to_have_attribute("aria-valuetext", re.compile("^0.1 %: 200 rows"))
+    slider.press("PageUp")
+    expect(slider).to_have_attribute("aria-valuetext", re.compile("^1.1 %: 2,200 rows"))
+    assert sum(sources_taken(large_visit).values()) == 2_200
+    large_visit.page.get_by_label("Percent of the pool").fill("10")
+    large_visit.page.get_by_label("Percent of the pool").press("Enter")
+    expect(slider).to_have_attribute("aria-valuetext", re.compile("^10 %: 20,000 rows"))
+    large_visit.page.get_by_role("button", name="Select these rows").click()
+    large_visit.page.get_by_role("heading", name="Rank 10", exact=True).wait_for()
+    large_visit.page.get_by_role("button", name="Next").click()
+    large_visit.page.get_by_role("heading", name="Rank 20", exact=True).wait_for()
+    expect(large_visit.page.get_by_text("ranks 11 to 20 of 20,000")).to_be_visible()
