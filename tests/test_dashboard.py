@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import httpx
+import numpy as np
 import pytest
-from gradstore.types import JobKind, JobStatus
+from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus
 from playwright.sync_api import Browser, expect
 
+from datastore.attributions import Answered
+from datastore.questions import QuestionFeature
 from service.routes.dashboard import FOLDER, POLICY
 from tests.browser import Visit, chromium, visiting
 from tests.serving import Service, problem_of, serving
-from tests.shown import ROWS, large, shown
+from tests.shown import DIM, ROWS, large, shown
 
 pytestmark = pytest.mark.services
 
@@ -106,6 +109,7 @@ PLACES = {
     "scores": ("scores?task=mmlu", "Scores"),
     "selections": ("selections", "Selections"),
     "overlap": ("overlaps", "Overlap"),
+    "question": ("attributions", "Attribution"),
     "training": ("training", "Training"),
 }
 
@@ -130,7 +134,11 @@ def test_a_page_has_no_fault_that_axe_knows(browser: Browser, service: Service, 
     with visiting(browser, service.url, color_scheme=scheme) as visit:
         opened(visit, service, name)
         assert not visit.faults(only=None if scheme == "light" else "color-contrast")  # the rest is the same
-        if scheme == "light" or name == "scores":
+        if name == "selection":
+            visit.page.get_by_role("heading", name="Chosen rows").scroll_into_view_if_needed()
+            visit.page.mouse.wheel(0, 700)
+            visit.page.wait_for_timeout(300)
+        if name != "question" and (scheme == "light" or name == "scores"):
             visit.picture(name if scheme == "light" else f"{name}-dark")
 
 
@@ -493,6 +501,45 @@ def test_the_overlap_of_tasks_is_a_table_of_the_apis_numbers(visit: Visit, servi
     expect(shared.locator("tbody tr")).to_have_count(2)
     visit.page.get_by_label("mmlu").uncheck()
     expect(visit.page.get_by_text("Choose two tasks or more.")).to_be_visible()
+
+
+def attribute(service: Service, job: str) -> None:
+    """Do an attribution as a worker would, with a made-up feature of the question."""
+    backend = service.backend
+    claim = backend.jobs.claim("test", kinds=["attribution"], job=job)
+    assert claim is not None
+    asked = AttributionRequest.model_validate(claim.request)
+    random = np.random.default_rng(3)
+    features = [QuestionFeature(random.normal(size=DIM).astype(np.float32), 1.25, 7) for _ in range(2)]
+    data, searches = backend.attributions.search(asked, claim.plan, [Answered(features)], on_rows=lambda _: None)
+    result = AttributionResult(
+        recipe=claim.plan["recipe"], data=data, searches=searches, computed_rows=2, gradient_seconds=0.1, seconds=0.3
+    )
+    assert backend.jobs.succeed(claim, result=result.model_dump(mode="json"))
+
+
+def test_a_typed_answer_is_attributed_to_examples(visit: Visit, service: Service) -> None:
+    opened(visit, service, "question")
+    visit.page.get_by_label("Prompt").fill("How many pieces of fruit are in three boxes of 31 apples and 12 pears?")
+    visit.page.get_by_label("Answer of the model").fill("3 × 43 = 129. The answer is 129.")
+    visit.page.get_by_label("Examples of each sign").fill("3")
+    visit.page.get_by_role("button", name="Find examples").click()
+    expect(visit.page.get_by_text("Waiting for a worker …")).to_be_visible()
+    job = answer(service, "/attributions")["data"][0]["id"]
+    attribute(service, job)
+    visit.page.get_by_role("heading", name="Speak against it").wait_for()
+    found = answer(service, f"/attributions/{job}")["result"]["data"][0]
+    for title, rows in (("Speak for it", found["most"]), ("Speak against it", found["least"])):
+        shown = visit.page.get_by_role("region", name=title).locator(".row")
+        expect(shown).to_have_count(3)
+        for place, row in enumerate(rows):
+            expect(shown.nth(place)).to_contain_text(f"influence {row['score']:.3f}")
+            expect(shown.nth(place)).to_contain_text(f"row {row['row']}")
+            expect(shown.nth(place)).to_contain_text(row["text"].splitlines()[0])
+    assert not visit.faults()
+    visit.picture("attribution")
+    opened(visit, service, "question")
+    expect(visit.page.get_by_role("table").locator("tbody tr")).to_contain_text("How many pieces of fruit")
 
 
 def test_trainings_and_evaluations_stand_side_by_side(visit: Visit, service: Service) -> None:

@@ -3,6 +3,7 @@
 import { get, isAborted, key } from "./api.js";
 import { fill, fresh, h } from "./dom.js";
 import { failure, heading, loading } from "./parts.js";
+import * as attributions from "./pages/attributions.js";
 import * as datasets from "./pages/datasets.js";
 import * as jobs from "./pages/jobs.js";
 import * as overlaps from "./pages/overlaps.js";
@@ -18,6 +19,7 @@ const PAGES = [
   { path: "scores", title: "Scores", page: scores },
   { path: "selections", title: "Selections", page: selections },
   { path: "overlaps", title: "Overlap", page: overlaps },
+  { path: "attributions", title: "Attribution", page: attributions },
   { path: "training", title: "Training", page: training },
 ];
 const UNAUTHENTICATED = 401;

@@ -65,7 +65,7 @@ export function failure(error, again = null) {
 
 /** Links to this page with each of the questions that the server offers, named by what tells them apart. */
 function choices(places) {
-  const questions = places.map(({ detail }) => new URL(detail).searchParams);
+  const questions = places.map(({ detail }) => new URL(detail, document.baseURI).searchParams);
   const names = [...new Set(questions.flatMap((one) => [...one.keys()]))];
   const telling = names.filter((name) => new Set(questions.map((one) => one.getAll(name).join())).size > 1);
   const page = location.hash.split("?")[0];

@@ -12,6 +12,7 @@ const CARDS = [
   ["runs", "run", null],
   ["gradients", "gradients job", "#/jobs?kind=gradients"],
   ["selections", "selection", "#/selections"],
+  ["attributions", "attribution", "#/attributions"],
   ["finetunes", "fine-tune", "#/training"],
   ["evaluations", "evaluation", "#/training"],
 ];
@@ -27,7 +28,7 @@ const STEPS = [
   [(counts) => counts.evaluations, "Measure what it brought", "gradstore evaluations create --finetune <fine-tune> --tasks mmlu"],
 ];
 
-const PART_NAMES = { work: "unfinished trainings", other: "catalog and uploads" };
+const PART_NAMES = { questions: "questions of attributions", trainings: "trainings of validations", work: "unfinished trainings", other: "catalog and uploads" };
 
 /** Fill the page. */
 export async function show(main, context) {
