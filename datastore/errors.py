@@ -6,6 +6,7 @@
     │   ├── InvalidDataset
     │   ├── InvalidTask
     │   ├── InvalidCheckpoint
+    │   ├── InvalidFeatures
     │   └── PathNotAllowed
     ├── TooLarge
     ├── NotEnoughSpace
@@ -15,6 +16,7 @@
         ├── NameTaken
         ├── InUse
         ├── GradientsMissing
+        ├── ForeignProjection
         └── Ambiguous
 
 Every message says what to do next.
@@ -60,6 +62,10 @@ class InvalidTask(InvalidInput):
 
 class InvalidCheckpoint(InvalidInput):
     """Files that are no adapter, or an adapter that does not fit its base model or its optimizer state."""
+
+
+class InvalidFeatures(InvalidInput):
+    """Files that are no features, or not those of the rows that they are said to be of."""
 
 
 class PathNotAllowed(InvalidInput):
@@ -126,6 +132,10 @@ class GradientsMissing(Conflict):
     def __init__(self, detail: str, *, body: dict[str, object]) -> None:
         super().__init__(detail)
         self.body = body
+
+
+class ForeignProjection(Conflict):
+    """Imported features would have to be compared with features of another projection, which means nothing."""
 
 
 class Ambiguous(Conflict):

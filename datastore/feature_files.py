@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from datastore.segments import Rows
 
 BLOCK = 256  # rows sent at a time: 8 MiB at dim 8,192
-_TYPES = {"<f4": "F32", "|b1": "BOOL", "<i4": "I32", "<i2": "I16"}
+_TYPES = {"<f4": "F32", "<i4": "I32", "|u1": "U8"}
 
 
 @dataclass(frozen=True)

@@ -241,14 +241,14 @@ class Features:
             row = session.get(FeatureSetRow, id)
             if row is None:
                 raise NotFound("feature set", id, collection="/gradients")
-            return _feature_set(session, row)
+            return described(session, row)
 
     def complete(self, *, datasets: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[FeatureSet]:
         """The feature sets of these datasets and tasks whose rows are all there."""
         query = select(FeatureSetRow).where(FeatureSetRow.dataset.in_(datasets) | FeatureSetRow.task.in_(tasks))
         with self.catalog.reading() as session:
             rows = session.scalars(query.order_by(FeatureSetRow.created_at, FeatureSetRow.id))
-            return [_feature_set(session, row) for row in rows if _is_complete(session, row.id)]
+            return [described(session, row) for row in rows if _is_complete(session, row.id)]
 
     def of_job(self, reference: str, feature_set: str | None, *, path: str) -> FeatureSet:
         """A feature set of a finished gradients job, by its id or as the only one there is.
@@ -288,12 +288,12 @@ class Features:
     def result(self, session: Session, job: JobRow) -> dict[str, Any]:
         """The result of a gradients job whose shards are all done."""
         rows = _of_job(session, job)
-        excluded = _excluded(session, rows)
+        excluded = excluded_rows(session, rows)
         computed = job.done - job.plan["reused"]
         tokens = sum(_tokens(session, row.id) for row in _one_per_checkpoint(rows))
         seconds = ((job.finished_at or utc_now()) - (job.started_at or utc_now())).total_seconds()
         return GradientsResult(
-            feature_sets=[_feature_set(session, row) for row in rows],
+            feature_sets=[described(session, row) for row in rows],
             rows=job.plan["rows"],
             computed_rows=computed,
             excluded=excluded[:MAX_REPORTED],
@@ -305,7 +305,7 @@ class Features:
 
     def of_result(self, session: Session, job: JobRow) -> list[FeatureSet]:
         """The feature sets that a job answers with, inside its transaction."""
-        return [_feature_set(session, row) for row in _of_job(session, job)]
+        return [described(session, row) for row in _of_job(session, job)]
 
     def tokens(self, feature_set: str, start: int, stop: int) -> int:
         """Tokens of the chunks of a feature set that begin in rows `start:stop`."""
@@ -315,7 +315,7 @@ class Features:
             )
 
     def remove(self, reference: str, *, kind: JobKind = "gradients") -> str:
-        """Delete a gradients job, or a conversion, and every feature that no other job answers with; returns its id."""
+        """Delete a job that features come from, and every feature that no other job answers with; returns its id."""
         orphans: list[str] = []
 
         def delete_features(session: Session, job: JobRow) -> None:
@@ -395,7 +395,7 @@ class Features:
         segments = sorted({segment for feature in sets for segment, _, _ in feature.segments})
         reused = sum(shard.units for shard in missing if shard.finished)
         job.plan = {**job.plan, "segments": segments, "reused": reused}
-        _record(session, plan)
+        record(session, plan)
         return missing
 
     def planned(self, session: Session, owner: str, rows: int, parameters: dict[str, Any]) -> PlannedFeatureSet:
@@ -519,7 +519,8 @@ def _computed_rows(job: JobRow, settings: dict[str, Any]) -> float:
     return float((job.result or {}).get("computed_rows", 0)) if like else 0.0
 
 
-def _record(session: Session, plan: Plan) -> None:
+def record(session: Session, plan: Plan) -> None:
+    """Record a plan's feature sets and segments, as far as they are new, and that its job answers with them."""
     for position, feature in enumerate(plan.feature_sets):
         if session.get(FeatureSetRow, feature.id) is None:
             session.add(
@@ -623,7 +624,7 @@ def _chunks(session: Session, feature_set: str) -> list[tuple[int, ChunkRow]]:
     return [(start, chunk) for start, chunk in session.execute(query)]
 
 
-def _excluded(session: Session, rows: Sequence[FeatureSetRow]) -> list[ExcludedRow]:
+def excluded_rows(session: Session, rows: Sequence[FeatureSetRow]) -> list[ExcludedRow]:
     """Every row that a kind of features lacks, once for each reason, in the order of checkpoints and rows."""
     order = {row.checkpoint: position for position, row in enumerate(_one_per_checkpoint(rows))}
     kinds: dict[tuple[int, int, str, str], dict[FeatureKind, None]] = defaultdict(dict)
@@ -657,7 +658,8 @@ def _tokens(session: Session, feature_set: str) -> int:
     return sum(chunk.tokens for _, chunk in _chunks(session, feature_set))
 
 
-def _feature_set(session: Session, row: FeatureSetRow) -> FeatureSet:
+def described(session: Session, row: FeatureSetRow) -> FeatureSet:
+    """A feature set's record as it is answered."""
     parameters = row.parameters
     excluded = sum(len(chunk.excluded) for _, chunk in _chunks(session, row.id))
     segments = _segments(session, row.id)

@@ -34,6 +34,7 @@ UNITS: dict[JobKind, str] = {
     "conversion": "rows",
     "finetune": "steps",
     "evaluation": "examples",
+    "import": "rows",
     "scoring": "rows",
     "validation": "trainings",
     "attribution": "rows",
@@ -101,6 +102,7 @@ def collection(kind: JobKind | None) -> str:
         "conversion": "conversions",
         "finetune": "finetunes",
         "evaluation": "evaluations",
+        "import": "imports",
         "validation": "validations",
         "attribution": "attributions",
     }
@@ -576,14 +578,17 @@ def _finished_by(session: Session, chunk: Publication) -> list[tuple[ShardRow, J
         select(ShardRow, JobRow)
         .join(JobRow, JobRow.id == ShardRow.job_id)
         .where(
-            JobRow.kind.in_(("gradients", "conversion")), JobRow.status != "succeeded", ShardRow.status == "succeeded"
+            JobRow.kind.in_(("gradients", "conversion", "import")),
+            JobRow.status != "succeeded",
+            ShardRow.status == "succeeded",
         )
     )
     return [
         (shard, job)
         for shard, job in session.execute(query)
         for output in shard.payload["outputs"]
-        if (output["segment"], shard.payload["start"] - output["base"]) == (chunk.segment, chunk.start)
+        if output["segment"] == chunk.segment
+        and shard.payload["start"] <= output["base"] + chunk.start < shard.payload["stop"]
     ]
 
 

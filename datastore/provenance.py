@@ -34,6 +34,8 @@ from datastore.leases import Jobs
 
 _NAMES = {"datasets": "dataset", "tasks": "task", "checkpoints": "checkpoint"}
 """Fields of a recipe that /select has under another name."""
+_NONE = frozenset({"quantisation", "converted_from"})
+"""Fields of a recipe whose absence /select knows as `none`."""
 _FOLLOWS = frozenset({"checkpoint_weights", "task_kind", "projection_version"})
 """Fields of a recipe that /select finds out from the others."""
 FoundT = TypeVar("FoundT")
@@ -125,8 +127,8 @@ def card(provenance: Provenance, *, files: Sequence[DataFile] = (), notes: Seque
     parts = [
         _front_matter(provenance, files),
         f"# {provenance.selection}" + (f": {_text(provenance.name)}" if provenance.name else ""),
-        f"{chosen}, chosen by gradstore {provenance.gradstore} at {provenance.created_at.isoformat()} as those that "
-        f"help most with {', '.join(_text(task.name) for task in provenance.tasks)}.",
+        f"{chosen}, chosen by gradstore at {provenance.created_at.isoformat()}"
+        + (f" for {', '.join(_text(task.name) for task in provenance.tasks)}." if provenance.tasks else "."),
         *notes,
         "## How it was chosen",
         _table(["field", "value"], [(name, _value(value)) for name, value in provenance.recipe.items()]),
@@ -174,11 +176,15 @@ def _known(look: Callable[[], FoundT]) -> FoundT | None:
 
 
 def _parameters(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The recipe as the parameters of /select: what it does not say is left out, a list is said item by item."""
+    """The recipe as the parameters of /select: what it does not say is left out, a list is said item by item.
+
+    That a base model was not quantised, and features not converted, is said where there were some: with a precision.
+    """
     left_out = _FOLLOWS | ({"checkpoints"} if recipe["run"] else set())
     found: list[tuple[str, str]] = []
     for name, value in recipe.items():
-        if name in left_out or (value is None and name != "quantisation"):
+        said = value is not None or (name in _NONE and recipe["precision"] is not None)
+        if name in left_out or not said:
             continue
         items = value if isinstance(value, list) else ["none" if value is None else value]
         found += [(_NAMES.get(name, name), _plain(item)) for item in items]
@@ -186,8 +192,15 @@ def _parameters(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _command(recipe: Mapping[str, Any]) -> str:
-    options = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in _parameters(recipe)]
-    return f"gradstore select {' '.join(options)}"
+    return " ".join(
+        ["gradstore select", *(_option(name.replace("_", "-"), text) for name, text in _parameters(recipe))]
+    )
+
+
+def _option(name: str, text: str) -> str:
+    """A parameter as the command line has it: a switch for true and false."""
+    switches = {"true": f"--{name}", "false": f"--no-{name}"}
+    return switches.get(text, f"--{name} {shlex.quote(text)}")
 
 
 def _plain(value: Any) -> str:

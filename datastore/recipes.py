@@ -21,17 +21,17 @@ from gradstore.types import (
     FeatureSet,
     Precision,
     ProblemItem,
-    ProjectionName,
     Quantisation,
     Reduction,
     Run,
     SelectionRecipe,
+    StoredProjection,
     Task,
     TemplateName,
 )
 
 from datastore.catalog import Catalog
-from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
+from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing, InvalidInput
 from datastore.features import HIDDEN_KINDS, Features
 
 
@@ -50,7 +50,8 @@ class Query:
     dim: int | None = None
     dtype: FeatureDtype | None = None
     converted_from: FeatureDtype | Literal["none"] | None = None
-    projection: ProjectionName | None = None
+    projection: StoredProjection | None = None
+    projection_id: str | None = None
     seed: int | None = None
     template: TemplateName | None = None
     max_length: int | None = None
@@ -84,18 +85,20 @@ class Pools:
     """Of each dataset, in the order of the checkpoints."""
 
 
+FOREIGN = "foreign"
+"""The projection of imported features."""
 _OWN = ("kind", "adam")
 """Parameters of a pool's features that its task's may have otherwise."""
 _SHARED = (
-    "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_version", "seed", "template",
-    "max_length", "precision", "quantisation",
+    "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "projection_version",
+    "seed", "template", "max_length", "precision", "quantisation",
 )  # fmt: skip
 """Parameters in which the features of pool and task must agree: like is compared with like."""
 _ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version")
 """Parameters that a query can name."""
 _NONE = ("quantisation", "converted_from")
 """Parameters whose absence can be asked for, as `none`."""
-_OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "seed")
+_OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
 _TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
 """A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
@@ -130,16 +133,21 @@ class Recipes:
         found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
         complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
         if not complete:
-            raise _missing_task(pool[0], tasks, found[0][1])
+            raise self._missing_task(found, tasks)
         if len(complete) > 1:
             raise _ambiguous(query, [candidate for candidate, _ in complete], path)
         candidate, targets = complete[0]
         return self._recipe(query, candidate, targets, exclude), Sources(datasets=candidate.pools, tasks=targets)
 
     def pools(self, query: Query, *, path: str) -> Pools:
-        """The pools that a query without tasks means; raises as `resolve` does."""
+        """The pools that a query without tasks means; raises as `resolve` does. Whoever asks projects here, so imported
+        features are none of them.
+        """
         _refuse_idle(query)
-        found = self._candidates(query)
+        candidates = self._candidates(query)
+        found = [candidate for candidate in candidates if not _is_foreign(candidate)]
+        if not found:
+            raise _foreign(candidates[0].parameters["projection_id"], lacking="what is computed here")
         if len(found) > 1:
             raise _ambiguous(query, found, path)
         candidate = found[0]
@@ -281,6 +289,20 @@ class Recipes:
             return self.catalog.selection(reference).id
         return self.catalog.dataset(reference).id
 
+    def _missing_task(
+        self, found: Sequence[tuple[_Candidate, dict[str, list[FeatureSet]]]], tasks: Sequence[Task]
+    ) -> GradientsMissing | ForeignProjection:
+        """The POST for a task without features; none makes features that go with imported ones."""
+        ours = [(candidate, targets) for candidate, targets in found if not _is_foreign(candidate)]
+        candidate, targets = (ours or found)[0]
+        missing = next(task for task in tasks if task.id not in targets)
+        if not ours:
+            return _foreign(candidate.parameters["projection_id"], lacking=f"the task {missing.name}")
+        known = self.features.complete(tasks=[missing.id])
+        foreign = sorted({each.projection_id for each in known if each.projection_id is not None})
+        note = f" (its imported ones have the foreign projection {', '.join(map(repr, foreign))})" if foreign else ""
+        return _task_post(candidate, missing, note=note)
+
     def _missing_pool(
         self,
         query: Query,
@@ -288,10 +310,15 @@ class Recipes:
         run: Run | None,
         checkpoints: tuple[str, ...],
         near: Sequence[_Candidate],
-    ) -> GradientsMissing:
+    ) -> GradientsMissing | ForeignProjection:
         """The POST for a dataset without features, computed as those of the others are where others have some."""
+        foreign = [candidate for candidate in near if _is_foreign(candidate)]
+        if query.projection == FOREIGN or query.projection_id is not None or (foreign and foreign == list(near)):
+            named = query.projection_id or next((each.parameters["projection_id"] for each in foreign), None)
+            return _foreign(named, lacking=_lacking(datasets, foreign))
         if near:
-            nearest = max(near, key=lambda candidate: len(candidate.pools))
+            ours = [candidate for candidate in near if candidate not in foreign]
+            nearest = max(ours, key=lambda candidate: len(candidate.pools))
             owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
             body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
             posts = _posts(body, nearest.parameters)
@@ -342,13 +369,32 @@ def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[Fe
     return [by_checkpoint[checkpoint] for checkpoint in checkpoints]
 
 
-def _missing_task(candidate: _Candidate, tasks: Sequence[Task], found: dict[str, list[FeatureSet]]) -> GradientsMissing:
-    missing = next(task for task in tasks if task.id not in found)
+def _is_foreign(candidate: _Candidate) -> bool:
+    """Whether a candidate's features are imported."""
+    return bool(candidate.parameters["projection"] == FOREIGN)
+
+
+def _lacking(datasets: Sequence[str], candidates: Sequence[_Candidate]) -> str:
+    """The first of the datasets that the imported features closest to what is asked for do without."""
+    pools = max((candidate.pools for candidate in candidates), key=len, default={})
+    return next((dataset for dataset in datasets if dataset not in pools), "the pool")
+
+
+def _foreign(projection_id: str | None, *, lacking: str) -> ForeignProjection:
+    """Say that features of a foreign projection are compared with their like only, and what lacks these."""
+    return ForeignProjection(
+        f"the imported features have the foreign projection {projection_id!r}, of which {lacking} has none: features "
+        "of different projections cannot be compared. Import the others with the same projection_id (POST /imports), "
+        "or have all of them computed here (POST /gradients)"
+    )
+
+
+def _task_post(candidate: _Candidate, missing: Task, *, note: str) -> GradientsMissing:
     of_pool = candidate.parameters
     shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] in HIDDEN_KINDS}
     body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
     return GradientsMissing(
-        f"the task {missing.name} has no features that go with the pool's: {_posts(body, shared)}", body=body
+        f"the task {missing.name} has no features that go with the pool's{note}: {_posts(body, shared)}", body=body
     )
 
 

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
         return self.data / "trainings"
 
     @property
+    def imports(self) -> Path:
+        """Folder of uploaded features that are not imported yet."""
+        return self.data / "imports"
+
+    @property
     def work(self) -> Path:
         """Folder of unfinished fine-tunes, resumed by their next attempt."""
         return self.data / "work"

@@ -15,6 +15,7 @@ from datastore.explanations import Explaining
 from datastore.features import Features
 from datastore.finetunes import Finetunes
 from datastore.gradients import FeatureStore
+from datastore.imports import Imports
 from datastore.index import Indexes
 from datastore.leases import Jobs
 from datastore.provenance import Cards
@@ -43,6 +44,7 @@ class OpenStore:
     conversions: Conversions
     finetunes: Finetunes
     evaluations: Evaluations
+    imports: Imports
     recipes: Recipes
     scoring: Scoring
     answers: Answers
@@ -61,6 +63,8 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     jobs.results["gradients"] = features.result
     conversions = Conversions(catalog, jobs, features)
     jobs.results["conversion"] = conversions.result
+    imports = Imports(catalog, jobs, settings)
+    jobs.results["import"] = imports.result
     finetunes = Finetunes(catalog, jobs, checkpoints, settings)
     recipes = Recipes(catalog, features)
     scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
@@ -78,6 +82,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         conversions=conversions,
         finetunes=finetunes,
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
+        imports=imports,
         recipes=recipes,
         scoring=scoring,
         answers=answers,

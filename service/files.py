@@ -1,9 +1,9 @@
-"""Arrays and tables as the files that a request asks for by `format` or `Accept`: npy and Parquet."""
+"""Arrays and tables as the files that a request asks for by `format` or `Accept`: npy, safetensors and Parquet."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 from fastapi import Request, Response
 from numpy.typing import NDArray
 
+from datastore.feature_files import safetensors_of
+
 NPY = "application/x-npy"
 PARQUET = "application/vnd.apache.parquet"
 SAFETENSORS = "application/x-safetensors"
-Format = Literal["json", "npy", "parquet"]
+Format = Literal["json", "npy", "parquet", "safetensors"]
 
 
 def wanted_type(request: Request, offered: Sequence[str]) -> str | None:
@@ -29,8 +31,8 @@ def wanted_type(request: Request, offered: Sequence[str]) -> str | None:
 
 def wanted_format(request: Request, named: Format | None) -> Format:
     """The format that a request names, else the one it accepts, else JSON."""
-    accepted: dict[str | None, Format] = {NPY: "npy", PARQUET: "parquet"}
-    return named or accepted.get(wanted_type(request, [NPY, PARQUET]), "json")
+    accepted: dict[str | None, Format] = {NPY: "npy", PARQUET: "parquet", SAFETENSORS: "safetensors"}
+    return named or accepted.get(wanted_type(request, [NPY, PARQUET, SAFETENSORS]), "json")
 
 
 def npy(array: NDArray[Any], name: str) -> Response:
@@ -45,6 +47,11 @@ def parquet(table: pa.Table, name: str) -> Response:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return _download(buffer, PARQUET, f"{name}.parquet")
+
+
+def safetensors(arrays: Mapping[str, NDArray[Any]], name: str, *, metadata: str) -> Response:
+    """Arrays as `name.safetensors`, with what they are."""
+    return _download(io.BytesIO(safetensors_of(arrays, metadata=metadata)), SAFETENSORS, f"{name}.safetensors")
 
 
 def _download(content: io.BytesIO, media_type: str, filename: str) -> Response:

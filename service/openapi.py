@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from gradstore import types
-from gradstore.types import CheckpointRegister, Problem, TaskRegister
+from gradstore.types import CheckpointRegister, ImportRequest, Problem, TaskRegister
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -20,7 +20,7 @@ from service import forms, problems
 from service.idempotency import HEADER
 
 DESCRIPTION = "Computes the gradient of every training example once, keeps it, and answers which examples help a task."
-BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, CheckpointRegister)
+BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, CheckpointRegister, ImportRequest)
 """Models that routes name by hand."""
 
 CONFLICTING = {

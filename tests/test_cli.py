@@ -88,13 +88,14 @@ def test_the_command_line_has_what_was_promised() -> None:
         "tasks": plain | {"upload", "register"},
         "checkpoints": plain | {"upload", "register", "download"},
         "runs": plain | {"create"},
-        "gradients": plain | {"create", "rows"},
-        "selections": plain | {"rows", "explain", "content"},
+        "gradients": plain | {"create", "rows", "features"},
+        "selections": plain | {"rows", "explain", "content", "export", "provenance"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
         "validations": plain | {"create"},
         "attributions": plain | {"create"},
         "conversions": plain | {"create"},
+        "imports": plain | {"create"},
         "jobs": {"list", "show", "wait", "cancel", "retry", "watch", "delete"},
     }
     for noun, verbs in promised.items():

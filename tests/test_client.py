@@ -48,6 +48,7 @@ from gradstore.types import (
     EvaluationRequest,
     FinetuneRequest,
     GradientsRequest,
+    ImportRequest,
     LoraSettings,
     Problem,
     ProblemItem,
@@ -135,6 +136,7 @@ def test_help_writes_out_what_a_method_takes() -> None:
         (endpoints.EvaluationFields, EvaluationRequest, set()),
         (endpoints.AttributionFields, AttributionRequest, {"rows"}),
         (endpoints.CheckpointFields, CheckpointRegister, {"path"}),
+        (endpoints.ImportFields, ImportRequest, {"path"}),
     ],
 )
 def test_a_method_takes_exactly_the_fields_of_its_request(

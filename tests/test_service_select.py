@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load
 
 from datastore.errors import Damaged
 from datastore.store import OpenStore
@@ -82,7 +83,12 @@ def test_rows_are_told_page_by_page_in_every_form_once_they_are_there(ready: Ser
     assert (page["data"], page["has_more"]) == ([{"row": 38, **row}, {"row": 39, **row}], False)
     for after in (40, 10**30):
         assert ready.http.get(f"{urls[1]}&after={after}").json()["data"] == []
-    for name, media_type in (("npy", "application/x-npy"), ("parquet", "application/vnd.apache.parquet")):
+    columns = load(ready.http.get(f"{urls[0]}&format=safetensors").content)
+    assert columns.keys() == {"norm", "raw_norm", "loss", "tokens", "reason"}
+    assert (columns["norm"] == 1).all()
+    assert columns["reason"].dtype == np.uint8
+    forms = {"npy": "x-npy", "safetensors": "x-safetensors", "parquet": "vnd.apache.parquet"}
+    for name, media_type in ((name, f"application/{kind}") for name, kind in forms.items()):
         asked = ready.http.get(f"{urls[0]}&format={name}")
         assert asked.headers["content-type"] == media_type
         assert asked.content == ready.http.get(urls[0], headers={"Accept": media_type}).content
@@ -169,6 +175,8 @@ def test_the_whole_score_vector_in_three_forms(ready: Service) -> None:
     expected = [row["score"] for row in page["data"]]
     assert expected == sorted(expected, reverse=True)
     array = np.load(io.BytesIO(ready.http.get("/scores", params={**params, "format": "npy"}).content))
+    tensors = load(ready.http.get("/scores", params={**params, "format": "safetensors"}).content)
+    np.testing.assert_array_equal(tensors["score"], array)
     table = pq.read_table(io.BytesIO(ready.http.get("/scores", params={**params, "format": "parquet"}).content))
     np.testing.assert_allclose(array, expected, rtol=1e-6)
     np.testing.assert_allclose(table["score"].to_numpy(), expected, rtol=1e-6)

@@ -38,7 +38,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import conversions
+from datastore import conversions, imports
 from datastore.catalog import name_if_free, record_checkpoint, record_run
 from datastore.checkpoints import run_id
 from datastore.durable import untouched_for
@@ -67,6 +67,7 @@ from worker.features import Features
 from worker.finetune import draw, finetune
 from worker.gradients import GradientEngine
 from worker.heartbeat import Heartbeat, Stopped
+from worker.imports import block_of, look, open_table
 from worker.loaded import Base
 from worker.models import ModelError
 from worker.projection import PROJECTION_VERSION
@@ -88,6 +89,7 @@ KINDS: tuple[JobKind, ...] = (
     "conversion",
     "finetune",
     "evaluation",
+    "import",
     "scoring",
     "validation",
     "attribution",
@@ -169,13 +171,14 @@ def tidy(context: Context) -> None:
     context.validations.sweep(older_than=LEFT_OVER)
     context.attributions.sweep(older_than=LEFT_OVER)
     segments, checkpoints = select(SegmentRow.id), select(CheckpointRow.id)
-    trainings = select(JobRow.id).where(JobRow.status != "succeeded")
+    unfinished = select(JobRow.id).where(JobRow.status != "succeeded")
     _delete_unknown(context, segments, context.store.root.glob("seg_*"), context.store.delete)
     _delete_unknown(context, checkpoints, context.checkpoints.root.glob("ck_*"), context.checkpoints.delete)
     _delete_unknown(
-        context, trainings, context.settings.work.glob("ft_*"),
+        context, unfinished, context.settings.work.glob("ft_*"),
         lambda job: shutil.rmtree(context.settings.work / job, ignore_errors=True),
     )  # fmt: skip
+    _delete_unknown(context, unfinished, context.settings.imports.glob("imp_*"), context.imports.forget)
 
 
 def _delete_unknown(
@@ -277,6 +280,14 @@ def _commit(claim: Claim, context: Context, write: Callable[[dict[str, Any]], Ne
     """
     laps.end("waiting")  # for the shard before to be written
     chunks = [write(output) for output in claim.payload["outputs"]]
+    won = _commit_chunks(claim, context, chunks)
+    laps.end("writing")
+    log.info("shard's seconds", extra={**_labels(claim), **laps.seconds})
+    return won
+
+
+def _commit_chunks(claim: Claim, context: Context, chunks: Sequence[NewChunk]) -> bool:
+    """Commit and publish what a shard has written; whether it was in time."""
     won = context.jobs.succeed(claim, chunks=chunks)
     mine = context.jobs.unpublished(attempt=claim.token)
     _publish(context, mine)
@@ -284,8 +295,6 @@ def _commit(claim: Claim, context: Context, write: Callable[[dict[str, Any]], Ne
     for chunk in chunks:
         if (chunk.segment, chunk.start) not in committed:  # another attempt has these rows, or has published these
             _discard(context, chunk.segment, start=chunk.start, attempt=claim.token)
-    laps.end("writing")
-    log.info("shard's seconds", extra={**_labels(claim), **laps.seconds})
     return won
 
 
@@ -659,6 +668,56 @@ def _validation(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     return partial(context.validations.finish, claim, validations.measure(claim, context, heartbeat))
 
 
+# Imports --------------------------------------------------------------------------------------------------------------
+
+
+def _import(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
+    """Read the features of another program, find every row sound, and write them as this attempt's own."""
+    began = time.monotonic()
+    plan = claim.plan
+    paths = imports.find(Path(plan["files"]), dim=plan["dim"])
+    table = open_table(paths, rows=plan["rows"], owner=_owner_name(claim, context), dim=plan["dim"])
+    found = look(table, on_error=plan["on_error"], check=heartbeat.check)
+    feature = context.imports.prepare(
+        claim,
+        dim=table.dim,
+        found={
+            "files": [path.name for path in paths],
+            "source_dtype": table.dtype,
+            "normalised": found.normalised,
+            "norms": found.described.model_dump(),
+            "seconds": claim.worked + time.monotonic() - began,
+        },
+    )
+    segment = feature.segments[0][0]
+    attributes = {**feature.parameters, "feature_set": feature.id, "first_row": 0}
+    context.store.create(segment, rows=table.rows, dim=table.dim, dtype=feature.dtype, attributes=attributes)
+    chunks = []
+    for start, rows in table.blocks():
+        heartbeat.check()
+        block = sound(block_of(rows, found.norms[start : start + len(rows)]))
+        digest = context.store.write(segment, start=start, attempt=claim.token, block=block)
+        excluded = [(start + row, reason) for row, reason in block.excluded.items()]
+        chunks.append(NewChunk(segment, start, start + len(rows), digest, excluded))
+        heartbeat.report(start + len(rows))
+    return partial(_commit_import, claim, context, chunks)
+
+
+def _commit_import(claim: Claim, context: Context, chunks: Sequence[NewChunk]) -> bool:
+    won = _commit_chunks(claim, context, chunks)
+    if context.jobs.get(claim.job).status == "succeeded":  # else its bytes may be lost yet, and needed again
+        context.imports.forget(claim.job)
+    return won
+
+
+def _owner_name(claim: Claim, context: Context) -> str:
+    """What the user calls the dataset or task that the features are said to be of."""
+    owner = claim.plan["owner"]
+    if claim.plan["is_task"]:
+        return f"the validation rows of the task {context.catalog.task(owner).name}"
+    return f"the dataset {context.catalog.dataset(owner).name or owner}"
+
+
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
 _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
@@ -666,6 +725,7 @@ _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "conversion": _conversion,
     "finetune": _finetune,
     "evaluation": _evaluation,
+    "import": _import,
     "scoring": scoring.work,
     "validation": _validation,
     "attribution": attribute,

@@ -68,6 +68,7 @@ HELP = {
     "projection": "How gradients are projected.",
     "q": "Only rows that hold this text, in any case of letters.",
     "quantisation": "Load the base model in 8 or 4 bits (GPU).",
+    "projection_id": "What you call the projection of imported features; compared are those of one name only.",
     "reduction": "Gradients of the mean of the supervised tokens' losses, or of their sum.",
     "replace": "Take the name from what has it now.",
     "revision": "Revision of the base model on the hub.",

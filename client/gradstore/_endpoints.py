@@ -31,8 +31,10 @@ from gradstore.types import (
     FeatureDtype,
     FeatureKind,
     FeatureRows,
+    GradientKind,
     GradientsJob,
     Health,
+    ImportJob,
     JobKind,
     JobStatus,
     Lengths,
@@ -50,6 +52,7 @@ from gradstore.types import (
     Scores,
     Search,
     Split,
+    StoredProjection,
     Task,
     TaskKind,
     TemplateName,
@@ -299,6 +302,40 @@ def conversions_create(**fields: Unpack[ConversionFields]) -> Call[ConversionJob
     return _post("conversions", ConversionJob, **_lists(fields))
 
 
+# Imports ----------------------------------------------------------------------------------------------------------
+
+
+class ImportFields(TypedDict, total=False):
+    """The fields of `gradstore.types.ImportRequest`, which describes them and has their defaults."""
+
+    dataset: str | None
+    task: str | None
+    checkpoint: Required[str]
+    projection_id: Required[str]
+    kind: GradientKind | None
+    adam: AdamForm | None
+    reduction: Reduction | None
+    dim: int | None
+    dtype: FeatureDtype | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    on_error: Literal["fail", "skip"] | None
+    name: str | None
+
+
+def imports_upload(path: PathOrFile, *, progress: bool = False, **fields: Unpack[ImportFields]) -> Call[ImportJob]:
+    """Import features that another program has computed: a LESS gradient folder, which is zipped while it is sent, or
+    a .pt, .npy or .safetensors file with a row an example.
+    """
+    return _uploading("imports", ImportJob, path, "files", _form(**fields), progress=progress)
+
+
+def imports_register(path: str | os.PathLike[str], **fields: Unpack[ImportFields]) -> Call[ImportJob]:
+    """Import features that lie in a folder or file of the server, inside an allowed root."""
+    return _post("imports", ImportJob, path=os.fspath(path), **fields)
+
+
 # Selection --------------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +354,8 @@ class Question(TypedDict, total=False):
     dim: int | None
     dtype: FeatureDtype | None
     converted_from: FeatureDtype | Literal["none"] | None
-    projection: ProjectionName | None
+    projection: StoredProjection | None
+    projection_id: str | None
     seed: int | None
     template: TemplateName | None
     max_length: int | None

@@ -62,6 +62,7 @@ PATIENCE = 300.0  # seconds a wait outlives a server that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 SCORES_WAIT = 20.0  # seconds a /select may take to answer before it becomes a job
 NPY = "application/x-npy"
+SAFETENSORS = "application/x-safetensors"
 RETRIED = frozenset({429, 502, 503, 504})
 
 ItemT = TypeVar("ItemT", bound=BaseModel)
@@ -282,7 +283,7 @@ def gradients_rows(job: str, /, *, feature_set: str | None = None) -> Stream[Fea
 def gradients_save_rows(
     job: str, path: str | os.PathLike[str], /, *, feature_set: str | None = None, progress: bool = False
 ) -> Flow[Path]:
-    """Save what is known of a feature set's rows: as `.npy` (a structured array) or `.parquet` (a table)."""
+    """Save what is known of a feature set's rows: as `.npy` (a structured array), `.safetensors` or `.parquet`."""
     call = _endpoints.gradients_rows(job, feature_set=feature_set)
     return download(replace(call, accept=_table_type(path, what="rows")), path, progress=progress)
 
@@ -302,7 +303,7 @@ def gradients_save_features(
     `start` and `stop` choose rows, as a slice does. A row without a feature is NaN. `feature_set` is the id of one of
     the job's feature sets; Conflict lists them where it is left out and there are several.
     """
-    accept = _media_type(path, {".npy": NPY, ".safetensors": "application/x-safetensors"}, what="features")
+    accept = _media_type(path, {".npy": NPY, ".safetensors": SAFETENSORS}, what="features")
     call = _endpoints.gradients_features(job, accept=accept, feature_set=feature_set, start=start, stop=stop)
     return (yield from download(call, path, progress=progress))
 
@@ -545,7 +546,8 @@ def save_scores(
     timeout: float | None = None,
     **question: Unpack[Question],
 ) -> Flow[Path]:
-    """Save the whole score vector: as `.npy` (one number per row) or `.parquet` (a table), by the path's ending."""
+    """Save the whole score vector: as `.npy` or `.safetensors` (one number per row) or `.parquet` (a table), by the
+    path's ending."""
     accept = _table_type(path, what="scores")
     call = _endpoints.scores(**question, wait=_patience(timeout))
     yield from _scored(replace(call, params=(*call.params, ("limit", "1"))), progress=progress, timeout=timeout)
@@ -600,7 +602,8 @@ def selections_explanations(
 
 def _table_type(path: str | os.PathLike[str], *, what: str) -> str:
     """The media type of numbers saved under a path, by its ending."""
-    return _media_type(path, {".npy": NPY, ".parquet": "application/vnd.apache.parquet"}, what=what)
+    kinds = {".npy": NPY, ".safetensors": SAFETENSORS, ".parquet": "application/vnd.apache.parquet"}
+    return _media_type(path, kinds, what=what)
 
 
 def _media_type(path: str | os.PathLike[str], kinds: Mapping[str, str], *, what: str) -> str:

@@ -48,6 +48,7 @@ from gradstore.types import (
     ExportFormat,
     FinetuneRequest,
     GradientsRequest,
+    ImportRequest,
     Interval,
     Job,
     JobKind,
@@ -67,7 +68,7 @@ SERVER_COMMANDS = {
 ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
     *("selections", "why", "attributions", "evaluations", "validations", "conversions", "checkpoints", "runs"),
-    *("jobs", "usage", "health"),
+    *("imports", "jobs", "usage", "health"),
 )
 VERBS = (
     *("upload", "register", "create", "list", "show", "rows", "explain", "lengths", "features", "content"),
@@ -260,6 +261,14 @@ CONVERTED = {
     "run": "Run by id or name: of a dataset or task, its checkpoints only.",
 }
 ADAM = "Adam's direction as LESS's code has it (less), with bias correction (exact), or both of them."
+IMPORTED = {
+    "checkpoint": "Checkpoint that the gradients were taken at.",
+    "dim": "Numbers of a row; needed where a folder has several dims.",
+    "kind": "Kind of the features; by default adam for a dataset and sgd for a task.",
+    "on_error": "What to do with rows that are not finite: refuse the files, or store them without a feature.",
+    "precision": "Number type of the base model while it computed; by default the checkpoint's.",
+    "task": "Task by id or name: the features are those of its validation rows.",
+}
 KINDS = "What the files hold: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl, or what else the server can read."
 
 
@@ -325,6 +334,7 @@ COLUMNS: dict[str, Columns] = {
     "evaluations": JOBS,
     "validations": JOBS,
     "attributions": JOBS,
+    "imports": JOBS,
     "jobs": {"kind": lambda job: job.kind, **JOBS},
 }
 HELP = {
@@ -339,6 +349,7 @@ HELP = {
     "evaluations": "Models measured on tasks.",
     "validations": "How well scores predict what training does.",
     "attributions": "Training examples behind what a model said.",
+    "imports": "Features that another program has computed.",
     "jobs": "Work of all kinds: look, wait, cancel, go on.",
 }
 SELECTED: Columns = {
@@ -690,7 +701,7 @@ def gradients_rows(
     feature_set: FeatureSetOption = None,
     limit: Rows = 20,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Save all rows there, as .npy or .parquet.")
+        Path | None, typer.Option("--output", "-o", help="Save all rows there, as .npy, .safetensors or .parquet.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -730,6 +741,31 @@ def create_conversion(ctx: typer.Context, *, wait: Wait = False, as_json: Json =
     """
     with _session(ctx) as store:
         _started(store, "conversions", store.conversions.create(**given(fields)), wait=wait, as_json=as_json)
+
+
+@groups["imports"].command("create")
+@takes(endpoints.imports_upload, request=ImportRequest, without=["progress"], texts=IMPORTED)
+def create_import(
+    ctx: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="LESS's folder, a zip of it, or a file of features.")],
+    *,
+    on_server: Annotated[bool, typer.Option("--on-server", help="The path is one of the server's.")] = False,
+    wait: Wait = False,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Import features that another program has computed.
+
+    LESS's gradient folder (dim8192/all_unormalized.pt and the like), .npy, .pt or .safetensors with a row an example.
+    Prints the job's id. They are compared only with features of the same --projection-id.
+    """
+    with _session(ctx) as store:
+        job = (
+            store.imports.register(path, **given(fields))
+            if on_server
+            else store.imports.upload(path, progress=is_terminal(), **given(fields))
+        )
+        _started(store, "imports", job, wait=wait, as_json=as_json)
 
 
 @groups["finetunes"].command("create")
@@ -923,7 +959,7 @@ def scores(
     *,
     limit: Rows = 20,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Save all scores there, as .npy or .parquet.")
+        Path | None, typer.Option("--output", "-o", help="Save all scores there, as .npy, .safetensors or .parquet.")
     ] = None,
     as_json: Json = False,
     timeout: Timeout = None,

@@ -47,6 +47,7 @@ from gradstore.types import (
     GradientsJob,
     GradientsRequest,
     GradientsResult,
+    ImportJob,
     Page,
 )
 
@@ -478,6 +479,22 @@ class Conversions(Resource[EngineT]):
     delete = call(endpoints.deleter("conversions"))
 
 
+class Imports(Resource[EngineT]):
+    """Features that another program has computed."""
+
+    upload = call(endpoints.imports_upload)
+    register = call(endpoints.imports_register)
+    get = call(endpoints.getter("imports", ImportJob))
+    list = each(flows.paged(endpoints.lister("imports", Page[ImportJob])))
+    wait = call(
+        flows.waiter(endpoints.getter("imports", ImportJob), SucceededJob[types.ImportRequest, types.ImportResult])
+    )
+    cancel = call(endpoints.canceller(ImportJob))
+    retry = call(endpoints.retrier(ImportJob))
+    rename = call(endpoints.renamer("imports", ImportJob))
+    delete = call(endpoints.deleter("imports"))
+
+
 class Selections(Resource[EngineT]):
     """Recorded answers of `select`."""
 
@@ -585,6 +602,7 @@ class Store(Resource[EngineT]):
         self.checkpoints = Checkpoints(engine)
         self.runs = Runs(engine)
         self.gradients = Gradients(engine)
+        self.imports = Imports(engine)
         self.selections = Selections(engine)
         self.finetunes = Finetunes(engine)
         self.evaluations = Evaluations(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
 from gradstore.types import FeatureRows, GradientsJob, GradientsRequest, Page, Rename
@@ -13,7 +14,7 @@ from pydantic import Field
 from datastore import feature_rows
 from service.dependencies import BackendDep, Paging, Reference
 from service.estimates import of_gradients
-from service.files import NPY, PARQUET, Format, npy, parquet, wanted_format
+from service.files import NPY, PARQUET, SAFETENSORS, Format, npy, parquet, safetensors, wanted_format
 from service.openapi import starting
 from service.routes.jobs import started, typed, typed_page
 from service.routing import noun
@@ -57,7 +58,11 @@ class RowsQuery(RequestBody):
     """By default what `Accept` asks for, else JSON."""
 
 
-@router.get("/{reference}/rows", response_model=FeatureRows, responses={200: {"content": {NPY: {}, PARQUET: {}}}})
+@router.get(
+    "/{reference}/rows",
+    response_model=FeatureRows,
+    responses={200: {"content": {NPY: {}, PARQUET: {}, SAFETENSORS: {}}}},
+)
 def gradients_rows(
     request: Request, reference: Reference, parameters: Annotated[RowsQuery, Query()], backend: BackendDep
 ) -> Response:
@@ -70,12 +75,17 @@ def gradients_rows(
     match wanted_format(request, parameters.format):
         case "npy":
             return npy(feature_rows.array(view), f"{feature_set.id}-rows")
+        case "safetensors":
+            found = feature_rows.array(view)
+            columns = {name: np.ascontiguousarray(found[name]) for name in found.dtype.names or ()}
+            described = backend.cards.of_features(feature_set, start=0, stop=view.rows).model_dump_json()
+            return safetensors(columns, f"{feature_set.id}-rows", metadata=described)
         case "parquet":
             return parquet(feature_rows.table(view), f"{feature_set.id}-rows")
     start, stop = parameters.after, parameters.after + parameters.limit
     data = feature_rows.page(view, start, stop)
-    found = FeatureRows(feature_set=feature_set, data=data, has_more=start + len(data) < view.rows)
-    return JSONResponse(found.model_dump(mode="json"))
+    rows = FeatureRows(feature_set=feature_set, data=data, has_more=start + len(data) < view.rows)
+    return JSONResponse(rows.model_dump(mode="json"))
 
 
 @router.patch("/{reference}")

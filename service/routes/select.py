@@ -20,13 +20,13 @@ from gradstore.types import (
     Fraction,
     Named,
     Precision,
-    ProjectionName,
     Quantisation,
     Reduction,
     Scores,
     ScoringJob,
     Selection,
     SelectionRecipe,
+    StoredProjection,
     TemplateName,
     Weights,
 )
@@ -39,7 +39,7 @@ from datastore.influence import TaskScores
 from datastore.recipes import Query, Sources
 from datastore.selection import combine
 from service.dependencies import Backend, BackendDep
-from service.files import NPY, PARQUET, Format, npy, parquet, wanted_format, wanted_type
+from service.files import NPY, PARQUET, SAFETENSORS, Format, npy, parquet, safetensors, wanted_format, wanted_type
 from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson
 from service.routing import Router
 
@@ -63,7 +63,9 @@ class ScoresAsked(RequestBody):
     dtype: FeatureDtype | None = None
     converted_from: FeatureDtype | Literal["none"] | None = None
     """`none`: features that were computed with this dtype, or made of float32."""
-    projection: ProjectionName | None = None
+    projection: StoredProjection | None = None
+    projection_id: str | None = Field(None, min_length=1, max_length=200)
+    """What imported features' projection is called."""
     seed: int | None = Field(None, ge=0)
     template: TemplateName | None = None
     max_length: int | None = Field(None, ge=2)
@@ -98,6 +100,7 @@ class ScoresAsked(RequestBody):
             dtype=self.dtype,
             converted_from=self.converted_from,
             projection=self.projection,
+            projection_id=self.projection_id,
             seed=self.seed,
             template=self.template,
             max_length=self.max_length,
@@ -164,7 +167,9 @@ def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], b
     return JSONResponse(found.model_dump(mode="json"), headers={"Content-Location": f"/selections/{found.id}"})
 
 
-@router.get("/scores", response_model=Scores, responses={**STARTED, 200: {"content": {NPY: {}, PARQUET: {}}}})
+@router.get(
+    "/scores", response_model=Scores, responses={**STARTED, 200: {"content": {NPY: {}, PARQUET: {}, SAFETENSORS: {}}}}
+)
 def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()], backend: BackendDep) -> Response:
     """The score of every row of the pool, in the order of the pool."""
     recipe, sources = backend.recipes.resolve(parameters.query(), path=request.url.path)
@@ -174,6 +179,8 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
     match wanted_format(request, parameters.format):
         case "npy":
             return npy(_vector(found, recipe), "scores")
+        case "safetensors":
+            return safetensors({"score": _vector(found, recipe)}, "scores", metadata=recipe.model_dump_json())
         case "parquet":
             return parquet(backend.answers.score_table(recipe, sources, found), "scores")
     start, stop = parameters.after, parameters.after + parameters.limit

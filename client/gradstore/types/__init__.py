@@ -16,6 +16,7 @@ from gradstore.types.evaluations import *
 from gradstore.types.explanations import *
 from gradstore.types.finetunes import *
 from gradstore.types.gradients import *
+from gradstore.types.imports import *
 from gradstore.types.jobs import *
 from gradstore.types.problems import *
 from gradstore.types.provenance import *

@@ -8,12 +8,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-JobKind = Literal["gradients", "conversion", "finetune", "evaluation", "scoring", "validation", "attribution"]
+JobKind = Literal["gradients", "conversion", "finetune", "evaluation", "import", "scoring", "validation", "attribution"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds"]
+GradientKind = Literal["adam", "sgd", "sign"]
+FeatureKind = Literal[GradientKind, "hidden", "rds"]
 AdamForm = Literal["less", "exact"]
 Reduction = Literal["mean", "sum"]
 ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "none"]
+StoredProjection = Literal[ProjectionName, "foreign"]
+"""`foreign`: of imported features, told apart by their projection_id."""
 FeatureDtype = Literal["float16", "float32", "bfloat16", "int8", "int4", "binary"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantisation = Literal["int8", "nf4"]
@@ -70,6 +73,8 @@ Name = Annotated[
 ]
 
 
+ProjectionId = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_name)]
+"""What a user calls a projection that is not this store's."""
 Named = Annotated[str, Field(max_length=255)]
 """An id or a name."""
 ServerPath = Annotated[str, Field(max_length=4096)]

@@ -19,6 +19,7 @@ from gradstore.types.base import (
     Quantisation,
     Reduction,
     Request,
+    StoredProjection,
     TemplateName,
     Weights,
 )
@@ -107,7 +108,9 @@ class FeatureSet(Body):
     kind: FeatureKind
     adam: AdamForm | None
     reduction: Reduction | None
-    projection: ProjectionName | None
+    projection: StoredProjection | None
+    projection_id: str | None = None
+    """What imported features' projection is called; null for those computed here."""
     seed: int | None
     dim: int
     dtype: FeatureDtype

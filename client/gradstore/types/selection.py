@@ -12,10 +12,10 @@ from gradstore.types.base import (
     FeatureDtype,
     FeatureKind,
     Precision,
-    ProjectionName,
     Quantisation,
     Reduction,
     Request,
+    StoredProjection,
     TemplateName,
     Weights,
 )
@@ -37,7 +37,9 @@ class SelectionRecipe(Body):
     task_kind: FeatureKind
     adam: AdamForm | None
     reduction: Reduction | None
-    projection: ProjectionName | None
+    projection: StoredProjection | None
+    projection_id: str | None = None
+    """What imported features' projection is called."""
     seed: int | None
     dim: int
     dtype: FeatureDtype

@@ -1,0 +1,77 @@
+"""Imports: features that another program has computed, uploaded or named in a folder of the server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Query, Response
+from gradstore.types import ImportJob, ImportRequest, Page, ProblemItem, Rename
+
+from datastore.archives import allowed_folder
+from datastore.errors import InvalidInput
+from datastore.imports import fingerprint
+from service.dependencies import BackendDep, Paging, Reference
+from service.forms import Form, form_or_json
+from service.openapi import starting, upload
+from service.routes.jobs import started, typed, typed_page
+from service.routing import noun
+
+router = noun("imports")
+
+Sent = Annotated[Form | ImportRequest, Depends(form_or_json(ImportRequest))]
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=ImportJob,
+    openapi_extra=upload(ImportRequest, file="files", also_json=ImportRequest),
+    responses=starting(ImportJob),
+)
+def create_import(backend: BackendDep, sent: Sent, response: Response) -> ImportJob:
+    """Import features of a dataset or of a task's validation rows: files or one zip, or JSON naming a server path.
+
+    LESS's gradient folder, .pt (tensors only), .npy or .safetensors. Their rows, dim and numbers are checked by a
+    worker, and nothing of a refused import is stored.
+    """
+    if isinstance(sent, Form):
+        request = sent.read(ImportRequest, files=["files", "file"])
+        if request.path is not None:
+            raise _refusal("send either files or a path of the server")
+        files, mark, uploaded = sent.content(), [[file.name, file.sha256] for file in sent.files], True
+    else:
+        request = sent
+        if request.path is None:
+            raise _refusal("name a path of the server, or send the files as multipart/form-data")
+        files = allowed_folder(request.path, backend.settings.allowed_roots)
+        mark, uploaded = fingerprint(files), False
+    job, _ = backend.imports.start(request, files, fingerprint=mark, uploaded=uploaded)
+    return started(backend, job, response, model=ImportJob)
+
+
+@router.get("")
+def list_imports(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[ImportJob]:
+    """A page of imports, newest first."""
+    return typed_page(backend.jobs.page(kind="import", limit=paging.limit, after=paging.after), ImportJob)
+
+
+@router.get("/{reference}")
+def get_import(backend: BackendDep, reference: Reference) -> ImportJob:
+    """An import, and what was found in its files."""
+    return typed(backend.jobs.get(reference, kind="import"), ImportJob)
+
+
+@router.patch("/{reference}")
+def rename_import(backend: BackendDep, reference: Reference, body: Rename) -> ImportJob:
+    """Give an import another name, or none."""
+    return typed(backend.jobs.rename(reference, body.name, kind="import"), ImportJob)
+
+
+@router.delete("/{reference}", status_code=204)
+def delete_import(backend: BackendDep, reference: Reference) -> None:
+    """Delete an import and its features; 409 while it is at work."""
+    backend.imports.forget(backend.features.remove(reference, kind="import"))
+
+
+def _refusal(detail: str) -> InvalidInput:
+    return InvalidInput(f"path: {detail}", errors=[ProblemItem(detail=detail, pointer="/path")])
