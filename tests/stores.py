@@ -157,7 +157,7 @@ def task_numbers(checkpoint: str, start: int, stop: int, dim: int) -> NDArray[np
 
 def request(**changes: object) -> GradientsRequest:
     """A request for features of the run."""
-    return GradientsRequest.model_validate({"run": "warm-up", "dims": [DIM], **changes})
+    return GradientsRequest.model_validate({"run": "warm-up", "dims": [DIM], "dtype": "float16", **changes})
 
 
 def with_config(store: Store, folder: Path, text: str = '{"hidden_size": 24}') -> None:

@@ -121,7 +121,7 @@ class World:
 
     def gradients(self, **request: Any) -> Any:
         """Compute gradients at the warm-up's checkpoints and return the result."""
-        request = {"run": self.warmup.run} | request
+        request = {"run": self.warmup.run, "dtype": "float16"} | request
         return self.store.gradients.wait(self.store.gradients.create(**request), poll=0.3).result
 
     def train(self, **request: Any) -> FinetuneResult:
@@ -331,7 +331,7 @@ def test_the_whole_flow_as_one_call_finds_what_exists(world: World) -> None:
 
 
 def test_asking_again_answers_at_once_with_the_same_job(world: World) -> None:
-    asked: dict[str, Any] = {"dataset": "pool", "run": "warm-up", "dims": [1024, 256]}
+    asked: dict[str, Any] = {"dataset": "pool", "run": "warm-up", "dims": [1024, 256], "dtype": "float16"}
     first = world.store.gradients.get(world.store.gradients.create(**asked | {"dims": [256, 1024]}).id)
     for path, body in (
         ("gradients", asked | {"dims": [256, 1024]}),
@@ -651,7 +651,12 @@ def test_scores_are_those_of_a_brute_force_through_an_explicit_projection(
 
 
 def test_what_is_told_of_a_row_is_that_of_the_brute_force(world: World, truths: list[Truth]) -> None:
-    asked: dict[str, Any] = {"dims": [256], "kinds": ["adam", "sgd", "sign", "hidden", "rds"], "adam": "both"}
+    asked: dict[str, Any] = {
+        "dims": [256],
+        "dtype": "float16",
+        "kinds": ["adam", "sgd", "sign", "hidden", "rds"],
+        "adam": "both",
+    }
     job = world.store.gradients.create(dataset="pool", run="warm-up", **asked)
     assert job.result is not None
     for found in job.result.feature_sets:

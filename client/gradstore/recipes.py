@@ -61,7 +61,7 @@ def less(
     pct: float = 0.05,
     warmup_fraction: float = 0.05,
     dim: int = 8192,
-    dtype: FeatureDtype = "float16",
+    dtype: FeatureDtype = "int8",
     evaluate: bool = True,
     max_rows: int | None = None,
     progress: bool = True,
