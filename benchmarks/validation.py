@@ -43,8 +43,9 @@ TRAINING: dict[str, Any] = {
 REAL: dict[str, Any] = {**TRAINING, "learning_rate": 1e-3, "max_length": 256}
 KINDS = ("adam", "sgd", "sign")
 DIMS = (256, 1024, 4096)
+DTYPES = ("float16", "bfloat16", "int8", "int4", "binary")
 PROJECTIONS = ("blocks", "sjlt", "fft", "rademacher")
-COST_DIMS, COST_ROWS = (256, 1024, 2048, 4096), 4096
+COST_DIMS, COST_ROWS = (256, 1024, 2048), 4096
 DIM = 1024
 """Dims at which projections are compared."""
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--real", metavar="DATA", type=Path, help="a folder of real rows in LESS's layout")
     parser.add_argument("--data", type=Path, help="keep the store in this folder (default: a temporary one)")
     parser.add_argument("--subsets", type=int, default=SUBSETS)
+    parser.add_argument("--repeats", type=int, default=3, help="trainings without the best rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", action="store_true", help="time the preconditioning, and train nothing")
     arguments = parser.parse_args()
@@ -94,10 +96,10 @@ def _run(folder: Path, arguments: argparse.Namespace) -> None:
         lds = store.validations.create(**asked, subsets=arguments.subsets)
         found = store.validations.wait(lds, progress=True)
         _report(found.result, f"LDS over {arguments.subsets} random halves")
-        few = [score for score in scores if score["label"] in {"adam", "sgd", "adam, trackstar", "sgd, trackstar"}]
+        few = [score for score in scores if score["label"] in {"adam", "adam, trackstar"}]
         asked["scores"] = [*few, {"control": "random"}]
         console.print("trainings without the best rows")
-        left = store.validations.create(**asked, kind="leave-top-k-out", pct=0.1)
+        left = store.validations.create(**asked, kind="leave-top-k-out", pct=0.1, repeats=arguments.repeats)
         _report(
             store.validations.wait(left, progress=True).result, "loss without the best 10 % less without random 10 %"
         )
@@ -115,15 +117,14 @@ def _scores(parameters: int) -> Iterable[dict[str, Any]]:
             yield {"label": f"adam, {dim} dims", "kind": "adam", **plain, "dim": dim}
     exact = {"dtype": "float32", "projection": "none", "dim": parameters}
     yield {"label": "adam, not projected", "kind": "adam", **exact}
-    yield {"label": "adam, float16", "kind": "adam", **plain, "dtype": "float16"}
-    yield {"label": "hidden", "kind": "hidden", "dtype": "float32"}
+    for dtype in DTYPES:
+        yield {"label": f"adam, {dtype}", "kind": "adam", **plain, "dtype": dtype}
+    for kind in ("hidden", "rds"):
+        yield {"label": kind, "kind": kind, "dtype": "float32"}
     for kind in ("adam", "sgd"):
-        for dim in DIMS:
+        for dim in (256, DIM):
             name = kind if dim == DIM else f"{kind}, {dim} dims"
             yield {"label": f"{name}, trackstar", "kind": kind, **plain, "dim": dim, "precondition": "trackstar"}
-        if kind == "adam":
-            yield {"label": "sgd, 256 dims", "kind": "sgd", **plain, "dim": 256}
-            yield {"label": "sgd, 4096 dims", "kind": "sgd", **plain, "dim": 4096}
 
 
 def _gradients(
@@ -134,7 +135,7 @@ def _gradients(
         mine = [score for score in scores if (score.get("projection", "blocks"), score["dtype"]) == (projection, dtype)]
         dims = sorted({score["dim"] for score in mine if "dim" in score})
         shared: dict[str, Any] = {**run, "projection": projection, "dtype": dtype, "dims": dims}
-        hidden = {score["kind"] for score in mine} & {"hidden"}
+        hidden = sorted({score["kind"] for score in mine} & {"hidden", "rds"})
         owners: list[dict[str, Any]] = [
             {"dataset": dataset, "kinds": sorted({score["kind"] for score in mine})},
             {"task": task, "kinds": ["sgd", *hidden]},

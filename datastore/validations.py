@@ -40,7 +40,7 @@ from sqlalchemy.orm import Session
 from datastore.catalog import Catalog
 from datastore.correlation import Numbers, interval, resampled, resampled_change, spearman
 from datastore.durations import duration
-from datastore.errors import Conflict, Damaged, InvalidInput
+from datastore.errors import Ambiguous, Conflict, Damaged, GradientsMissing, InvalidInput
 from datastore.features import Features
 from datastore.finetunes import Finetunes
 from datastore.identity import content_id
@@ -48,7 +48,7 @@ from datastore.influence import Floats, Mask, Subtasks, everywhere, queries, red
 from datastore.leases import Claim, Jobs, NewShard
 from datastore.preconditioning import MAX_DIM
 from datastore.predictions import Target, fold_of, losses_of, predictions, targets_of
-from datastore.recipes import Query, Recipes
+from datastore.recipes import Query, Recipes, Sources
 from datastore.schema import JobRow, ShardRow
 from datastore.segments import Rows
 from datastore.selection import count, top
@@ -224,7 +224,7 @@ class Validations:
             scores: dict[str, Any] = {"label": label, "control": wanted.control, "recipe": None, "pool": [], "task": []}
             scores |= {"precondition": wanted.precondition, "aggregate": wanted.aggregate}
             if wanted.control is None:
-                recipe, sources = self.recipes.resolve(_query(wanted, pool, task.id), path="/scores")
+                recipe, sources = self._resolved(wanted, pool, task, label=label)
                 if wanted.precondition == "trackstar" and recipe.dim > MAX_DIM:
                     detail = f"a second moment of {recipe.dim:,} dims takes too long to invert: at most {MAX_DIM:,}"
                     raise _refusal(detail, f"/scores/{number}/precondition")
@@ -233,6 +233,17 @@ class Validations:
                 scores["task"] = [features.id for features in sources.tasks[task.id]]
             found.append(scores)
         return found
+
+    def _resolved(
+        self, wanted: ValidatedRecipe, pool: str, task: Task, *, label: str
+    ) -> tuple[SelectionRecipe, Sources]:
+        """The recipe of scores, and the features they read; errors say which of the scores is meant."""
+        try:
+            return self.recipes.resolve(_query(wanted, pool, task.id), path="/scores")
+        except GradientsMissing as error:
+            raise GradientsMissing(f"{label}: {error}", body=error.body) from error
+        except Ambiguous as error:
+            raise Ambiguous(f"{label}: {error}", choices=error.choices) from error
 
     # Workers' side ----------------------------------------------------------------------------------------------------
 

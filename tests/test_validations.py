@@ -207,9 +207,28 @@ def test_whitened_features_are_compared_on_the_same_trainings(world: World) -> N
     assert found.trainings == 12
     plain, white = found.scores
     assert plain.mixing == []
-    assert len(white.mixing) == 2
-    assert all(0 < share < 1 for share in white.mixing)
-    assert white.value != plain.value
+    values = [whitened(name) for name in ("ck_0", "ck_1")]
+    np.testing.assert_allclose(white.mixing, [share for _, share in values], rtol=1e-4)
+    expected = (2 * values[0][0] + values[1][0]) / 3
+    plan = world.store.jobs.plan(world.store.jobs.page(limit=1).data[0].id)
+    rows = [world.store.validations.training(plan, {"subset": n, "repeat": 0}).rows for n in range(12)]
+    predicted = [expected[list(chosen)].sum(axis=0).mean() for chosen in rows]
+    np.testing.assert_allclose([point.predicted for point in white.points], predicted, atol=1e-3)
+
+
+def whitened(checkpoint: str) -> tuple[NDArray[np.float64], float]:
+    """The cosines (POOL, VALIDATION) after R^-1/2 by its definition, and the share of the task's second moment in R."""
+    sides = [numbers(checkpoint, 0, POOL, DIM), task_numbers(checkpoint, 0, VALIDATION, DIM)]
+    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in map(np.float64, sides)]
+    moments = [unit.T @ unit / len(unit) for unit in units]
+    first = [np.linalg.norm(moment, 2) for moment in moments]  # of 16 dims, 1,000 / 65,536 are less than one: the first
+    share = first[0] / (first[0] + first[1])
+    mixed = share * moments[1] + (1 - share) * moments[0]
+    mixed += 0.1 * np.trace(mixed) / DIM * np.eye(DIM)
+    # |R^-1/2 a|² = aᵀ R^-1 a: no root is needed for a cosine
+    inverse = np.linalg.inv(mixed)
+    lengths = [np.sqrt(np.einsum("nd,de,ne->n", rows, inverse, rows)) for rows in sides]
+    return (sides[0] @ inverse @ sides[1].T) / np.outer(*lengths), share
 
 
 # Leaving out the best rows --------------------------------------------------------------------------------------------
@@ -411,12 +430,12 @@ def test_what_cannot_be_done_is_refused_where_it_stands(
 
 
 def test_scores_are_looked_for_as_by_select(world: World) -> None:
-    with pytest.raises(GradientsMissing, match="POST /gradients"):
+    with pytest.raises(GradientsMissing, match=r"kind=sign: there are no features .*POST /gradients"):
         world.store.validations.start(world.request(scores=[{"kind": "sign"}]))
     with pytest.raises(NotFound):
         world.store.validations.start(world.request(scores=[{"run": "none"}]))
     world.compute(numbers, task_numbers, dims=[8])
-    with pytest.raises(Ambiguous, match="dim"):
+    with pytest.raises(Ambiguous, match=r"scores: 2 sets of features fit.*dim"):
         world.store.validations.start(world.request())
     wanted = [{"dim": 8}, {"dim": DIM, "checkpoints": ["ck_0"]}]
     plan = world.store.validations.plan(world.request(scores=wanted)).settings
@@ -426,5 +445,5 @@ def test_scores_are_looked_for_as_by_select(world: World) -> None:
 
 def test_features_too_wide_to_be_whitened_are_refused(tmp_path: Path) -> None:
     world = World.at(tmp_path, dims=[5000])
-    with pytest.raises(InvalidInput, match=r"5,000 dims takes too long to invert: at most 4,096"):
+    with pytest.raises(InvalidInput, match=r"5,000 dims takes too long to invert: at most 2,048"):
         world.store.validations.start(world.request(scores=[{"precondition": "trackstar"}]))
