@@ -46,7 +46,8 @@ def measure(file: Path, rows: int, aggregate: Aggregate) -> dict[str, Any]:
     target = TextTarget(texts[: len(labels)], labels[: len(texts)])
     bm25.score(texts[:10], [target], aggregate)  # imports
     before = _memory()
-    began, marks = time.process_time(), {}
+    began = time.process_time()
+    marks: dict[str, float] = {}
 
     def mark(done: int) -> None:
         if done >= rows:

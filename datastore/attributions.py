@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets
 from datastore.errors import Conflict, InvalidInput
-from datastore.features import HIDDEN_KINDS, Features
+from datastore.features import UNPROJECTED, Features
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.index import INDEX_ROWS, Index, Indexes, available
@@ -162,12 +162,17 @@ class Attributions:
                 f"{problems[0].detail}; it has {', '.join(map(repr, sorted(known)[:20]))}", errors=problems
             )
         kind: FeatureKind = pools.parameters["kind"]
+        if kind == "embedding":
+            detail = (
+                "an attribution is of the model that has answered, and embeddings are another model's: leave kind out"
+            )
+            raise InvalidInput(detail, errors=[ProblemItem(pointer="/kind", detail=detail)])
         recipe = AttributionRecipe(
             datasets=list(pools.sets),
             checkpoints=list(pools.checkpoints),
             checkpoint_weights=pools.weights,
             run=pools.run,
-            query_kind=kind if kind in HIDDEN_KINDS else request.query_kind,
+            query_kind=kind if kind in UNPROJECTED else request.query_kind,
             origins=sorted(set(request.origins)),
             k=request.k,
             **pools.parameters,

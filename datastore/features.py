@@ -29,10 +29,11 @@ from gradstore.types import (
 from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
-from datastore import models, shards
+from datastore import encoders, models, shards
 from datastore.catalog import Catalog, utc_now
 from datastore.checkpoints import Checkpoints
 from datastore.durations import duration
+from datastore.encoders import Encoder
 from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
@@ -55,8 +56,8 @@ from datastore.weights import chosen
 
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection/words.py): features of two versions are never mixed."""
-HIDDEN_KINDS: frozenset[FeatureKind] = frozenset({"hidden", "rds"})
-"""Kinds of features that are means of hidden states: no gradients, not projected, and as wide as the model."""
+UNPROJECTED: frozenset[FeatureKind] = frozenset({"hidden", "rds", "embedding"})
+"""Kinds of features that are no gradients, but made of hidden states: not projected, and as wide as the model."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
 USUAL_TOKEN_BUDGET = 8192  # tokens of a batch, padding included, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result
@@ -206,6 +207,7 @@ class Features:
         for checkpoint in checkpoints:
             self._check(checkpoint, kinds=kinds, request=request)
         first = checkpoints[0]
+        encoder = _encoder(first, request) if "embedding" in kinds else None
         settings: dict[str, Any] = {
             "dataset": owner if request.dataset else None,
             "task": owner if request.task else None,
@@ -218,12 +220,13 @@ class Features:
             "projection_version": PROJECTION_VERSION,
             "seed": request.seed,
             "dtype": request.dtype,
-            "template": request.template or first.template or "tulu",
-            "max_length": request.max_length or first.max_length or DEFAULT_MAX_LENGTH,
+            "template": None if encoder else request.template or first.template or "tulu",
+            "max_length": request.max_length
+            or (encoder.max_length if encoder else first.max_length or DEFAULT_MAX_LENGTH),
             "precision": request.precision or first.precision,
             "quantisation": request.quantisation,
         }
-        variants = _variants(kinds, request, hidden=0 if HIDDEN_KINDS.isdisjoint(kinds) else _hidden_size(first))
+        variants = _variants(kinds, request, width=_width(first, kinds, encoder))
         common = {key: settings[key] for key in _IDENTITY}
         wanted = [{**common, **variant, "checkpoint": each.id} for each in checkpoints for variant in variants]
         with self.catalog.reading() as session:
@@ -233,6 +236,7 @@ class Features:
         settings["token_budget"] = request.token_budget
         settings["gradient_checkpointing"] = request.gradient_checkpointing
         settings["attention"] = request.attention
+        settings["encoder"] = encoder.plan() if encoder else None
         return Plan(id=name, owner=owner, is_task=bool(request.task), rows=rows, settings=settings, feature_sets=found)
 
     def get(self, id: str) -> FeatureSet:
@@ -348,6 +352,12 @@ class Features:
                 "or name checkpoints without an adapter",
                 pointer="/weights",
             )
+        if "embedding" in kinds and checkpoint.method != "none":
+            raise _refusal(
+                f"{checkpoint.id} is a training's: embeddings are of an encoder as it is, which POST /checkpoints "
+                'registers, for example {"model": "sentence-transformers/all-MiniLM-L6-v2"}',
+                pointer="/checkpoints",
+            )
         if not _has_gradients(kinds):
             return
         if checkpoint.method != "lora" and not request.weights:
@@ -430,7 +440,7 @@ class Features:
         for _, start, stop, features in plan.missing_ranges():
             dims: dict[tuple[Any, ...], int] = defaultdict(int)  # the largest of a kind has the others in it
             for feature in features:
-                if feature.kind not in HIDDEN_KINDS:
+                if feature.kind not in UNPROJECTED:
                     kind = feature.kind, feature.parameters["adam"]
                     dims[kind] = max(dims[kind], feature.dim)
             by_token = (
@@ -460,11 +470,11 @@ _IDENTITY = ("dtype", "template", "max_length", "precision", "quantisation")
 """What every feature depends on, beside its row and its checkpoint."""
 
 
-def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, hidden: int) -> list[dict[str, Any]]:
+def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, width: int) -> list[dict[str, Any]]:
     """What tells a checkpoint's feature sets apart: their kind, dim and what else features of their kind depend on.
 
-    `hidden` is the model's hidden size. What a kind does without is None, so that it is the same however it was asked
-    for.
+    `width` is that of features which are not projected. What a kind does without is None, so that it is the same
+    however it was asked for.
     """
     projected = {
         "weights": _weights(kinds, request),
@@ -475,8 +485,8 @@ def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, hidden
     }
     found: list[dict[str, Any]] = []
     for kind in kinds:
-        if kind in HIDDEN_KINDS:
-            found.append({"kind": kind, "adam": None, **dict.fromkeys(projected), "dim": hidden})
+        if kind in UNPROJECTED:
+            found.append({"kind": kind, "adam": None, **dict.fromkeys(projected), "dim": width})
             continue
         forms = ("less", "exact") if request.adam == "both" else (request.adam,)
         for form in forms if kind == "adam" else (None,):
@@ -489,7 +499,7 @@ def _default_kinds(request: GradientsRequest) -> list[FeatureKind]:
 
 
 def _has_gradients(kinds: Sequence[FeatureKind]) -> bool:
-    return not HIDDEN_KINDS.issuperset(kinds)
+    return not UNPROJECTED.issuperset(kinds)
 
 
 def _weights(kinds: Sequence[FeatureKind], request: GradientsRequest) -> list[str] | None:
@@ -497,8 +507,20 @@ def _weights(kinds: Sequence[FeatureKind], request: GradientsRequest) -> list[st
     return list(request.weights) if request.weights and _has_gradients(kinds) else None
 
 
-def _hidden_size(checkpoint: Checkpoint) -> int:
-    """The width of a checkpoint's hidden states. Raises `InvalidInput` where it is not known here."""
+def _encoder(checkpoint: Checkpoint, request: GradientsRequest) -> Encoder:
+    """The encoder that a checkpoint is. Raises `InvalidInput` where it is none, or takes fewer tokens than wanted."""
+    found = encoders.described(checkpoint.model, checkpoint.revision)
+    if request.max_length and request.max_length > found.max_length:
+        raise _refusal(f"{checkpoint.model} takes {found.max_length:,} tokens of a text", pointer="/max_length")
+    return found
+
+
+def _width(checkpoint: Checkpoint, kinds: Sequence[FeatureKind], encoder: Encoder | None) -> int:
+    """The dim of features that are not projected. Raises `InvalidInput` where it is not known here."""
+    if encoder is not None:
+        return encoder.dim
+    if UNPROJECTED.isdisjoint(kinds):
+        return 0
     found = models.hidden_size(checkpoint.model, checkpoint.revision)
     if found is None:
         raise _refusal(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,6 +103,30 @@ def described(model: str, commit: str) -> tuple[Path, dict[str, TensorInfo]] | N
         for file in found.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
+
+
+def files(model: str, commit: str | None, names: Iterable[str]) -> Path | None:
+    """The folder of a model's download with those of the small files named that it has, fetched now.
+
+    None where the first of them is not to be had.
+    """
+    from huggingface_hub import HfApi, errors  # noqa: PLC0415 - see above
+
+    found: Path | None = None
+    for name in names:
+        try:
+            path = Path(HfApi().hf_hub_download(model, name, revision=commit, etag_timeout=TIMEOUT))
+            found = found or path.parent
+        except errors.EntryNotFoundError:
+            pass
+        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # see above
+            log.warning(
+                "the hub does not give a file", extra={"model": model, "name": name, "reason": first_line(error)}
+            )
+            return None
+        if found is None:
+            return None
+    return found
 
 
 def _downloaded_commit(model: str, revision: str | None, *, reason: str) -> str:

@@ -98,11 +98,11 @@ def fingerprint(folder: Path) -> str:
     size is read in milliseconds.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in [*sorted(folder.iterdir()), *sorted(folder.glob("[0-9]_*/config.json"))]:  # and an encoder's modules
         if path.suffix not in {".safetensors", ".json", ".model", ".txt", ".jinja"} or not path.is_file():
             continue
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
         with path.open("rb") as file:
             for start in _sampled(size):
                 file.seek(start)

@@ -32,7 +32,7 @@ from gradstore.types import (
 
 from datastore.catalog import Catalog
 from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing, InvalidInput
-from datastore.features import HIDDEN_KINDS, Features
+from datastore.features import UNPROJECTED, Features
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ _NONE = ("quantisation", "converted_from")
 """Parameters whose absence can be asked for, as `none`."""
 _OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
+_BY_NAME_ONLY: frozenset[FeatureKind] = frozenset({"rds", "embedding"})
+"""Kinds of features that are compared where they are asked for, and are no candidates elsewhere."""
 _TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
 """A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
 
@@ -169,7 +171,7 @@ class Recipes:
         """The features that a recipe reads. Raises `GradientsMissing` where some have been deleted."""
         shared = {name: getattr(recipe, name) for name in _SHARED}
         own = {name: getattr(recipe, name) for name in _OWN}
-        known = _TASK_KINDS if recipe.task_kind not in HIDDEN_KINDS else ((recipe.task_kind, None),)
+        known = _TASK_KINDS if recipe.task_kind not in UNPROJECTED else ((recipe.task_kind, None),)
         forms = [form for form in known if form[0] == recipe.task_kind]
         pools = {dataset: self._stored({"dataset": dataset}, recipe, [own | shared]) for dataset in recipe.datasets}
         tasks = {
@@ -200,6 +202,8 @@ class Recipes:
         wanted = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
         for feature in known:
+            if feature.kind in _BY_NAME_ONLY and feature.kind != query.kind:
+                continue
             if all(_said(name, getattr(feature, name)) == value for name, value in wanted.items()):
                 key = tuple(getattr(feature, name) for name in (*_OWN, *_SHARED))
                 groups[key][feature.dataset or ""].append(feature)
@@ -243,7 +247,7 @@ class Recipes:
         kind = candidate.parameters["kind"]
         found = {}
         for task in tasks:
-            for wanted in ((kind, None),) if kind in HIDDEN_KINDS else _TASK_KINDS:
+            for wanted in ((kind, None),) if kind in UNPROJECTED else _TASK_KINDS:
                 sets = [each for each in fitting if each.task == task.id and (each.kind, each.adam) == wanted]
                 chosen = _in_order(sets, candidate.checkpoints)
                 if chosen is not None:
@@ -339,7 +343,7 @@ class Recipes:
 def _refuse_idle(query: Query) -> None:
     """Refuse what narrows nothing: no feature of the kind that is asked for could ever fit it."""
     own: dict[str, tuple[str, ...]] = {
-        **dict.fromkeys(HIDDEN_KINDS, _OF_GRADIENTS),
+        **dict.fromkeys(UNPROJECTED, _OF_GRADIENTS),
         "sgd": ("adam",),
         "sign": ("adam",),
     }
@@ -391,7 +395,7 @@ def _foreign(projection_id: str | None, *, lacking: str) -> ForeignProjection:
 
 def _task_post(candidate: _Candidate, missing: Task, *, note: str) -> GradientsMissing:
     of_pool = candidate.parameters
-    shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] in HIDDEN_KINDS}
+    shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] in UNPROJECTED}
     body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's{note}: {_posts(body, shared)}", body=body
@@ -424,7 +428,7 @@ def _posts(body: dict[str, object], parameters: dict[str, Any]) -> str:
 
 def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters without those that say nothing about their kind."""
-    hidden = parameters.get("kind") in HIDDEN_KINDS
+    hidden = parameters.get("kind") in UNPROJECTED
     return {name: value for name, value in parameters.items() if not (hidden and name in _OF_GRADIENTS)}
 
 

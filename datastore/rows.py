@@ -28,3 +28,9 @@ class Example:
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     completion: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What user and assistant say, or prompt and completion, a line for each: no template's marks."""
+        said = [each.prefix + each.content for each in self.messages if each.role in ("user", "assistant")]
+        return "\n".join(said or [part for part in (self.prompt, self.completion) if part])

@@ -5,14 +5,15 @@ The tokenizer is a byte-level BPE trained on the spot, so any text can be tokeni
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXTS = (
     "<|system|>\n<|user|>\nWhat is the capital of France?\n<|assistant|>\nThe capital of France is Paris.\n",
@@ -77,6 +78,40 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **config: A
         model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
     model.eval()
     return model
+
+
+def save_tiny_encoder(
+    folder: Path, *, modules: Mapping[str, Mapping[str, Any]] | None = None, seed: int = 0, **config: Any
+) -> Path:
+    """Write a two-layer BERT of random weights and its tokenizer; with `modules` (`Pooling`, and `Normalize` after it)
+    in the layout of sentence-transformers.
+    """
+    tokenizer = tiny_tokenizer(bos=True)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertModel(BertConfig(**(settings | config))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if modules is not None:
+        listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+        for number, (name, content) in enumerate(modules.items(), 1):
+            path = f"{number}_{name}"
+            listed.append(
+                {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
+            )
+            (folder / path).mkdir()
+            (folder / path / "config.json").write_text(json.dumps(content))
+        (folder / "modules.json").write_text(json.dumps(listed))
+    return folder
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0, **config: Any) -> Path:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from worker.batches import Encoded, plan
-from worker.gradients import GradientEngine
+from worker.loaded import Engine
 
 GAIN = 1.03  # a doubling that is not at least so much faster is the last
 MEMORY_SHARE = 0.85  # of the memory that torch can get: the next shard may hold longer rows
@@ -97,7 +97,7 @@ def range_of(device: torch.device) -> Range:
 
 
 def find(
-    engine: GradientEngine, rows: Sequence[Encoded], *, pad_id: int, check: Callable[[], None] = lambda: None
+    engine: Engine, rows: Sequence[Encoded], *, pad_id: int, check: Callable[[], None] = lambda: None
 ) -> int | None:
     """Find the budget that the engine does these rows fastest with; None where there are too few to tell.
 
@@ -147,7 +147,7 @@ def search(measure: Measure, *, least: int, most: int) -> int:
 class _Measure:
     """Times the first batch of a plan, that of the longest rows, and the one in its middle."""
 
-    engine: GradientEngine
+    engine: Engine
     rows: Sequence[Encoded]
     pad_id: int
     check: Callable[[], None]
@@ -169,7 +169,7 @@ class _Measure:
 class _Memory:
     """The memory of the model's GPUs from now on; a CPU's is not torch's alone, and not watched."""
 
-    def __init__(self, engine: GradientEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         gc.collect()
         places = {parameter.device for parameter in engine.model.parameters()}
         self._gpus = [place for place in places if place.type == "cuda"]

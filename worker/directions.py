@@ -18,7 +18,7 @@ from torch import Tensor
 
 from worker.layouts import Pooling
 
-FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds"]
+FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds", "embedding"]
 AdamForm = Literal["less", "exact"]
 
 BETA1 = 0.9
@@ -37,11 +37,11 @@ class Kind:
     @property
     def needs_gradient(self) -> bool:
         """Whether it takes a backward pass."""
-        return self.pooling is None
+        return self.name in ("adam", "sgd", "sign")
 
     @property
     def pooling(self) -> Pooling | None:
-        """How hidden states become the feature; None where it is made of a gradient."""
+        """How a causal model's hidden states become the feature; None where it is not made of them."""
         return _POOLINGS.get(self.name)
 
 

@@ -18,8 +18,9 @@ from worker import moments
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
+from worker.encoders import EncoderEngine, encoder_of
 from worker.gradients import GradientEngine
-from worker.loaded import Base
+from worker.loaded import Base, Engine
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,15 @@ class OutOfMemory(InvalidInput):
 
 def make_engine(
     context: Context, base: Base, checkpoint: Checkpoint, plan: dict[str, Any], outputs: Sequence[dict[str, Any]]
-) -> GradientEngine:
+) -> Engine:
     """The engine that computes these outputs at a checkpoint, kept in the worker's memory until another is asked for.
 
-    `plan` is that of the job: reduction, projection, seed and weights. Raises `InvalidCheckpoint`, `ModelError`.
+    `plan` is that of the job: reduction, projection, seed and weights, or an encoder. Raises `InvalidCheckpoint`,
+    `ModelError`.
     """
+    encoder = encoder_of(plan)
+    if encoder is not None:
+        return context.loaded.engine((base, encoder), lambda: EncoderEngine(context.loaded.base(base), encoder))
     kinds = tuple(dict.fromkeys(kind_of(output) for output in outputs))
     dims = tuple(dict.fromkeys(output["dim"] for output in outputs if kind_of(output).needs_gradient))
     settings = (*(plan[key] for key in ("reduction", "projection", "seed")), tuple(plan["weights"] or ()))

@@ -60,15 +60,15 @@ from worker.attributions import attribute
 from worker.budgets import is_out_of_memory
 from worker.context import Context
 from worker.directions import Kind
+from worker.encoders import encoder_of, read_texts
 from worker.engines import OutOfMemory, kind_of, load, make_engine, within_memory
 from worker.evaluate import Measured, NotFinite, evaluate, first_rows
 from worker.evaluate import work as passes_over
 from worker.features import Features
 from worker.finetune import draw, finetune
-from worker.gradients import GradientEngine
 from worker.heartbeat import Heartbeat, Stopped
 from worker.imports import block_of, look, open_table
-from worker.loaded import Base
+from worker.loaded import Base, Engine
 from worker.models import ModelError
 from worker.projection import PROJECTION_VERSION
 from worker.reading import Rows, read
@@ -248,6 +248,7 @@ def _gradients(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
         quantisation=plan["quantisation"],
         attention=plan["attention"],
         gradient_checkpointing=plan["gradient_checkpointing"],
+        encoder=encoder_of(plan) is not None,
     )
     engine = make_engine(context, base, checkpoint, plan, payload["outputs"])
     laps.end("loading")
@@ -335,7 +336,11 @@ def _read(
         if plan["dataset"] is not None
         else (row.example for row in context.tasks.validation(plan["task"])[start:stop])
     )
-    return read(examples, tokenizer=tokenizer, template=plan["template"], max_length=plan["max_length"], check=check)
+    max_length = plan["max_length"]
+    encoder = encoder_of(plan)
+    if encoder is not None:
+        return read_texts(examples, tokenizer=tokenizer, encoder=encoder, max_length=max_length, check=check)
+    return read(examples, tokenizer=tokenizer, template=plan["template"], max_length=max_length, check=check)
 
 
 class _Laps:
@@ -353,7 +358,7 @@ class _Laps:
 
 
 def _features(
-    engine: GradientEngine,
+    engine: Engine,
     rows: Rows,
     *,
     pad_id: int,
@@ -379,7 +384,7 @@ def _features(
     )
 
 
-def _budget(claim: Claim, context: Context, base: Base, engine: GradientEngine, find: Callable[[], int | None]) -> int:
+def _budget(claim: Claim, context: Context, base: Base, engine: Engine, find: Callable[[], int | None]) -> int:
     """The job's token budget: asked for, found by the worker of another shard, or found now and recorded for all."""
     plan = claim.plan if claim.plan["token_budget"] is not None else context.jobs.plan(claim.job)
     if plan["token_budget"] is not None:

@@ -17,8 +17,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore.models import revision_of
+from worker.encoders import EncoderEngine, load_encoder
 from worker.gradients import GradientEngine
 from worker.models import load_adapter, load_model, load_tokenizer, unload_adapter, use_gradient_checkpointing
+
+Engine = GradientEngine | EncoderEngine
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Base:
     quantisation: Quantisation | None = None
     attention: Attention | None = None
     gradient_checkpointing: bool = False
+    encoder: bool = False
+    """Whether it is a sentence encoder and no causal language model."""
 
 
 class Loaded:
@@ -45,7 +50,7 @@ class Loaded:
         self._adapter_key: Hashable = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_key: Hashable = None
-        self._engine: GradientEngine | None = None
+        self._engine: Engine | None = None
         self._engine_key: Hashable = None
 
     def tokenizer(self, model: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -62,15 +67,7 @@ class Loaded:
         if self._base is None or self._base_key != key:
             self.clear()
             revision_of(base.model, base.revision)
-            model = load_model(
-                base.model,
-                revision=base.revision,
-                precision=base.precision,
-                quantisation=base.quantisation,
-                device=self.device,
-                attention=base.attention,
-                spread=self._spread,
-            )
+            model = self._load(base)
             if base.gradient_checkpointing:
                 use_gradient_checkpointing(model)
             self._base, self._base_key = model, key
@@ -87,7 +84,7 @@ class Loaded:
             self._adapted, self._adapter_key = load_adapter(self.base(base), adapter), key
         return self._adapted
 
-    def engine(self, key: Hashable, make: Callable[[], GradientEngine]) -> GradientEngine:
+    def engine(self, key: Hashable, make: Callable[[], Engine]) -> Engine:
         """The engine called `key`, made anew unless it was the last one."""
         if self._engine is None or self._engine_key != key:
             self._engine, self._engine_key = None, None  # its moments go before the next one's come
@@ -98,6 +95,19 @@ class Loaded:
         """Forget everything, before something else takes the memory; costs nothing where nothing is kept."""
         if self._base is not None or self.device.type == "cuda":
             self.clear()
+
+    def _load(self, base: Base) -> PreTrainedModel:
+        if base.encoder:
+            return load_encoder(base.model, revision=base.revision, precision=base.precision, device=self.device)
+        return load_model(
+            base.model,
+            revision=base.revision,
+            precision=base.precision,
+            quantisation=base.quantisation,
+            device=self.device,
+            attention=base.attention,
+            spread=self._spread,
+        )
 
     def clear(self) -> None:
         """Forget everything, and give the memory back."""

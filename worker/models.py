@@ -12,6 +12,8 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +85,15 @@ class ModelError(ValueError):
     """A model or adapter that cannot be loaded; the message says why and what to do."""
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say of what `transformers` raises while it loads something that this cannot be loaded: ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{what} cannot be loaded: {_first_line(error)}") from error
+
+
 def use_cpu_threads(threads: int | None = None) -> int:
     """Let torch use `threads` threads, by default one per core that this process may run on; return their number.
 
@@ -133,7 +144,7 @@ def load_model(
     the layers over all GPUs that are seen, and over the CPU where there is none. Raises ModelError where the weights
     are not safetensors, bitsandbytes is missing, or nothing can be loaded.
     """
-    _refuse_pickled_weights(Path(model))
+    refuse_pickled_weights(Path(model))
     if attention == "flash_attention_2":
         _refuse_flash_attention(precision, torch.device(device))
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
@@ -143,12 +154,10 @@ def load_model(
         options |= {"quantization_config": _quantised(quantisation, precision), "device_map": {"": str(device)}}
     if spread:
         options["device_map"] = "auto"
-    try:
+    with loading(f"the model {model!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, trust_remote_code=False, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model {model!r} cannot be loaded: {_first_line(error)}") from error
     if "device_map" not in options:
         loaded.to(torch.device(device))
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
@@ -251,7 +260,8 @@ def vocabulary(model: PreTrainedModel | PeftModel) -> int | None:
     return next((module.num_embeddings for module in modules if isinstance(module, torch.nn.Embedding)), None)
 
 
-def _refuse_pickled_weights(folder: Path) -> None:
+def refuse_pickled_weights(folder: Path) -> None:
+    """Raise ModelError for a folder without safetensors weights."""
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         beside = f" (only {', '.join(found[:3])}, which could run code when loaded)" if found else ""

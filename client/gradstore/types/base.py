@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 JobKind = Literal["gradients", "conversion", "finetune", "evaluation", "import", "scoring", "validation", "attribution"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 GradientKind = Literal["adam", "sgd", "sign"]
-FeatureKind = Literal[GradientKind, "hidden", "rds"]
+FeatureKind = Literal[GradientKind, "hidden", "rds", "embedding"]
 AdamForm = Literal["less", "exact"]
 Reduction = Literal["mean", "sum"]
 ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "none"]

@@ -43,7 +43,8 @@ class GradientsRequest(Request):
     kinds: list[FeatureKind] | None = Field(None, min_length=1)
     """`adam` for a dataset and `sgd` for a task, unless said otherwise. `hidden` is the mean of the hidden states that
     the output layer gets, `rds` (RDS+) the one in which the t-th token weighs as much as t: no gradients, and as wide
-    as the model."""
+    as the model. `embedding` is the row that a sentence encoder makes of an example's text, at a checkpoint that is the
+    encoder as it is; no other kind goes with it."""
     adam: AdamForm | Literal["both"] = "less"
     reduction: Reduction = "mean"
     """Whose gradient it is: of the mean of the supervised tokens' losses, or of their sum."""
@@ -79,6 +80,8 @@ class GradientsRequest(Request):
             raise ValueError("dims holds a number twice")
         if len(set(self.kinds or [])) != len(self.kinds or []):
             raise ValueError("kinds holds a kind twice")
+        if self.kinds and "embedding" in self.kinds and (len(self.kinds) > 1 or self.quantisation):
+            raise ValueError("embedding is of an encoder that is not quantised: ask for other kinds in another request")
         if self.weights and self.quantisation:
             raise ValueError("the weights of a quantised model have no gradients: leave quantisation out")
         return self
@@ -97,7 +100,8 @@ class ExcludedRow(Body):
 class FeatureSet(Body):
     """The features of one dataset or task at one checkpoint: rows × dim.
 
-    What hidden states do without is null: `weights`, `reduction`, `projection`, `seed` and `projection_version`.
+    What hidden states and embeddings do without is null: `weights`, `reduction`, `projection`, `seed` and
+    `projection_version`.
     """
 
     id: str
@@ -118,7 +122,8 @@ class FeatureSet(Body):
     converted_from: FeatureDtype | None = None
     """What the features were rounded to before, where they were converted and could differ by a step from those
     computed with this dtype."""
-    template: TemplateName
+    template: TemplateName | None
+    """Null of embeddings, which are of the text itself."""
     max_length: int
     precision: Precision
     """Precision of the base model while it computed."""
