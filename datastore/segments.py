@@ -373,7 +373,7 @@ class _MappedChunks:
         found = np.empty((len(rows), *each.row_shape), each.dtype)
         size = found.itemsize * (each.width or 1)
         buffers = found.reshape(-1).view(np.uint8).data
-        chunks, starts = np.unique(rows // CHUNK_ROWS, return_index=True)
+        chunks, starts = np.unique(rows // each.chunk_rows, return_index=True)
         for chunk, (low, high) in zip(chunks.tolist(), pairwise([*starts.tolist(), len(rows)]), strict=True):
             path = self.group / each.name / each.key(chunk)
             try:
@@ -382,7 +382,7 @@ class _MappedChunks:
                 raise Damaged(f"{path} is missing: not published yet, or lost; {_ADVICE}") from None
             try:
                 for position in range(low, high):
-                    place = (int(rows[position]) - chunk * CHUNK_ROWS) * size
+                    place = (int(rows[position]) - chunk * each.chunk_rows) * size
                     if os.preadv(descriptor, [buffers[position * size : (position + 1) * size]], place) != size:
                         raise Damaged(f"{path} ends too early; {_ADVICE}")
             finally:

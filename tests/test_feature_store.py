@@ -224,6 +224,8 @@ def test_chunks_of_long_rows_are_smaller_and_end_where_those_of_short_ones_do(
     np.testing.assert_array_equal(segment.stored(0, 2500), store.open("seg_usual").stored(0, 2500))
     again = store.open(SEGMENT)  # what is written stays readable, whatever a later version would choose
     np.testing.assert_array_equal(again.stored(1000, 1100), segment.stored(1000, 1100))
+    some = np.array([0, 127, 128, 1023, 1024, 2499])
+    np.testing.assert_array_equal(again.stored_rows(some), segment.stored(0, 2500)[some])
 
 
 def test_a_segment_of_few_rows_in_a_whole_chunk_is_still_read(
