@@ -3,7 +3,7 @@
 The rows of a pool at all its checkpoints are one long row √w_i φ_i(z)/‖φ_i(z)‖ after the other, whose product with the
 question's is the influence itself. That row, less the pool's mean (which changes no order), is projected to the
 `REDUCED` principal directions of a sample, stored in a byte a number (FAISS's scalar quantiser), and a question is
-compared with all of them: 256 MB for a million rows instead of 16 GB. What comes first at either end is then scored
+compared with all of them: 128 MB for a million rows instead of 16 GB. What comes first at either end is then scored
 exactly from the store (datastore/search.py), so that an index can miss a row and never misstates a score.
 
 How often it misses is measured when it is built: the build multiplies every row with some vectors that are not in the
@@ -49,7 +49,7 @@ INDEX_VERSION = 1
 """Counted up when the arithmetic changes, so that old indexes are not found again."""
 INDEX_ROWS = 100_000
 """Rows from which a pool gets an index: below, a pass over the store takes about a second."""
-REDUCED = 256
+REDUCED = 128
 """Principal directions."""
 SAMPLE_BYTES = 256 << 20
 SAMPLE_ROWS = 4096

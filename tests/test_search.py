@@ -160,7 +160,11 @@ def test_a_pass_notices_bytes_that_were_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[], [1024, 1500]])
-def test_some_rows_are_read_as_they_are_stored(tmp_path: Path, cuts: list[int]) -> None:
+@pytest.mark.parametrize("chunk", [1024, 128])
+def test_some_rows_are_read_as_they_are_stored(
+    tmp_path: Path, cuts: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.shards.CHUNK_BYTES", chunk * 2 * DIM)  # long rows have few in a chunk
     each = view(_made(tmp_path), drawn(2300, seed=4), cuts=cuts)
     rows = np.array([0, 3, 1023, 1024, 1499, 1500, 2299])
     np.testing.assert_array_equal(each.stored_rows(rows), each.stored(0, 2300)[rows])
