@@ -5,36 +5,51 @@ A selection's rows are one Parquet file, written once: any page of them, and any
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from gradstore import types
 from gradstore.types import ScoredRow, SelectedRow, Selection, SelectionRecipe
+from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
-from datastore.datasets import Datasets, Origins, RowLabel, joined
+from datastore.datasets import Datasets, Origins, RowLabels, joined
 from datastore.errors import NotFound
 from datastore.identity import content_id
-from datastore.influence import NO_SUBTASK, Mask, TaskScores
-from datastore.recipes import Sources
+from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores
+from datastore.recipes import Recipes, Sources
 from datastore.rows import Example
 from datastore.schema import SelectionRow
 from datastore.scoring import Scoring
-from datastore.selection import CombinedScores, combine, left_out, locate, make_up, top
+from datastore.selection.choose import Chosen, Lengths, Material, choose, chosen_from
+from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, Overlap, RunIndex
+from datastore.selection.features import PoolFeatures
+from datastore.selection.make_up import Labelled, left_out, locate
+from datastore.selection.rules import refused
+from datastore.selection.tasks import CombinedScores, combine, everywhere
+from datastore.selection.top import candidates, wanted
+from datastore.selection.words import text_of
 from datastore.shapes import example
 from datastore.strict_json import parse
 
 BATCH = 1024  # rows of a selection read at a time
 
+GROUP_ROWS = 1024
+"""Rows of a group of the Parquet file: a page reads those groups that it lies in."""
+REPORTED = 20
+"""Overlaps with tasks' rows that an answer tells."""
+_Names = Sequence[tuple[str | None, tuple[str, ...]]]
 _SCHEMA = pa.schema(
     [
         ("rank", pa.int64()),
@@ -54,17 +69,23 @@ class Pool:
     """The rows of one or several datasets, one after the other."""
 
     datasets: Sequence[str]
-    labels: Sequence[Sequence[RowLabel]]
+    labels: Sequence[RowLabels]
 
     @property
     def sizes(self) -> list[int]:
         """Rows of each dataset."""
-        return [len(labels) for labels in self.labels]
+        return [len(labels.origin) for labels in self.labels]
 
-    @property
-    def origins(self) -> list[str]:
+    @cached_property
+    def origins(self) -> Labelled:
         """Origin of every row."""
-        return [label.origin for labels in self.labels for label in labels]
+        found = joined([Origins(labels.origins, labels.origin) for labels in self.labels])
+        return Labelled(found.names, found.codes)
+
+    @cached_property
+    def ids(self) -> pa.ChunkedArray:
+        """Own id of every row, or null."""
+        return pa.chunked_array([labels.ids for labels in self.labels], pa.string())
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,9 @@ class Answers:
 
     catalog: Catalog
     datasets: Datasets
+    recipes: Recipes
     scoring: Scoring
+    runs: RunIndex
     root: Path
 
     def find(self, recipe: SelectionRecipe, *, limit: int, after: int = 0) -> Selection | None:
@@ -97,21 +120,25 @@ class Answers:
     ) -> Selection:
         """Choose rows by their scores and record the selection. Raises `Conflict` where no row can be chosen."""
         pool = self._pool(recipe)
-        combined = combine(scores, recipe.combine)
-        excluded = self._excluded(recipe)
-        chosen = top(combined.score, combined.valid, pct=recipe.pct, k=recipe.k, excluded=excluded)
-        names = self._subtask_names(recipe, sources)
-        table = _table(pool, chosen, combined, names)
-        origins = pool.origins
+        excluded = self._excluded(recipe, pool)
+        valid = everywhere(scores)
+        among = candidates(valid, excluded)
+        material = self._material(recipe, sources, pool)
+        k = len(material.lengths.wanted) if material.lengths is not None else None
+        k = wanted(valid, excluded, pct=recipe.pct, k=recipe.k if k is None else k)
+        chosen = choose(scores, recipe, among, k, material)
+        contamination = self._contamination(recipe, pool, chosen, material.contamination)
         summary = {
-            "count": len(chosen),
-            "pool": len(combined.valid) if excluded is None else int((~excluded).sum()),
+            "count": len(chosen.rows),
+            "pool": len(valid) if excluded is None else int((~excluded).sum()),
             "left_out": left_out(self.scoring.reasons(sources), excluded),
-            "origins": make_up(origins, chosen.tolist()),
-            "pool_origins": make_up(origins),
+            "origins": pool.origins.counts(chosen.rows),
+            "pool_origins": pool.origins.counts(),
+            "contamination": None if contamination is None else contamination.model_dump(mode="json"),
+            "notes": [*self.scoring.notes(sources), *chosen.notes],
         }
         id = selection_id(recipe)
-        _write_table(self._path(id), table)
+        _write_table(self._path(id), _table(pool, chosen, self._names(recipe, sources)))
         row = self.catalog.add_selection(id=id, recipe=recipe.model_dump(mode="json"), summary=summary)
         return self._answer(row, limit=limit, after=after)
 
@@ -119,9 +146,9 @@ class Answers:
         self, recipe: SelectionRecipe, sources: Sources, scores: Sequence[TaskScores], *, start: int, stop: int
     ) -> list[ScoredRow]:
         """Rows `start:stop` of the score vector, in the order of the pool."""
-        combined = combine(scores, recipe.combine)
+        combined = vector(scores, recipe)
         rows = np.arange(start, min(stop, len(combined.score)))
-        table = _table(self._pool(recipe), rows, combined, self._subtask_names(recipe, sources))
+        table = _table(self._pool(recipe), chosen_from(combined, rows), self._names(recipe, sources))
         found = []
         for row, valid in zip(table.to_pylist(), combined.valid[rows].tolist(), strict=True):
             missing = {} if valid else {"score": None, "task": None, "subtask": None}
@@ -130,10 +157,9 @@ class Answers:
 
     def score_table(self, recipe: SelectionRecipe, sources: Sources, scores: Sequence[TaskScores]) -> pa.Table:
         """The whole score vector as a table, a null score where a row has no feature."""
-        combined = combine(scores, recipe.combine)
-        rows = np.arange(len(combined.score))
-        names = self._subtask_names(recipe, sources)
-        table = _table(self._pool(recipe), rows, combined, names).drop_columns(["rank"])
+        combined = vector(scores, recipe)
+        everything = chosen_from(combined, np.arange(len(combined.score)))
+        table = _table(self._pool(recipe), everything, self._names(recipe, sources)).drop_columns(["rank"])
         masked = pa.array(combined.score, mask=~combined.valid)
         return table.set_column(table.schema.get_field_index("score"), "score", masked)
 
@@ -194,66 +220,152 @@ class Answers:
         )
 
     def _page(self, id: str, after: int, limit: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = pq.read_table(self._path(id), memory_map=True).slice(after, limit).to_pylist()
+        with pq.ParquetFile(self._path(id), memory_map=True) as file:
+            first, last = after // GROUP_ROWS, min(-(-(after + limit) // GROUP_ROWS), file.num_row_groups)
+            if first >= last:
+                return []
+            groups = file.read_row_groups(list(range(first, last)))
+        found: list[dict[str, Any]] = groups.slice(after - first * GROUP_ROWS, limit).to_pylist()
         return found
 
     def _path(self, id: str) -> Path:
         return self.root / f"{id}.parquet"
 
     def _pool(self, recipe: SelectionRecipe) -> Pool:
-        return Pool(recipe.datasets, [self.datasets.labels(dataset) for dataset in recipe.datasets])
+        return Pool(recipe.datasets, [self.datasets.label_columns(dataset) for dataset in recipe.datasets])
 
-    def _subtask_names(self, recipe: SelectionRecipe, sources: Sources) -> list[tuple[str, tuple[str, ...]]]:
+    def _names(self, recipe: SelectionRecipe, sources: Sources) -> _Names:
+        """Each task of the scores and its subtasks, as they are numbered."""
+        if recipe.method == "random":
+            return [(None, ())]
         known = self.scoring.subtasks(sources)
         return [(task, known[task]) for task in recipe.tasks]
 
-    def _excluded(self, recipe: SelectionRecipe) -> Mask | None:
-        """Rows of the pool whose text is that of an example to leave out (n,); None where nothing is left out."""
-        if not recipe.exclude:
+    def _excluded(self, recipe: SelectionRecipe, pool: Pool) -> Mask | None:
+        """Rows to leave out: those with the text of an excluded example, or an excluded id (n,); None for none."""
+        if not recipe.exclude and not recipe.exclude_ids:
             return None
-        unwanted = {key for reference in recipe.exclude for key in self._texts(reference)}
-        keys = (key for dataset in recipe.datasets for key in self._texts(dataset))
-        return np.fromiter((key in unwanted for key in keys), bool)
+        excluded: Mask = np.zeros(sum(pool.sizes), bool)
+        if recipe.exclude:
+            unwanted = np.concatenate([self._text_keys(reference) for reference in recipe.exclude])
+            excluded |= np.isin(np.concatenate([self._text_keys(dataset) for dataset in recipe.datasets]), unwanted)
+        if recipe.exclude_ids:
+            excluded |= np.asarray(pc.is_in(pool.ids, value_set=pa.array(recipe.exclude_ids, pa.string())))
+        return excluded
 
-    def _texts(self, reference: str) -> Iterator[bytes]:
+    def _text_keys(self, reference: str) -> NDArray[np.uint64]:
+        """A key of the text of each example of a dataset or selection (n,)."""
         if not reference.startswith("sel_"):
-            yield from map(_text_key, self.datasets.examples(reference))
-            return
-        for row in self.rows(reference):
-            yield from map(_text_key, self.datasets.examples(row.dataset, row.row, row.row + 1))
+            return self.datasets.text_keys(reference)
+        places = pq.read_table(self._path(reference), columns=["dataset", "row"])
+        keys = [np.empty(0, np.uint64)]
+        for dataset in pc.unique(places["dataset"]).to_pylist():
+            rows = places.filter(pc.equal(places["dataset"], dataset))["row"].to_numpy()
+            keys.append(self.datasets.text_keys(dataset)[rows])
+        return np.concatenate(keys)
+
+    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: Pool) -> Material:
+        readers = [self.datasets.example_reader(dataset) for dataset in recipe.datasets]
+
+        def text(row: int) -> str:
+            ((number, place),) = locate([row], pool.sizes)
+            return text_of(readers[number](place))
+
+        def features(rows: Sequence[int]) -> Floats:
+            return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights).unit(rows)
+
+        tasks = dict.fromkeys([*recipe.tasks, *recipe.decontaminate])
+        return Material(
+            origins=pool.origins,
+            text=text,
+            features=features,
+            contamination=Contamination(text, [self.runs.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]),
+            lengths=self._lengths(recipe),
+        )
+
+    def _contamination(
+        self, recipe: SelectionRecipe, pool: Pool, chosen: Chosen, found: Contamination
+    ) -> types.Contamination | None:
+        """What the chosen rows share with tasks' rows."""
+        if not found.tasks:
+            return None
+        kept = [(row, overlap) for row in chosen.rows.tolist() if (overlap := found.of(row)) is not None]
+        dropped = [pair for pair in found.found() if pair[0] not in {row for row, _ in kept}]
+        return types.Contamination(
+            tasks=[task.task for task in found.tasks],
+            ngram=recipe.ngram or DEFAULT_NGRAM,
+            chosen=len(kept),
+            dropped=len(dropped),
+            unchecked=sum(task.unchecked for task in found.tasks),
+            overlaps=[self._overlap(pool, row, overlap) for row, overlap in (kept + dropped)[:REPORTED]],
+        )
+
+    def _overlap(self, pool: Pool, row: int, overlap: Overlap) -> types.Overlap:
+        ((number, place),) = locate([row], pool.sizes)
+        return types.Overlap(
+            dataset=pool.datasets[number],
+            row=place,
+            id=pool.ids[row].as_py(),
+            task=overlap.task,
+            split=overlap.split,
+            task_row=overlap.row,
+            text=overlap.text,
+        )
+
+    def _lengths(self, recipe: SelectionRecipe) -> Lengths | None:
+        """Supervised tokens of the pool's rows and of the selection to match. Raises `InvalidInput`, `Conflict`."""
+        if recipe.match is None:
+            return None
+        model = self.read(recipe.match, limit=0).recipe
+        if model.datasets != recipe.datasets:
+            raise refused("match", f"{recipe.match} was chosen from other datasets: leave dataset out")
+        if not model.checkpoints:
+            raise refused("match", f"{recipe.match} was chosen without features, so the lengths of rows are not known")
+        sources = self.recipes.sources(model)
+        known = np.concatenate([views[0].tokens for views in self.scoring.rows(sources)])
+        places = pq.read_table(self._path(recipe.match), columns=["dataset", "row"]).to_pydict()
+        sizes = [len(views[0].tokens) for views in self.scoring.rows(sources)]
+        starts = dict(zip(recipe.datasets, accumulate(sizes, initial=0), strict=False))
+        rows = [starts[dataset] + row for dataset, row in zip(places["dataset"], places["row"], strict=True)]
+        return Lengths(known=known, wanted=known[rows])
+
+    def _lines(self, rows: Sequence[SelectedRow]) -> Iterator[bytes]:
+        if rows:
+            yield from self.datasets.lines(rows[0].dataset, [row.row for row in rows])
 
 
 def selection_id(recipe: SelectionRecipe) -> str:
-    """The id of the selection that a recipe gives."""
-    return content_id("sel", recipe.model_dump(mode="json"))
+    """The id of the selection that a recipe gives.
+
+    What has its default says nothing: a parameter that is new in a later version changes no id.
+    """
+    return content_id("sel", recipe.model_dump(mode="json", exclude_defaults=True))
 
 
-def _text_key(example: Example) -> bytes:
-    """Equal for two examples that would be trained on alike, whatever their ids and origins."""
-    turns = [(message.role, message.prefix, message.content) for message in example.messages]
-    text = json.dumps([turns, example.prompt, example.completion])
-    return hashlib.sha256(text.encode()).digest()[:16]
+def vector(scores: Sequence[TaskScores], recipe: SelectionRecipe) -> CombinedScores:
+    """One score a row. Raises `InvalidInput` where several tasks choose without one."""
+    if recipe.combine == "round-robin" or recipe.combine == "balanced":  # noqa: PLR1714  # mypy narrows the type by ==
+        detail = f"combine={recipe.combine} gives no row one score: ask for max or mean, or for each task by itself"
+        raise refused("combine", detail)
+    return combine(scores, recipe.combine or "max")
 
 
-def _table(
-    pool: Pool, rows: np.ndarray[Any, Any], scores: CombinedScores, names: Sequence[tuple[str, tuple[str, ...]]]
-) -> pa.Table:
-    places = locate(rows.tolist(), pool.sizes)
-    labels = [pool.labels[dataset][row] for dataset, row in places]
-    tasks = scores.task[rows].tolist()
-    subtasks = scores.subtask[rows].tolist()
+def _table(pool: Pool, chosen: Chosen, names: _Names) -> pa.Table:
+    places = locate(chosen.rows.tolist(), pool.sizes)
+    tasks = chosen.task.tolist()
+    origins = pa.array(pool.origins.names, pa.string())
     return pa.table(
         {
-            "rank": list(range(1, len(places) + 1)),
+            "rank": np.arange(1, len(places) + 1),
             "dataset": [pool.datasets[dataset] for dataset, _ in places],
             "row": [row for _, row in places],
-            "id": [label.id for label in labels],
-            "origin": [label.origin for label in labels],
-            "score": scores.score[rows],
+            "id": pool.ids.take(pa.array(chosen.rows)),
+            "origin": origins.take(pa.array(pool.origins.codes[chosen.rows])),
+            "score": chosen.score,
             "task": [names[task][0] for task in tasks],
             "subtask": [
                 None if number == NO_SUBTASK else names[task][1][number]
-                for task, number in zip(tasks, subtasks, strict=True)
+                for task, number in zip(tasks, chosen.subtask.tolist(), strict=True)
             ],
         },
         schema=_SCHEMA,
@@ -266,7 +378,7 @@ def _write_table(path: Path, table: pa.Table) -> None:
     partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with partial.open("wb") as file:
-            pq.write_table(table, file)
+            pq.write_table(table, file, row_group_size=GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

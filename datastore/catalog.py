@@ -242,7 +242,7 @@ class Catalog:
             if row is None:
                 row = SelectionRow(id=id, name=None, recipe=recipe, summary=summary, created_at=utc_now())
                 session.add(row)
-                use(session, user=id, used=[*recipe["datasets"], *recipe["tasks"]])
+                use(session, user=id, used=_needed(recipe))
             return row
 
     def selection(self, reference: str) -> SelectionRow:
@@ -392,6 +392,12 @@ def use(session: Session, *, user: str, used: Iterable[str]) -> None:
         if session.get(noun, id) is None:
             raise NotFound(_noun_name(noun), id, collection=f"/{noun.__tablename__}")
         session.add(UseRow(user=user, used=id))
+
+
+def _needed(recipe: dict[str, Any]) -> list[str]:
+    """What a selection cannot be chosen again without, its features apart."""
+    several = ("datasets", "tasks", "exclude", "decontaminate")
+    return [*(id for name in several for id in recipe.get(name, [])), *filter(None, [recipe.get("match")])]
 
 
 def name_if_free(session: Session, row: Noun, name: str) -> None:

@@ -39,6 +39,7 @@ from datastore.dataset_files import (
     DatasetFolder,
     DatasetWriter,
     RowLabel,
+    RowLabels,
     add_source,
 )
 from datastore.durable import sync_folder
@@ -49,9 +50,10 @@ from datastore.rows import Example
 from datastore.shapes import BadRow, example
 from datastore.strict_json import NotJson, canonical, compact, parse
 
-__all__ = ["REPORTED", "Datasets", "Ingested", "Origins", "RowLabel", "joined"]
+__all__ = ["REPORTED", "Datasets", "Ingested", "Origins", "RowLabel", "RowLabels", "joined"]
 
 REPORTED = 100  # problems, and remarks, that a report holds; all are counted
+LABELS_KEPT = 4  # datasets; some 100 bytes a row
 DETAIL = 400  # characters of a reason, which may quote the row
 ABANDONED = 60.0  # seconds after which an unlocked folder of incoming/ belongs to nobody
 REMEMBERED = 16  # datasets whose rows' origins are kept in memory, 4 bytes a row
@@ -103,6 +105,7 @@ class Datasets:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._sources, self._incoming = root / "sources", root / "incoming"
+        self._labels: dict[str, RowLabels] = {}
         for folder in (self._sources, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
         self._origins = lru_cache(maxsize=REMEMBERED)(self._read_origins)
@@ -168,6 +171,23 @@ class Datasets:
         """Bytes of every row as one line, without its end (n,)."""
         sizes: NDArray[np.int64] = np.diff(self._folder(dataset).offsets()) - 1
         return sizes
+
+    def label_columns(self, dataset: str) -> RowLabels:
+        """Id and origin of every row, in columns; of the datasets asked for last they are kept in memory."""
+        folder = self._folder(dataset)
+        if dataset not in self._labels:
+            while len(self._labels) >= LABELS_KEPT:
+                self._labels.pop(next(iter(self._labels)), None)
+            self._labels[dataset] = folder.label_columns()
+        return self._labels[dataset]
+
+    def text_keys(self, dataset: str) -> NDArray[np.uint64]:
+        """A 64-bit key of every row's text (n,): rows that would be trained on alike have the same (repeats.py)."""
+        return np.asarray(self._folder(dataset).keys()[:, 1])
+
+    def example_reader(self, dataset: str) -> Callable[[int], Example]:
+        """Reads examples by row, for callers that want many of them in any order; raises IndexError."""
+        return self._folder(dataset).example
 
     def lines(self, dataset: str, rows: Iterable[int]) -> Iterator[bytes]:
         """The original rows asked for, in the order asked, each as one line without its end; raises IndexError.

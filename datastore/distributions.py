@@ -12,9 +12,10 @@ import numpy as np
 from gradstore.types import Cuts, Overlaps, ScoreDistribution, SelectionRecipe, TaskOverlap
 from numpy.typing import NDArray
 
+from datastore.answers import vector
 from datastore.datasets import Origins
 from datastore.influence import Mask, TaskScores
-from datastore.selection import Selected, combine, count, top
+from datastore.selection.top import Selected, candidates, count, ranking, top, wanted
 
 
 def distribution(
@@ -24,8 +25,8 @@ def distribution(
 
     Raises `Conflict` where no row has a score.
     """
-    combined = combine(scores, recipe.combine)
-    ordered = top(combined.score, combined.valid, k=len(combined.valid))
+    combined = vector(scores, recipe)
+    ordered = ranking(combined.score, candidates(combined.valid, None))
     values = combined.score[ordered]
     edges = _edges(float(values[-1]), float(values[0]), bins)
     codes = origins.codes[ordered]
@@ -48,7 +49,7 @@ def overlaps(
 
     Raises `Conflict` where a task has no row that can be chosen.
     """
-    chosen = [top(task.score, task.valid, pct=pct, k=k) for task in scores]
+    chosen = [top(task.score, task.valid, wanted(task.valid, None, pct=pct, k=k)) for task in scores]
     pairs = [
         _overlap((recipe.tasks[one], recipe.tasks[other]), scores[one], scores[other], chosen[one], chosen[other])
         for one, other in combinations(range(len(scores)), 2)

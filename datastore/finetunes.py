@@ -24,7 +24,7 @@ from datastore.errors import Conflict, InUse, InvalidInput, NotEnoughSpace
 from datastore.identity import content_id
 from datastore.leases import Jobs, NewShard
 from datastore.schema import CheckpointRow, JobRow, RunCheckpointRow, RunRow, UseRow
-from datastore.selection import count
+from datastore.selection.top import count
 from datastore.settings import Settings
 
 MOMENTS_BYTES = 8  # of a trainable parameter in a checkpoint: two moments in float32

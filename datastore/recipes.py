@@ -16,6 +16,8 @@ from urllib.parse import urlencode
 from gradstore.types import (
     AdamForm,
     Aggregate,
+    Combine,
+    DedupeBy,
     FeatureDtype,
     FeatureKind,
     FeatureSet,
@@ -24,22 +26,26 @@ from gradstore.types import (
     Quantisation,
     Reduction,
     Run,
+    SelectionMethod,
     SelectionRecipe,
     StoredProjection,
+    Strategy,
     Task,
     TemplateName,
 )
 
 from datastore.catalog import Catalog
-from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing, InvalidInput
+from datastore.errors import Ambiguous, Conflict, ForeignProjection, GradientsMissing, InvalidInput
 from datastore.features import UNPROJECTED, Features
+from datastore.selection import rules
+from datastore.selection.contamination import DEFAULT_NGRAM
 
 
 @dataclass(frozen=True)
 class Query:
     """What a user says about the scores wanted; None and () leave it to what there is."""
 
-    tasks: Sequence[str]
+    tasks: Sequence[str] = ()
     datasets: Sequence[str] = ()
     run: str | None = None
     checkpoints: Sequence[str] = ()
@@ -57,16 +63,29 @@ class Query:
     max_length: int | None = None
     precision: Precision | None = None
     quantisation: Quantisation | Literal["none"] | None = None
-    aggregate: Aggregate = "less"
-    combine: Literal["max", "mean"] = "max"
+    method: SelectionMethod = "influence"
+    aggregate: Aggregate | None = None
+    combine: Combine | None = None
+    selection_seed: int | None = None
     pct: float | None = None
     k: int | None = None
     exclude: Sequence[str] = ()
+    exclude_ids: Sequence[str] = ()
+    strategy: Strategy | None = None
+    among: int | None = None
+    clusters: int | None = None
+    quota: Sequence[str] = ()
+    dedupe: float | None = None
+    dedupe_by: DedupeBy | None = None
+    match: str | None = None
+    ngram: int | None = None
+    decontaminate: Sequence[str] = ()
+    exclude_contaminated: bool | None = None
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The feature sets that a recipe reads: one a checkpoint, in the recipe's order."""
+    """The feature sets that a recipe reads, one a checkpoint, in the recipe's order; its method may need none."""
 
     datasets: dict[str, list[FeatureSet]]
     tasks: dict[str, list[FeatureSet]]
@@ -102,6 +121,12 @@ _OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projectio
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
 _BY_NAME_ONLY: frozenset[FeatureKind] = frozenset({"rds", "embedding"})
 """Kinds of features that are compared where they are asked for, and are no candidates elsewhere."""
+_WITHOUT_TASKS: frozenset[SelectionMethod] = frozenset({"random"})
+_UNUSED: dict[SelectionMethod, tuple[str, ...]] = {
+    "influence": (),
+    "random": ("run", "checkpoints", *_ASKED, "aggregate", "combine"),
+}
+"""Parameters of a query that a method does nothing with."""
 _TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
 """A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
 
@@ -129,8 +154,12 @@ class Recipes:
         Raises `NotFound`, `InvalidInput`, `Ambiguous` and `GradientsMissing`.
         """
         _refuse_idle(query)
+        if not query.tasks and query.method not in _WITHOUT_TASKS:
+            raise rules.refused("task", f"method={query.method} selects for a task: name one (task)")
+        rules.check(query)
+        if query.method in rules.WITHOUT_FEATURES:
+            return self._plain(query, path), Sources(datasets={}, tasks={})
         tasks = [self.catalog.task(reference) for reference in dict.fromkeys(query.tasks)]
-        exclude = [self._excluded(reference) for reference in dict.fromkeys(query.exclude)]
         pool = self._candidates(query)
         found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
         complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
@@ -139,7 +168,75 @@ class Recipes:
         if len(complete) > 1:
             raise _ambiguous(query, [candidate for candidate, _ in complete], path)
         candidate, targets = complete[0]
-        return self._recipe(query, candidate, targets, exclude), Sources(datasets=candidate.pools, tasks=targets)
+        return self._recipe(query, candidate, targets), Sources(datasets=candidate.pools, tasks=targets)
+
+    def sources(self, recipe: SelectionRecipe) -> Sources:
+        """The features that a recipe reads. Raises `NotFound`, `InvalidInput` and `GradientsMissing`."""
+        rules.check(recipe)
+        for dataset in recipe.datasets:
+            self.catalog.dataset(dataset)
+        for task in (*recipe.tasks, *recipe.decontaminate):
+            self.catalog.task(task)
+        if recipe.method in rules.WITHOUT_FEATURES:
+            return Sources(datasets={}, tasks={})
+        if len(recipe.checkpoints) != len(recipe.checkpoint_weights) or not recipe.checkpoints:
+            raise rules.refused("checkpoint_weights", "a recipe has checkpoints, and a weight for each")
+        shared = {name: getattr(recipe, name) for name in _SHARED}
+        own = {name: getattr(recipe, name) for name in _OWN}
+        known = _TASK_KINDS if recipe.task_kind not in UNPROJECTED else ((recipe.task_kind, None),)
+        forms = [form for form in known if form[0] == recipe.task_kind and recipe.task_adam in (None, form[1])]
+        pools = {dataset: self._stored({"dataset": dataset}, recipe, [own | shared]) for dataset in recipe.datasets}
+        tasks = {
+            task: self._stored({"task": task}, recipe, [{"kind": kind, "adam": adam} | shared for kind, adam in forms])
+            for task in recipe.tasks
+        }
+        return Sources(datasets=pools, tasks=tasks)
+
+    def _plain(self, query: Query, path: str) -> SelectionRecipe:
+        """The recipe of a method that reads no features."""
+        datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
+        if query.match is not None:
+            datasets = datasets or list(self.catalog.selection(query.match).recipe["datasets"])
+        datasets = datasets or list(self.catalog.dataset_sizes())
+        if not datasets:
+            raise Conflict("there is no dataset to select from: upload one with POST /datasets")
+        if len(datasets) > 1 and not query.datasets and query.match is None:
+            shared = {**_choice(query), "method": query.method, "task": list(query.tasks)}
+            choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in datasets]
+            raise Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
+        nothing = dict.fromkeys(name for name, field in SelectionRecipe.model_fields.items() if field.is_required())
+        return SelectionRecipe.model_validate(
+            nothing
+            | {
+                "method": query.method,
+                "datasets": datasets,
+                "tasks": [self.catalog.task(reference).id for reference in dict.fromkeys(query.tasks)],
+                "checkpoints": [],
+                "checkpoint_weights": [],
+                **self._resolved(query, datasets),
+            }
+        )
+
+    def _resolved(self, query: Query, datasets: Sequence[str]) -> dict[str, Any]:
+        """What a query says about the choice, resolved to ids. Raises `NotFound`, `InvalidInput`."""
+        origins = {origin for dataset in datasets for origin in self.catalog.dataset(dataset).origins}
+        return {
+            "pct": query.pct,
+            "k": query.k,
+            "exclude": [self._excluded(reference) for reference in dict.fromkeys(query.exclude)],
+            "exclude_ids": sorted(set(query.exclude_ids)),
+            "strategy": query.strategy or "top",
+            "among": query.among,
+            "clusters": query.clusters,
+            "selection_seed": (query.selection_seed or 0) if rules.is_drawn(query) else None,
+            "quota": rules.quota(query.quota, origins) if query.quota else None,
+            "dedupe": query.dedupe,
+            "dedupe_by": rules.dedupe_by(query),
+            "match": None if query.match is None else self.catalog.selection(query.match).id,
+            "ngram": (query.ngram or DEFAULT_NGRAM) if query.tasks or query.decontaminate else None,
+            "decontaminate": [self.catalog.task(reference).id for reference in dict.fromkeys(query.decontaminate)],
+            "exclude_contaminated": bool(query.exclude_contaminated),
+        }
 
     def pools(self, query: Query, *, path: str) -> Pools:
         """The pools that a query without tasks means; raises as `resolve` does. Whoever asks projects here, so imported
@@ -166,19 +263,6 @@ class Recipes:
         if not found:
             raise self._missing_pool(query, datasets, run, checkpoints, near)
         return found
-
-    def sources(self, recipe: SelectionRecipe) -> Sources:
-        """The features that a recipe reads. Raises `GradientsMissing` where some have been deleted."""
-        shared = {name: getattr(recipe, name) for name in _SHARED}
-        own = {name: getattr(recipe, name) for name in _OWN}
-        known = _TASK_KINDS if recipe.task_kind not in UNPROJECTED else ((recipe.task_kind, None),)
-        forms = [form for form in known if form[0] == recipe.task_kind]
-        pools = {dataset: self._stored({"dataset": dataset}, recipe, [own | shared]) for dataset in recipe.datasets}
-        tasks = {
-            task: self._stored({"task": task}, recipe, [{"kind": kind, "adam": adam} | shared for kind, adam in forms])
-            for task in recipe.tasks
-        }
-        return Sources(datasets=pools, tasks=tasks)
 
     def _stored(
         self, owner: dict[str, str], recipe: SelectionRecipe, variants: Sequence[dict[str, Any]]
@@ -255,25 +339,23 @@ class Recipes:
                     break
         return found
 
-    def _recipe(
-        self, query: Query, candidate: _Candidate, targets: dict[str, list[FeatureSet]], exclude: list[str]
-    ) -> SelectionRecipe:
-        kinds = {features[0].kind for features in targets.values()}
+    def _recipe(self, query: Query, candidate: _Candidate, targets: dict[str, list[FeatureSet]]) -> SelectionRecipe:
+        kinds = {(features[0].kind, features[0].adam) for features in targets.values()}
         if len(kinds) > 1:
             raise InvalidInput("the tasks' features are of different kinds: compute them alike with POST /gradients")
+        ((task_kind, task_adam),) = kinds
         return SelectionRecipe(
             datasets=list(candidate.pools),
             tasks=list(targets),
             checkpoints=list(candidate.checkpoints),
             checkpoint_weights=self._weights(candidate),
             run=candidate.run.id if candidate.run else None,
-            task_kind=kinds.pop(),
-            aggregate=query.aggregate,
-            combine=query.combine,
-            pct=query.pct,
-            k=query.k,
-            exclude=exclude,
+            task_kind=task_kind,
+            task_adam=task_adam,
+            aggregate=query.aggregate or "less",
+            combine=query.combine or "max",
             **candidate.parameters,
+            **self._resolved(query, list(candidate.pools)),
         )
 
     def _weights(self, candidate: _Candidate) -> list[float]:
@@ -341,7 +423,14 @@ class Recipes:
 
 
 def _refuse_idle(query: Query) -> None:
-    """Refuse what narrows nothing: no feature of the kind that is asked for could ever fit it."""
+    """Refuse what narrows nothing: what the method does without, and what no feature of the kind could ever have."""
+    unused = [name for name in _UNUSED[query.method] if getattr(query, name) not in (None, (), [])]
+    if unused:
+        detail = f"method={query.method} does nothing with {' and '.join(unused)}: leave it out"
+        parameters = {"checkpoints": "checkpoint"}
+        raise InvalidInput(
+            detail, errors=[ProblemItem(detail=detail, parameter=parameters.get(name, name)) for name in unused]
+        )
     own: dict[str, tuple[str, ...]] = {
         **dict.fromkeys(UNPROJECTED, _OF_GRADIENTS),
         "sgd": ("adam",),
@@ -451,17 +540,21 @@ def _ambiguous(query: Query, candidates: Sequence[_Candidate], path: str) -> Amb
 
 
 def _parameters(query: Query, candidate: _Candidate) -> dict[str, Any]:
-    chosen: dict[str, Any] = {
-        "task": list(query.tasks),
-        "pct": query.pct,
-        "k": query.k,
-        "dataset": list(candidate.pools),
-    }
+    chosen = {**_choice(query), "task": list(query.tasks), "dataset": list(candidate.pools)}
     if candidate.run is not None and not query.checkpoints:
         chosen["run"] = candidate.run.id
     else:
         chosen["checkpoint"] = list(candidate.checkpoints)
     telling = _telling(candidate.parameters)
     chosen |= {name: _said(name, telling[name]) for name in _ASKED if name in telling}
-    chosen |= {"aggregate": query.aggregate, "combine": query.combine, "exclude": list(query.exclude)}
-    return {key: value for key, value in chosen.items() if value not in (None, [])}
+    return _said_only(chosen | {"aggregate": query.aggregate, "combine": query.combine})
+
+
+def _choice(query: Query) -> dict[str, Any]:
+    """What a query says about how rows are chosen, as an URL says it."""
+    values = {name: getattr(query, name) for name in rules.OF_THE_CHOICE}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _said_only(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None and value is not False and value != []}

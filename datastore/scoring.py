@@ -26,6 +26,8 @@ from datastore.recipes import Sources
 from datastore.schema import JobRow, ShardRow
 from datastore.scores import ScoreCache, Target
 from datastore.segments import FeatureView
+from datastore.selection.draws import draw
+from datastore.selection.rules import OF_THE_CHOICE
 from datastore.tasks import Tasks
 
 
@@ -41,7 +43,13 @@ class Scoring:
     cache: ScoreCache
 
     def known(self, recipe: SelectionRecipe, sources: Sources) -> list[TaskScores] | None:
-        """The scores of each task over all pools, one after the other, if all of them are cached."""
+        """The scores of each task over all pools, one after the other, if all of them are cached.
+
+        A random recipe has the numbers drawn for its rows instead, as of one task.
+        """
+        if recipe.method == "random":
+            sizes = self.catalog.dataset_sizes()
+            return [draw(sum(sizes[dataset] for dataset in recipe.datasets), recipe.selection_seed or 0)]
         targets = self._targets(sources)
         found = []
         for sets in sources.datasets.values():
@@ -49,7 +57,7 @@ class Scoring:
                 self._views(sets),
                 targets,
                 weights=recipe.checkpoint_weights,
-                aggregate=recipe.aggregate,
+                aggregate=recipe.aggregate or "less",
                 cache=self.cache,
             )
             if pool is None:
@@ -59,12 +67,12 @@ class Scoring:
 
     def start(self, recipe: SelectionRecipe, sources: Sources) -> AnyJob:
         """Start the job that computes the scores, or return the one that is at it: a shard for each piece of a pool."""
-        scored = recipe.model_dump(mode="json", exclude={"pct", "k", "exclude", "combine"})
+        scored = recipe.model_dump(mode="json", exclude={*OF_THE_CHOICE, "combine"})
         plan = {
             "datasets": {id: [feature.id for feature in found] for id, found in sources.datasets.items()},
             "tasks": {id: [feature.id for feature in found] for id, found in sources.tasks.items()},
             "weights": recipe.checkpoint_weights,
-            "aggregate": recipe.aggregate,
+            "aggregate": recipe.aggregate or "less",
             "rows": sum(sets[0].rows for sets in sources.datasets.values()),
         }
         id = content_id("scores", scored)
@@ -82,7 +90,7 @@ class Scoring:
                 self._views(sets),
                 targets,
                 weights=recipe.checkpoint_weights,
-                aggregate=recipe.aggregate,
+                aggregate=recipe.aggregate or "less",
                 cache=self.cache,
             )
             for start, stop in missing:
@@ -129,6 +137,10 @@ class Scoring:
                 found |= {first + row: reason for row, reason in view.reasons.items()}
             first += sets[0].rows
         return found
+
+    def rows(self, sources: Sources) -> list[list[FeatureView]]:
+        """The rows that are scored: of each pool a view for each checkpoint."""
+        return [self._views(sets) for sets in sources.datasets.values()]
 
     def _sources(self, plan: dict[str, Any]) -> Sources:
         """The feature sets of a job's plan."""

@@ -97,6 +97,11 @@ class Settings(BaseSettings):
         return self.data / "questions"
 
     @property
+    def ngrams(self) -> Path:
+        """The runs of words of tasks' rows, for finding them in a pool."""
+        return self.data / "ngrams"
+
+    @property
     def selections(self) -> Path:
         """Folder of the selections' rows."""
         return self.data / "selections"

@@ -23,6 +23,7 @@ from datastore.questions import Questions
 from datastore.recipes import Recipes
 from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
+from datastore.selection.contamination import RunIndex
 from datastore.settings import Settings
 from datastore.tasks import Tasks
 from datastore.trainings import Trainings
@@ -69,7 +70,8 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     recipes = Recipes(catalog, features)
     scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
     jobs.results["scoring"] = scoring.result
-    answers = Answers(catalog, datasets, scoring, settings.selections)
+    recipes = Recipes(catalog, features)
+    answers = Answers(catalog, datasets, recipes, scoring, RunIndex(tasks, settings.ngrams), settings.selections)
     return OpenStore(
         settings=settings,
         catalog=catalog,

@@ -51,7 +51,7 @@ from datastore.predictions import Target, fold_of, losses_of, predictions, targe
 from datastore.recipes import Query, Recipes, Sources
 from datastore.schema import JobRow, ShardRow
 from datastore.segments import Rows
-from datastore.selection import count, top
+from datastore.selection.top import candidates, count, top
 from datastore.tasks import Tasks
 from datastore.trainings import Measured, Training, Trainings
 
@@ -225,7 +225,7 @@ class Validations:
             scores |= {"precondition": wanted.precondition, "aggregate": wanted.aggregate}
             if wanted.control is None:
                 recipe, sources = self._resolved(wanted, pool, task, label=label)
-                if wanted.precondition == "trackstar" and recipe.dim > MAX_DIM:
+                if wanted.precondition == "trackstar" and (recipe.dim or 0) > MAX_DIM:
                     detail = f"a second moment of {recipe.dim:,} dims takes too long to invert: at most {MAX_DIM:,}"
                     raise _refusal(detail, f"/scores/{number}/precondition")
                 scores["recipe"] = recipe.model_dump(mode="json")
@@ -327,7 +327,7 @@ class Validations:
                 self._best.clear()
             pool, task = self._views(plan["scores"][number])
             score, valid = self._vector(plan, number, pool, task)
-            chosen = top(score, valid, k=plan["pool_rows"] - plan["rows"])
+            chosen = top(score, candidates(valid, None), plan["pool_rows"] - plan["rows"])
             if len(chosen) < plan["pool_rows"] - plan["rows"]:
                 raise Conflict(f"only {len(chosen):,} rows of the pool have a score: leave out at most as many")
             self._best[key] = set(chosen.tolist())

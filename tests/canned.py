@@ -431,6 +431,7 @@ def base_model() -> dict[str, Any]:
 
 def recipe() -> dict[str, Any]:
     return {
+        "method": "influence",
         "datasets": ["ds_pool"],
         "tasks": ["task_mmlu"],
         "checkpoints": ["ck_1"],
@@ -440,6 +441,7 @@ def recipe() -> dict[str, Any]:
         "task_kind": "sgd",
         "aggregate": "less",
         "combine": "max",
+        "selection_seed": None,
         "pct": 0.05,
         "k": None,
         "exclude": [],

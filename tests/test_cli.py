@@ -238,7 +238,7 @@ def test_an_error_of_the_server_is_printed_with_its_request(run: Run) -> None:
     "words",
     [
         ("nonsense",),
-        ("select",),
+        ("finetunes", "create"),
         ("select", "--task", "x", "--lines", "--csv"),
         ("datasets", "upload", "/does/not/exist.jsonl"),
         ("datasets", "upload", "-"),

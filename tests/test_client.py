@@ -847,6 +847,19 @@ def test_select_says_exactly_what_was_asked() -> None:
     }
 
 
+def test_select_chooses_again_by_a_recipe() -> None:
+    with serving(lambda _: Said(canned.selection(1))) as (server, store):
+        chosen = store.select(task="mmlu", pct=0.05, quota={"a": 0.5, "b": 0.25})
+        store.select(recipe=chosen.recipe)
+        store.select(recipe="sel_1")
+        with pytest.raises(ValueError, match="leave out pct"):
+            store.select(recipe="sel_1", pct=0.1)
+    assert server.asked[0].query["quota"] == ["a:0.5", "b:0.25"]
+    methods = [(asked.method, asked.path) for asked in server.asked[1:]]
+    assert methods == [("POST", "/selections"), ("GET", "/selections/sel_1"), ("POST", "/selections")]
+    assert json.loads(server.asked[1].body)["recipe"]["tasks"] == ["task_mmlu"]
+
+
 def test_missing_gradients_are_a_conflict_that_says_what_to_post() -> None:
     detail = 'POST /gradients {"task": "mmlu", "run": "run_1"}'
     with (

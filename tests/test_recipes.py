@@ -271,3 +271,77 @@ def test_pool_and_task_have_one_reduction(store: Store, tmp_path: Path) -> None:
     assert (recipe.reduction, sources.tasks[recipe.tasks[0]][0].reduction) == ("mean", "mean")
     pool = recipe.datasets[0]
     assert answered(store, Query(tasks=["target"], reduction="sum", datasets=["pool"], dim=DIM, k=1)) == [pool]
+
+
+# Ways of choosing ---------------------------------------------------------------------------------------------------
+
+
+def with_two_tasks(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path, rows=60)
+    store.task({"one": 2}, folder=tmp_path / "second", name="second")
+    store.features.start(request(task="second"))
+    store.work(lambda checkpoint, start, stop, dim: task_numbers(checkpoint, start + 50, stop + 50, dim))
+
+
+@pytest.mark.parametrize("how", ["round-robin", "balanced"])
+def test_several_tasks_choose_with_their_own_scores(store: Store, tmp_path: Path, how: str) -> None:
+    with_two_tasks(store, tmp_path)
+    alone = {name: select(store, tasks=[name], pct=None, k=60).data for name in ("target", "second")}
+    scores = {rows[0].task: {row.row: row.score for row in rows} for rows in alone.values()}
+    together = select(store, tasks=["target", "second"], combine=how, pct=None, k=10)
+    assert {row.task for row in together.data} == set(scores)
+    assert len({row.row for row in together.data}) == 10
+    for row in together.data:
+        assert row.score == pytest.approx(scores[row.task or ""][row.row], abs=1e-6)
+    if how == "round-robin":
+        first, second = alone["target"], alone["second"]
+        assert together.data[0].row == first[0].row
+        assert together.data[1].row == next(row.row for row in second if row.row != first[0].row)
+        assert len({row.task for row in together.data[::2]}) == 1
+
+
+def test_scores_of_tasks_that_choose_in_turns_are_refused(store: Store, tmp_path: Path) -> None:
+    with_two_tasks(store, tmp_path)
+    query = Query(tasks=["target", "second"], combine="balanced")
+    recipe, sources = store.recipes.resolve(query, path="/scores")
+    store.scoring.start(recipe, sources)
+    store.score()
+    with pytest.raises(InvalidInput, match="no row one score"):
+        store.answers.score_table(recipe, sources, store.scoring.known(recipe, sources) or [])
+
+
+def test_rows_are_drawn_without_features_or_a_task(store: Store) -> None:
+    pool = store.pool(100, name="pool")
+    drawn = select(store, tasks=[], method="random", pct=0.3)
+    assert (drawn.count, drawn.pool, drawn.recipe.datasets) == (30, 100, [pool.id])
+    assert len({row.row for row in drawn.data}) == 30
+    assert {(row.task, row.subtask) for row in drawn.data} == {(None, None)}
+    assert drawn.recipe.selection_seed == 0
+    again = select(store, tasks=[], method="random", pct=0.3, selection_seed=1)
+    assert again.id != drawn.id
+    assert {row.row for row in again.data} != {row.row for row in drawn.data}
+
+
+def test_of_several_datasets_the_one_to_draw_from_is_named(store: Store) -> None:
+    pools = [store.pool(rows, name=f"pool-{rows}").id for rows in (5, 7)]
+    with pytest.raises(Ambiguous) as caught:
+        store.recipes.resolve(Query(method="random", k=3), path="/select")
+    assert [parse_qs(urlsplit(url).query)["dataset"] for url in caught.value.choices] == [[pool] for pool in pools]
+    assert select(store, tasks=[], method="random", pct=None, k=3, datasets=["pool-7"]).pool == 7
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter"),
+    [
+        ({"method": "random", "dim": 8}, "dim"),
+        ({"method": "random", "checkpoints": ["ck_0"]}, "checkpoint"),
+        ({"method": "random", "combine": "max"}, "combine"),
+        ({"tasks": ["target"], "selection_seed": 0}, "selection_seed"),
+        ({}, "task"),
+    ],
+)
+def test_what_a_method_does_nothing_with_is_refused(store: Store, query: dict[str, object], parameter: str) -> None:
+    store.pool(5)
+    with pytest.raises(InvalidInput) as caught:
+        store.recipes.resolve(Query(k=1, **query), path="/select")  # type: ignore[arg-type]
+    assert [item.parameter for item in caught.value.errors] == [parameter]

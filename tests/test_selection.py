@@ -8,10 +8,27 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from datastore.errors import Conflict
-from datastore.influence import TaskScores
-from datastore.selection import combine, count, left_out, locate, make_up, top
+from datastore.influence import Floats, Mask, TaskScores
+from datastore.selection import top as best
+from datastore.selection.draws import matched
+from datastore.selection.make_up import Labelled, left_out, locate
+from datastore.selection.tasks import combine
+from datastore.selection.top import Selected, count
 
 SCORES = st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.25]), min_size=1, max_size=40)
+
+
+def top(
+    score: Floats,
+    valid: Mask,
+    *,
+    pct: float | None = None,
+    k: int | None = None,
+    excluded: Mask | None = None,
+) -> Selected:
+    """The best rows of a pool, as many as asked for."""
+    wanted = best.wanted(valid, excluded, pct=pct, k=k)
+    return best.top(score, best.candidates(valid, excluded), wanted)
 
 
 def scores_of(*values: float, subtask: int = 0, valid: list[bool] | None = None) -> TaskScores:
@@ -30,10 +47,12 @@ def test_the_best_rows_come_first_and_equal_ones_in_order(values: list[float], k
     candidates = [row for row in range(n) if valid[row] and not excluded[row]]
     if not candidates:
         with pytest.raises(Conflict, match="can be chosen"):
-            top(np.array(values), valid, k=k, excluded=excluded)
+            top(np.array(values, np.float32), valid, k=k, excluded=excluded)
         return
-    found = top(np.array(values), valid, k=k, excluded=excluded)
-    assert found.tolist() == sorted(candidates, key=lambda row: (-values[row], row))[:k]
+    found = top(np.array(values, np.float32), valid, k=k, excluded=excluded)
+    expected = sorted(candidates, key=lambda row: (-values[row], row))
+    assert found.tolist() == expected[:k]
+    assert best.ranking(np.array(values), best.candidates(valid, excluded)).tolist() == expected
 
 
 def test_rows_without_a_score_are_never_chosen_whatever_stands_there() -> None:
@@ -65,11 +84,11 @@ def test_a_fraction_is_of_the_pools_rows_that_are_not_excluded() -> None:
 
 
 def test_the_smallest_fraction_still_gives_a_row() -> None:
-    assert top(np.array([0.1, 0.2]), np.ones(2, bool), pct=0.05).tolist() == [1]
+    assert top(np.array([0.1, 0.2], np.float32), np.ones(2, bool), pct=0.05).tolist() == [1]
 
 
 def test_more_rows_than_there_are_gives_all() -> None:
-    assert top(np.array([0.1, 0.2]), np.ones(2, bool), k=100).tolist() == [1, 0]
+    assert top(np.array([0.1, 0.2], np.float32), np.ones(2, bool), k=100).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("asked", [{}, {"pct": 0.1, "k": 3}])
@@ -111,10 +130,41 @@ def test_rows_of_several_pools_are_found_in_theirs(sizes: list[int]) -> None:
     assert locate(range(sum(sizes)), sizes) == wanted
 
 
-def test_make_up_counts_the_chosen_rows_by_label() -> None:
-    labels = ["a", "b", "b", "c", "b", "a"]
-    assert make_up(labels, [1, 2, 5]) == {"b": 2, "a": 1}
-    assert list(make_up(labels).items()) == [("b", 3), ("a", 2), ("c", 1)]
+def test_labels_are_counted_the_most_frequent_first() -> None:
+    labels = Labelled(["a", "b", "c"], np.array([0, 1, 1, 2, 1, 1], np.int32))
+    assert list(labels.counts().items()) == [("b", 4), ("a", 1), ("c", 1)]
+    assert labels.counts(np.array([1, 2, 0])) == {"b": 2, "a": 1}
+
+
+@given(data=st.data())
+def test_a_matched_draw_has_the_lengths_that_are_wanted(data: st.DataObject) -> None:
+    lengths = np.array(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=30)), np.int32)
+    drawn = np.random.default_rng(data.draw(st.integers(0, 99))).permutation(len(lengths)).astype(np.float32)
+    chosen = data.draw(st.sets(st.integers(0, len(lengths) - 1)))
+    rows = matched(lengths, drawn, np.ones(len(lengths), bool), lengths[sorted(chosen)])
+    assert sorted(lengths[rows].tolist()) == sorted(lengths[sorted(chosen)].tolist())
+    assert (np.diff(drawn[rows]) < 0).all()
+    for length in set(lengths[rows].tolist()):
+        of_it = np.flatnonzero(lengths == length)
+        best = of_it[np.argsort(-drawn[of_it])][: int((lengths[rows] == length).sum())]
+        assert set(best) <= set(rows.tolist()), "of a length those with the highest numbers"
+
+
+def test_a_length_of_which_there_are_too_few_is_made_up_for_by_the_nearest() -> None:
+    lengths = np.array([10, 10, 12, 40, 90])
+    among = np.array([True, False, True, True, True])
+    rows = matched(lengths, np.arange(5, dtype=np.float32), among, [10, 10])
+    assert sorted(rows.tolist()) == [0, 2]
+
+
+def test_a_matched_draw_is_uniform_among_rows_of_a_length() -> None:
+    lengths = np.array([5, 5, 5, 5, 7])
+    counts = np.zeros(5)
+    for seed in range(2000):
+        drawn = np.random.default_rng(seed).permutation(5).astype(np.float32)
+        counts[matched(lengths, drawn, np.ones(5, bool), [5])] += 1
+    assert counts[4] == 0
+    assert abs(counts[:4] - 500).max() < 5 * np.sqrt(500)
 
 
 def test_what_is_left_out_is_counted_once() -> None:

@@ -149,8 +149,8 @@ def test_scores_that_are_not_ready_are_a_job_to_follow(ready: Service) -> None:
     job = ready.http.get(answer.headers["location"]).json()
     assert (job["kind"], job["status"]) == ("scoring", "queued")
     claim = ready.claim()
-    result = ready.backend.scoring.work(claim, lambda _: None).model_dump(mode="json")
-    assert ready.backend.jobs.succeed(claim, result=result)
+    ready.backend.scoring.work(claim, lambda _: None)
+    assert ready.backend.jobs.succeed(claim)
     assert select(ready, wait=0)["count"] == 2
 
 
@@ -221,6 +221,28 @@ def test_a_fine_tune_on_a_selection_is_estimated_from_its_own_rows(service: Serv
     cost = service.http.post("/finetunes", json=body).json()
     assert cost["rows"] == 2
     assert 2 <= cost["tokens"] <= 2 * 4
+
+
+def test_a_recipe_alone_gives_its_selection_again(ready: Service) -> None:
+    chosen = select(ready, pct=0.25, quota="pool.jsonl:0.5", dedupe=0.999, exclude_contaminated="true")
+    assert ready.http.delete(f"/selections/{chosen['id']}").status_code == 204
+    answer = ready.http.post("/selections", json={"recipe": chosen["recipe"]})
+    assert answer.status_code == 200, answer.text
+    assert {**answer.json(), "created_at": None} == {**chosen, "created_at": None}
+    assert answer.headers["content-location"] == f"/selections/{chosen['id']}"
+    gone = {**chosen["recipe"], "dim": 2 * DIM}
+    assert problem_of(ready.http.post("/selections", json={"recipe": gone}), 409).type == "gradients-missing"
+    for change, pointer in (({"pct": 5}, "/recipe/pct"), ({"pkt": 1}, "/recipe/pkt"), ({"k": 3}, "/recipe")):
+        sent = {"recipe": {**chosen["recipe"], **change}}
+        assert problem_of(ready.http.post("/selections", json=sent), 422).errors[0].pointer == pointer
+
+
+def test_rows_are_drawn_without_a_task(ready: Service) -> None:
+    answer = ready.http.get("/select", params={"method": "random", "k": 7, "selection_seed": 3})
+    assert answer.status_code == 200, answer.text
+    assert (answer.status_code, answer.json()["count"], answer.json()["contamination"]) == (200, 7, None)
+    problem = problem_of(ready.http.get("/select", params={"method": "random", "k": 7, "dim": 16}), 422)
+    assert [item.parameter for item in problem.errors] == ["dim"]
 
 
 # Weights of a model without an adapter --------------------------------------------------------------------------------

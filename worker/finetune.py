@@ -59,7 +59,7 @@ from datastore.checkpoints import MOMENTS, Description, link
 from datastore.durable import sync_folder, write_file
 from datastore.errors import InvalidInput, first_line
 from datastore.rows import Example
-from datastore.selection import count
+from datastore.selection.top import count
 from worker import moments
 from worker.batches import Encoded, Unsupervised, collate, encode
 from worker.models import DTYPES, load_model, load_tokenizer, use_gradient_checkpointing

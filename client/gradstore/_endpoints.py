@@ -23,7 +23,9 @@ from gradstore.types import (
     AnyJob,
     Attention,
     Checkpoint,
+    Combine,
     ConversionJob,
+    DedupeBy,
     Estimate,
     ExampleRows,
     Explanations,
@@ -51,8 +53,11 @@ from gradstore.types import (
     ScoreDistribution,
     Scores,
     Search,
+    SelectionMethod,
+    SelectionRecipe,
     Split,
     StoredProjection,
+    Strategy,
     Task,
     TaskKind,
     TemplateName,
@@ -343,7 +348,7 @@ class Question(TypedDict, total=False):
     """Which scores are meant; with one candidate in the store the rest may be left out, with several `Conflict` lists
     them."""
 
-    task: Required[str | Sequence[str]]
+    task: str | Sequence[str] | None
     dataset: str | Sequence[str] | None
     run: str | None
     checkpoint: str | Sequence[str] | None
@@ -362,20 +367,39 @@ class Question(TypedDict, total=False):
     precision: Precision | None
     quantisation: Quantisation | Literal["none"] | None
     aggregate: Aggregate | None
-    combine: Literal["max", "mean"] | None
+    combine: Combine | None
+    method: SelectionMethod | None
+    selection_seed: int | None
 
 
-def select(
-    *,
-    pct: float | None = None,
-    k: int | None = None,
-    exclude: str | Sequence[str] | None = None,
-    limit: int | None = None,
-    wait: float = 0.0,
-    **question: Unpack[Question],
-) -> Call[Selection]:
+class Choice(TypedDict, total=False):
+    """How rows are chosen by their scores, see docs/selection.md."""
+
+    pct: float | None
+    k: int | None
+    exclude: str | Sequence[str] | None
+    exclude_ids: str | Sequence[str] | None
+    strategy: Strategy | None
+    among: int | None
+    clusters: int | None
+    quota: str | Sequence[str] | Mapping[str, float] | None
+    dedupe: float | None
+    dedupe_by: DedupeBy | None
+    match: str | None
+    decontaminate: str | Sequence[str] | None
+    exclude_contaminated: bool | None
+    ngram: int | None
+
+
+class Chosen(Question, Choice, total=False):
+    """What is selected: the scores, and how rows are chosen by them."""
+
+
+def select(*, limit: int | None = None, wait: float = 0.0, **fields: Unpack[Chosen]) -> Call[Selection]:
     """Choose the rows that help the task most; 202 and a scoring job where scores take longer than `wait` seconds."""
-    params = _params(**question, pct=pct, k=k, exclude=exclude, limit=limit, wait=wait)
+    quota = fields.pop("quota", None)
+    shares = [f"{origin}:{share}" for origin, share in quota.items()] if isinstance(quota, Mapping) else quota
+    params = _params(**fields, quota=shares, limit=limit, wait=wait)
     return Call(method="GET", path="/select", params=params, answer=Selection, timeout=wait + ANSWERING)
 
 
@@ -425,6 +449,12 @@ def selections_explanations(
     """Get a page of chosen rows with their text, their score for every subtask, and the nearest validation example."""
     params = _params(origin=origin, q=q, limit=limit, after=after)
     return Call(method="GET", path=_path("selections", name, "explanations"), params=params, answer=Explanations)
+
+
+def selections_create(recipe: SelectionRecipe | Mapping[str, Any]) -> Call[Selection]:
+    """Choose by a whole recipe; 202 and a scoring job where its scores are not ready."""
+    whole = recipe if isinstance(recipe, SelectionRecipe) else SelectionRecipe.model_validate(recipe)
+    return _post("selections", Selection, recipe=whole.model_dump(mode="json"))
 
 
 def selections_get(name: str, /, *, limit: int | None = None, after: str | None = None) -> Call[Selection]:

@@ -28,7 +28,7 @@ from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, 
 from pydantic import BaseModel, ValidationError
 
 from gradstore import _endpoints, errors
-from gradstore._endpoints import Call, Question
+from gradstore._endpoints import Call, Chosen, Question
 from gradstore._progress import BytesBar, JobBar
 from gradstore.results import Selection, SucceededJob
 from gradstore.types import (
@@ -51,6 +51,7 @@ from gradstore.types import (
     Scores,
     ScoringJob,
     SelectedRow,
+    SelectionRecipe,
     TableFormat,
     Trainer,
 )
@@ -507,23 +508,28 @@ def _event(body: Body) -> Flow[bytes | None]:
 
 def select(
     *,
-    pct: float | None = None,
-    k: int | None = None,
-    exclude: str | Sequence[str] | None = None,
+    recipe: SelectionRecipe | Mapping[str, Any] | str | None = None,
     limit: int | None = None,
     progress: bool = False,
     timeout: float | None = None,
-    **question: Unpack[Question],
+    **fields: Unpack[Chosen],
 ) -> Flow[Selection]:
     """Choose the examples that help a task most, best first: `select(task="mmlu", pct=0.05)`.
 
-    `pct` is a fraction of the pool, `k` a number of rows; the examples of the datasets and selections in `exclude` are
-    left out. The answer's `data` holds all chosen rows, or the first
-    `limit`; it is recorded under its id, which `finetunes.create(selection=…)` takes. Where scores have to be computed
-    first, that job is waited for (`progress`, `timeout` as in `wait`). Raises `Conflict` where gradients are missing,
-    with the request that computes them, or where several stored things fit, with their list.
+    `pct` is a fraction of the pool, `k` a number of rows; docs/selection.md tells every way of choosing. With `recipe`,
+    a selection's `recipe` or id, and nothing else, the same rows are chosen again. The answer's `data` holds all chosen
+    rows, or the first `limit`; it is recorded under its id, which `finetunes.create(selection=…)` takes. Where scores
+    have to be computed first, that job is waited for (`progress`, `timeout` as in `wait`). Raises `Conflict` where
+    gradients are missing, with the request that computes them, or where several stored things fit, with their list.
     """
-    call = _endpoints.select(**question, pct=pct, k=k, exclude=exclude, limit=_page(limit), wait=_patience(timeout))
+    if recipe is None:
+        call = _endpoints.select(**fields, limit=_page(limit), wait=_patience(timeout))
+    elif fields:
+        raise ValueError(f"a recipe says everything: leave out {', '.join(fields)}")
+    else:
+        if isinstance(recipe, str):
+            recipe = (yield from send(_endpoints.selections_get(recipe, limit=0))).recipe
+        call = _endpoints.selections_create(recipe)
     answer = yield from _scored(call, progress=progress, timeout=timeout)
     return (yield from _whole(parse(Selection, answer), limit))
 

@@ -8,6 +8,7 @@ job failed, 130 interrupted, 141 the reader of stdout went away. The client itse
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from typer.core import TyperGroup
 import gradstore
 from gradstore import _cli_attributions as attributions
 from gradstore import _endpoints as endpoints
-from gradstore import errors, recipes
+from gradstore import errors, recipes, types
 from gradstore._cli_options import given, takes
 from gradstore._cli_output import (
     Columns,
@@ -259,6 +260,10 @@ AS_TRAINED = {
 CONVERTED = {
     "dtype": "Number type that is wanted.",
     "run": "Run by id or name: of a dataset or task, its checkpoints only.",
+}
+SCORING = {
+    "method": "What a row's score is: its influence on the task, or a number drawn for it (random).",
+    "task": "Task by id or name; repeat for several.",
 }
 ADAM = "Adam's direction as LESS's code has it (less), with bias correction (exact), or both of them."
 IMPORTED = {
@@ -913,10 +918,13 @@ def retry_job(ctx: typer.Context, job: JobReference, *, wait: Wait = False, as_j
 
 
 @app.command()
-@takes(endpoints.select, without=["limit", "wait"], texts={"task": "Task by id or name; repeat for several."})
+@takes(endpoints.select, without=["limit", "wait"], texts=SCORING)
 def select(
     ctx: typer.Context,
     *,
+    recipe: Annotated[
+        str | None, typer.Option(help="Selection whose recipe is used again, or a JSON file with one; alone.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name to give the selection.")] = None,
     limit: Rows = 20,
     output: Output = None,
@@ -935,13 +943,18 @@ def select(
         raise typer.BadParameter("choose one of --lines, --csv and --json")
     with _session(ctx) as store:
         chosen = store.select(
-            **given(fields), limit=None if limit == 0 else limit, progress=is_terminal(), timeout=timeout
+            **given(fields),
+            recipe=_recipe(recipe),
+            limit=None if limit == 0 else limit,
+            progress=is_terminal(),
+            timeout=timeout,
         )
         if name is not None:
             store.selections.rename(chosen.id, name)
         say(f"{chosen.id}: {chosen.count:,} of {chosen.pool:,} rows")
         for reason, count in chosen.left_out.items():
             say(f"  {count:,} rows left out: {reason}")
+        _say_what_to_know(chosen)
         if output is not None:
             store.selections.save(chosen.id, output, progress=is_terminal())
         if as_lines or as_csv:
@@ -952,8 +965,34 @@ def select(
             print_table(chosen.data, SELECTED)
 
 
+def _recipe(said: str | None) -> dict[str, Any] | str | None:
+    """A recipe of a file, as `selections show --json` prints it or as it is; what is no file is a selection."""
+    if said is None or not Path(said).is_file():
+        return said
+    try:
+        found = json.loads(Path(said).read_bytes())
+    except ValueError as error:
+        raise typer.BadParameter(f"{said} is no JSON: {error}") from error
+    recipe: dict[str, Any] = found.get("recipe", found) if isinstance(found, dict) else {}
+    return recipe
+
+
+def _say_what_to_know(chosen: types.Selection) -> None:
+    """Tell what did not go as asked, and what the chosen rows share with tasks' rows."""
+    for note in chosen.notes:
+        say(f"  {note}")
+    found = chosen.contamination
+    if found is not None and found.chosen:
+        share = f"share {found.ngram} words in a row with a task's"
+        say(f"  {found.chosen:,} rows {share}; --exclude-contaminated drops them:")
+        for one in found.overlaps[:3]:
+            say(f"    row {one.row} and {one.split} row {one.task_row} of {one.task}: {one.text[:80]}")
+    if found is not None and found.dropped:
+        say(f"  {found.dropped:,} rows passed over that share {found.ngram} words in a row with a task's")
+
+
 @app.command()
-@takes(endpoints.scores, without=["limit", "after", "wait"], texts={"task": "Task by id or name; repeat for several."})
+@takes(endpoints.scores, without=["limit", "after", "wait"], texts=SCORING)
 def scores(
     ctx: typer.Context,
     *,

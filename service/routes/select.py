@@ -15,6 +15,8 @@ from gradstore.types import (
     AdamForm,
     Aggregate,
     AnyJob,
+    Combine,
+    DedupeBy,
     FeatureDtype,
     FeatureKind,
     Fraction,
@@ -25,8 +27,11 @@ from gradstore.types import (
     Scores,
     ScoringJob,
     Selection,
+    SelectionCreate,
+    SelectionMethod,
     SelectionRecipe,
     StoredProjection,
+    Strategy,
     TemplateName,
     Weights,
 )
@@ -34,10 +39,10 @@ from gradstore.types import Request as RequestBody
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from datastore.answers import vector
 from datastore.errors import Conflict
 from datastore.influence import TaskScores
 from datastore.recipes import Query, Sources
-from datastore.selection import combine
 from service.dependencies import Backend, BackendDep
 from service.files import NPY, PARQUET, SAFETENSORS, Format, npy, parquet, safetensors, wanted_format, wanted_type
 from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson
@@ -48,10 +53,14 @@ LOOK_INTERVAL = 0.02  # seconds between two looks at a scoring job
 router = Router(tag="selections")
 
 
+_OF_THE_ANSWER = {"limit", "after", "wait", "format", "bins", "steps"}
+"""Parameters that say what is shown and when, and nothing of the question."""
+
+
 class ScoresAsked(RequestBody):
     """Whose scores are asked for; what is left out must be the only one there is."""
 
-    task: list[Named] = Field(min_length=1, max_length=100)
+    task: list[Named] = Field([], max_length=100)
     dataset: list[Named] = Field([], max_length=100)
     run: Named | None = None
     checkpoint: list[Named] = Field([], max_length=1000)
@@ -72,10 +81,14 @@ class ScoresAsked(RequestBody):
     precision: Precision | None = None
     quantisation: Quantisation | Literal["none"] | None = None
     """`none`: features of a base model that was not quantised."""
-    aggregate: Aggregate = "less"
-    """`less`: mean within a subtask, then the largest; `avg`, `max`, `min`: over all validation rows."""
-    combine: Literal["max", "mean"] = "max"
-    """How the scores of several tasks become one."""
+    method: SelectionMethod = "influence"
+    """What a row's score is: its `influence` on a task, or a number drawn for it (`random`)."""
+    aggregate: Aggregate | None = None
+    """`less`, the default: mean within a subtask, then the largest; `avg`, `max`, `min`: over all validation rows."""
+    combine: Combine | None = None
+    """How several tasks choose: by the largest (the default) or the mean score, in turns, or the least served first."""
+    selection_seed: int | None = Field(None, ge=0, lt=1 << 32)
+    """Seed of what is drawn."""
     wait: float | None = Field(None, ge=0, le=30)
     """Seconds to wait for scores before the answer is 202."""
 
@@ -87,31 +100,9 @@ class ScoresAsked(RequestBody):
 
     def query(self) -> Query:
         """The question, in the datastore's words."""
-        return Query(
-            tasks=self.task,
-            datasets=self.dataset,
-            run=self.run,
-            checkpoints=self.checkpoint,
-            weights=self.weights,
-            kind=self.kind,
-            adam=self.adam,
-            reduction=self.reduction,
-            dim=self.dim,
-            dtype=self.dtype,
-            converted_from=self.converted_from,
-            projection=self.projection,
-            projection_id=self.projection_id,
-            seed=self.seed,
-            template=self.template,
-            max_length=self.max_length,
-            precision=self.precision,
-            quantisation=self.quantisation,
-            aggregate=self.aggregate,
-            combine=self.combine,
-            pct=getattr(self, "pct", None),
-            k=getattr(self, "k", None),
-            exclude=getattr(self, "exclude", ()),
-        )
+        several = {"task": "tasks", "dataset": "datasets", "checkpoint": "checkpoints"}
+        asked = {name: getattr(self, name) for name in type(self).model_fields if name not in _OF_THE_ANSWER}
+        return Query(**{several.get(name, name): value for name, value in asked.items()})
 
 
 class ScoresQuery(ScoresAsked):
@@ -129,10 +120,33 @@ class SelectQuery(ScoresQuery):
     k: int | None = Field(None, ge=1)
     exclude: list[Named] = Field([], max_length=100)
     """Datasets and selections whose examples are left out."""
+    exclude_ids: list[str] = Field([], max_length=100_000)
+    """Examples to leave out, by their own ids."""
+    strategy: Strategy | None = None
+    """How rows are chosen by their scores: the best (`top`, the default), those farthest from each other (`k-center`)
+    or the best of each cluster (`clusters`)."""
+    among: int | None = Field(None, ge=1)
+    """Of how many of the best rows `k-center` and `clusters` choose; by default four times as many as are chosen."""
+    clusters: int | None = Field(None, ge=1, le=100_000)
+    """Into how many clusters these are parted; by default the square root of the number of rows chosen."""
+    quota: list[str] = Field([], max_length=1000)
+    """Shares of the chosen rows by origin: `equal`, `proportional`, or `origin:fraction` for any of them."""
+    dedupe: float | None = Field(None, gt=0, le=1)
+    """Pass over rows that are more alike than this to one chosen before."""
+    dedupe_by: DedupeBy | None = None
+    """Compare rows by the cosine of their features, or by the 5-word runs of their texts (Jaccard)."""
+    match: Named | None = None
+    """Draw rows of the same lengths as this selection's."""
+    ngram: int | None = Field(None, ge=5, le=100)
+    """Words of a run that a row and a task's row must share to overlap; by default 13."""
+    decontaminate: list[Named] = Field([], max_length=100)
+    """Tasks, beside those selected for, whose validation and test rows the chosen rows are compared with."""
+    exclude_contaminated: bool | None = None
+    """Leave out rows that overlap with a task's."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> SelectQuery:
-        if (self.pct is None) == (self.k is None):
+        if self.match is None and (self.pct is None) == (self.k is None):
             raise ValueError("say how much to select: either pct, a fraction (0.05 is 5 %), or k, a number of rows")
         return self
 
@@ -153,17 +167,25 @@ STARTED: dict[int | str, dict[str, Any]] = {
 def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], backend: BackendDep) -> Response:
     """The examples of the pool that help the task most, best first."""
     recipe, sources = backend.recipes.resolve(parameters.query(), path=request.url.path)
-    found = backend.answers.find(recipe, limit=parameters.limit, after=parameters.after)
-    if found is None:
-        scores = ready_scores(backend, recipe, sources, parameters.wait)
-        if isinstance(scores, Response):
-            return scores
-        found = backend.answers.select(recipe, sources, scores, limit=parameters.limit, after=parameters.after)
+    page = {"limit": parameters.limit, "after": parameters.after}
+    found = _selection(backend, recipe, sources, parameters.wait, **page)
+    if isinstance(found, Response):
+        return found
     form = wanted_type(request, [NDJSON, CSV])
     if form == NDJSON:
         return as_ndjson(backend, found)
     if form == CSV:
         return as_csv(backend, found)
+    return JSONResponse(found.model_dump(mode="json"), headers={"Content-Location": f"/selections/{found.id}"})
+
+
+@router.post("/selections", response_model=Selection, responses=STARTED)
+def create_selection(body: SelectionCreate, backend: BackendDep) -> Response:
+    """Choose by a recipe: the same recipe gives the same selection, also after it was deleted."""
+    recipe = SelectionRecipe.model_validate(body.recipe.model_dump())
+    found = _selection(backend, recipe, backend.recipes.sources(recipe), None, limit=20, after=0)
+    if isinstance(found, Response):
+        return found
     return JSONResponse(found.model_dump(mode="json"), headers={"Content-Location": f"/selections/{found.id}"})
 
 
@@ -188,6 +210,19 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
     data = backend.answers.scored(recipe, sources, found, start=start, stop=stop)
     page = Scores(recipe=recipe, rows=rows, data=data, has_more=start + len(data) < rows)
     return JSONResponse(page.model_dump(mode="json"))
+
+
+def _selection(
+    backend: Backend, recipe: SelectionRecipe, sources: Sources, wait: float | None, *, limit: int, after: int
+) -> Selection | Response:
+    """The selection that a recipe gives, or the answer that its scores are not ready."""
+    found = backend.answers.find(recipe, limit=limit, after=after)
+    if found is not None:
+        return found
+    scores = ready_scores(backend, recipe, sources, wait)
+    if isinstance(scores, Response):
+        return scores
+    return backend.answers.select(recipe, sources, scores, limit=limit, after=after)
 
 
 def ready_scores(
@@ -217,5 +252,5 @@ def _not_ready(job: AnyJob) -> Response:
 
 def _vector(found: Sequence[TaskScores], recipe: SelectionRecipe) -> NDArray[np.float32]:
     """One float32 a row, NaN where a row has no feature."""
-    combined = combine(found, recipe.combine)
+    combined = vector(found, recipe)
     return np.where(combined.valid, combined.score, np.float32(np.nan))

@@ -5,26 +5,46 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
+from pydantic import ConfigDict, Field, model_validator
+
 from gradstore.types.base import (
     AdamForm,
     Aggregate,
     Body,
     FeatureDtype,
     FeatureKind,
+    Fraction,
     Precision,
     Quantisation,
     Reduction,
     Request,
+    Split,
     StoredProjection,
     TemplateName,
     Weights,
 )
 from gradstore.types.jobs import Job
 
+SelectionMethod = Literal["influence", "random"]
+"""What a row's score is: its influence on a task, or a number drawn for it."""
+Combine = Literal["max", "mean", "round-robin", "balanced"]
+"""How several tasks choose: by the largest or the mean of a row's scores, each in turn, or the least served first."""
+
+
+Strategy = Literal["top", "k-center", "clusters"]
+"""How rows are chosen by their scores: the best, those farthest from each other, or the best of each cluster."""
+DedupeBy = Literal["features", "text"]
+Quota = Literal["equal", "proportional"] | dict[str, float]
+"""Shares of the chosen rows by origin: as many of each, as in the pool, or fractions."""
+
 
 class SelectionRecipe(Body):
-    """Everything an answer depends on, resolved to ids: the same recipe gives the same selection."""
+    """Everything an answer depends on, resolved to ids: the same recipe gives the same selection.
 
+    What the method does without is null: the features' parameters where it reads none.
+    """
+
+    method: SelectionMethod = "influence"
     datasets: list[str]
     tasks: list[str]
     checkpoints: list[str]
@@ -33,29 +53,77 @@ class SelectionRecipe(Body):
     run: str | None
     weights: Weights | None
     """The patterns of the weights whose gradients are compared; null for those of an adapter."""
-    kind: FeatureKind
-    task_kind: FeatureKind
+    kind: FeatureKind | None
+    task_kind: FeatureKind | None
     adam: AdamForm | None
+    task_adam: AdamForm | None = None
     reduction: Reduction | None
     projection: StoredProjection | None
     projection_id: str | None = None
     """What imported features' projection is called."""
     seed: int | None
-    dim: int
-    dtype: FeatureDtype
+    dim: int | None
+    dtype: FeatureDtype | None
     converted_from: FeatureDtype | None = None
-    template: TemplateName
-    max_length: int
-    precision: Precision
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
     quantisation: Quantisation | None
     projection_version: int | None
-    aggregate: Aggregate
-    combine: Literal["max", "mean"]
-    """How the scores of several tasks become one."""
+    aggregate: Aggregate | None
+    combine: Combine | None
+    """How several tasks choose."""
+    selection_seed: int | None = None
+    """Seed of what is drawn."""
     pct: float | None
     k: int | None
     exclude: list[str]
     """Datasets and selections whose examples are left out."""
+    exclude_ids: list[str] = Field([])
+    """Examples that are left out, by their own ids."""
+    strategy: Strategy = "top"
+    among: int | None = None
+    """Of how many of the best rows `k-center` and `clusters` choose; null: four times as many as are chosen."""
+    clusters: int | None = None
+    """Into how many clusters these are parted; null: the square root of the number of rows that are chosen."""
+    quota: Quota | None = None
+    dedupe: float | None = None
+    """Rows that are more alike than this to one chosen before are passed over."""
+    dedupe_by: DedupeBy | None = None
+    match: str | None = None
+    """The selection whose lengths the rows drawn have."""
+    ngram: int | None = None
+    """Words of a run that a row and a task's row must share to overlap; null where no task is named."""
+    decontaminate: list[str] = Field([])
+    """Tasks beside `tasks` that the rows are compared with."""
+    exclude_contaminated: bool = False
+    """Whether rows that overlap with a task's are left out."""
+
+
+class SentRecipe(SelectionRecipe):
+    """A recipe that is sent: held to the bounds of the parameters of /select."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    pct: Fraction | None
+    k: int | None = Field(ge=1)
+    among: int | None = Field(None, ge=1)
+    clusters: int | None = Field(None, ge=1, le=100_000)
+    dedupe: float | None = Field(None, gt=0, le=1)
+    ngram: int | None = Field(None, ge=5, le=100)
+    selection_seed: int | None = Field(None, ge=0, lt=1 << 32)
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> SentRecipe:
+        if self.match is None and (self.pct is None) == (self.k is None):
+            raise ValueError("a recipe has either a pct or a k")
+        return self
+
+
+class SelectionCreate(Request):
+    """Choose by a whole recipe, as an answer carries it: what it named must be there, and the same rows are chosen."""
+
+    recipe: SentRecipe
 
 
 class SelectedRow(Body):
@@ -69,10 +137,41 @@ class SelectedRow(Body):
     """The example's own id, as uploaded."""
     origin: str
     score: float
-    task: str
-    """The task that gave the score."""
+    task: str | None
+    """The task that gave the score, or that took the row; null for a row that was drawn."""
     subtask: str | None
     """The subtask that gave the score (`aggregate=less`)."""
+
+
+class Overlap(Body):
+    """A chosen example, or one that was left out, which shares a run of words with a task's row."""
+
+    dataset: str
+    row: int
+    """Position in the dataset, from 0."""
+    id: str | None
+    task: str
+    split: Split
+    task_row: int
+    """Position among the rows of the task's split, from 0."""
+    text: str
+    """The words that both have."""
+
+
+class Contamination(Body):
+    """What the chosen examples share with the validation and test rows of tasks."""
+
+    tasks: list[str]
+    ngram: int
+    """Words of a run."""
+    chosen: int
+    """Chosen rows that overlap."""
+    dropped: int
+    """Rows that would have been chosen, and were left out for it."""
+    unchecked: int
+    """Rows of the tasks with too few words to be found."""
+    overlaps: list[Overlap]
+    """The first of them, best row first."""
 
 
 class Selection(Body):
@@ -89,6 +188,10 @@ class Selection(Body):
     origins: dict[str, int]
     """Chosen rows per origin."""
     pool_origins: dict[str, int]
+    contamination: Contamination | None = None
+    """Null where no task was named."""
+    notes: list[str] = Field([])
+    """What did not go as asked: quotas that could not be filled, fewer rows than wanted, rows of tasks left out."""
     data: list[SelectedRow]
     """The first rows (`limit`, `after`)."""
     has_more: bool

@@ -1,0 +1,166 @@
+"""Contamination: rows of the pool that share a run of n words with a task's validation or test rows.
+
+Overlap is counted as in GPT-3 (Brown et al., arXiv 2005.14165, appendix C): runs of 13 words, lower-case and without
+punctuation (words.py); Tülu 3 (Lambert et al., arXiv 2411.15124) takes 8. One shared run is an overlap. Of a task's row
+with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text, and are counted
+as unchecked. A run in more than 10 rows of a task is its prompt's template, and no evidence: it is left out, unless
+that would leave nothing of the task.
+
+Only rows that are chosen, or about to be, are looked at: some 0.1 ms each, whatever the size of the pool.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+from uuid import uuid4
+
+import numpy as np
+from gradstore.types import Split
+from numpy.typing import NDArray
+
+from datastore.durable import write_file
+from datastore.identity import content_id
+from datastore.rows import Example
+from datastore.selection.words import Hashes, ngrams, text_of, words
+from datastore.tasks import Tasks
+
+DEFAULT_NGRAM = 13  # words
+VERSION = 1
+"""Counted up when words or runs are found otherwise."""
+SHORTEST = 8  # words of a task's row that can be told from chance
+TEMPLATE_ROWS = 10  # rows of a task that may share a run before it counts as the prompt's template
+SPLITS: tuple[Split, Split] = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a row of the pool shares with a task's row."""
+
+    task: str
+    split: Split
+    row: int
+    """Row of the task's split, from 0."""
+    text: str
+    """The words that both have."""
+
+
+@dataclass(frozen=True)
+class TaskRuns:
+    """The runs of words of a task's rows."""
+
+    task: str
+    sizes: tuple[int, ...]
+    """Words of a run: n, and the lengths of rows shorter than that."""
+    hashes: Hashes
+    """Of all runs, sorted, each once (m,)."""
+    owners: NDArray[np.int64]
+    """The first row with each run (m,): the test rows are counted on behind the validation rows."""
+    validation: int
+    """Number of validation rows."""
+    unchecked: int
+    """Rows with fewer than 8 words, none of which can be found."""
+
+    def overlap(self, found: Sequence[str]) -> Overlap | None:
+        """The first run of a text's words that the task has."""
+        places = [
+            (place, size)
+            for size in self.sizes
+            for place in self._places(ngrams(found, size))
+        ]  # fmt: skip
+        if not places:
+            return None
+        place, size = min(places)
+        run = found[place : place + size]
+        owner = int(self.owners[np.searchsorted(self.hashes, ngrams(run, size))[0]])
+        split: Literal[0, 1] = 1 if owner >= self.validation else 0
+        return Overlap(self.task, SPLITS[split], owner - split * self.validation, " ".join(run))
+
+    def _places(self, asked: Hashes) -> list[int]:
+        """The first of the runs that the task has, where there is one."""
+        if not len(asked) or not len(self.hashes):
+            return []
+        near = np.minimum(np.searchsorted(self.hashes, asked), len(self.hashes) - 1)
+        return cast("list[int]", np.flatnonzero(self.hashes[near] == asked)[:1].tolist())
+
+
+@dataclass(frozen=True)
+class RunIndex:
+    """The runs of stored tasks, kept under the hash of the task and n: `<root>/<id>.npz`, never a pickle."""
+
+    tasks: Tasks
+    root: Path
+
+    def of(self, task: str, n: int) -> TaskRuns:
+        """The runs of a task. Raises `NotFound`, `Damaged`."""
+        path = self.root / f"{content_id('runs', {'task': task, 'n': n, 'version': VERSION})}.npz"
+        if not path.exists():
+            runs = self._find(task, n)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(path, runs)
+            return runs
+        with np.load(path, allow_pickle=False) as kept:
+            about = json.loads(kept["about"].tobytes())
+            sizes = tuple(about.pop("sizes"))
+            return TaskRuns(task=task, sizes=sizes, hashes=kept["hashes"], owners=kept["owners"], **about)
+
+    def _find(self, task: str, n: int) -> TaskRuns:
+        validation, test = self.tasks.validation(task), self.tasks.test(task)
+        return runs_of(task, [row.example for row in (*validation, *test)], n, validation=len(validation))
+
+
+def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) -> TaskRuns:
+    """The runs of a task's rows, the first `validation` of which are its validation rows."""
+    texts = [words(text_of(example)) for example in examples]
+    sizes = [min(n, len(text)) for text in texts]
+    checked = [row for row, size in enumerate(sizes) if size >= min(SHORTEST, n)]
+    parts = [np.unique(ngrams(texts[row], sizes[row])) for row in checked]
+    owners = np.repeat(np.array(checked, np.int64), [len(part) for part in parts])
+    every = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+    hashes, first, counts = np.unique(every, return_index=True, return_counts=True)
+    telling = counts <= TEMPLATE_ROWS
+    if not telling.any():
+        telling[:] = True
+    return TaskRuns(
+        task=task,
+        sizes=tuple(sorted({sizes[row] for row in checked}, reverse=True)),
+        hashes=hashes[telling],
+        owners=owners[first[telling]],
+        validation=validation,
+        unchecked=len(examples) - len(checked),
+    )
+
+
+class Contamination:
+    """Looks rows of a pool up in the runs of tasks, each once."""
+
+    def __init__(self, text: Callable[[int], str], tasks: Sequence[TaskRuns]) -> None:
+        self._text = text
+        self.tasks = tasks
+        self._known: dict[int, Overlap | None] = {}
+
+    def of(self, row: int) -> Overlap | None:
+        """What a row shares with the first task that it shares something with."""
+        if row not in self._known:
+            found = words(self._text(row))
+            overlaps = (task.overlap(found) for task in self.tasks)
+            self._known[row] = next((overlap for overlap in overlaps if overlap is not None), None)
+        return self._known[row]
+
+    def found(self) -> Iterator[tuple[int, Overlap]]:
+        """The rows looked at that share something, in the order in which they were."""
+        return ((row, overlap) for row, overlap in self._known.items() if overlap is not None)
+
+
+def _save(path: Path, runs: TaskRuns) -> None:
+    buffer = io.BytesIO()
+    about = {"sizes": runs.sizes, "validation": runs.validation, "unchecked": runs.unchecked}
+    kept = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez(buffer, about=kept, hashes=runs.hashes, owners=runs.owners)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
+    write_file(partial, buffer.getvalue())
+    partial.replace(path)

@@ -1,0 +1,138 @@
+"""Near-duplicates: a row is passed over where one that was taken before is too much like it.
+
+By features: their cosine, weighted over checkpoints as the scores are, exceeds τ. By text: the share of 5-word runs
+that both have in all that either has (Jaccard; Lee et al., Deduplicating Training Data Makes Language Models Better,
+arXiv 2107.06499, compare 5-grams) is at least τ. Both are exact, look at the rows that are met only, and cost memory
+for the rows that were taken only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datastore.influence import Floats
+from datastore.selection.words import Hashes, ngrams, words
+
+SHINGLE_WORDS = 5
+BLOCK_BYTES = 32 << 20
+"""Float32 bytes of the rows that are read and compared together."""
+SPARING = 0.6
+"""Every s-th number is kept for s ≤ 0.6 / (1 − τ): the bound then exceeds τ where the cosine is above about 0.4."""
+
+
+class TextDuplicates:
+    """Rows by their runs of words.
+
+    Two sets with a Jaccard of at least τ share an element among the |x| − ⌈τ·|x|⌉ + 1 smallest of each ("prefix
+    filtering": Bayardo, Ma and Srikant, Scaling Up All Pairs Similarity Search, 2007): only rows that do are compared.
+    """
+
+    def __init__(self, text: Callable[[int], str], tau: float) -> None:
+        self._text = text
+        self._tau = tau
+        self._taken: list[Hashes] = []
+        self._by_shingle: dict[int, list[int]] = defaultdict(list)
+
+    def keep(self, row: int) -> bool:
+        """Take the row unless one like it was taken."""
+        found = shingles(self._text(row))
+        prefix = found[: len(found) - ceil(self._tau * len(found) - 1e-9) + 1].tolist()
+        near = {other for shingle in prefix for other in self._by_shingle.get(shingle, ())}
+        if any(jaccard(found, self._taken[other]) >= self._tau for other in near):
+            return False
+        for shingle in prefix:
+            self._by_shingle[shingle].append(len(self._taken))
+        self._taken.append(found)
+        return True
+
+
+def shingles(text: str) -> Hashes:
+    """The different runs of 5 words of a text, or the whole of one that is shorter, sorted; of no words a single 0."""
+    found = words(text)
+    return np.unique(ngrams(found, min(SHINGLE_WORDS, len(found)))) if found else np.zeros(1, np.uint64)
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """What both have of what either has; neither is empty."""
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return both / (len(one) + len(other) - both)
+
+
+class FeatureDuplicates:
+    """Rows by their features, as `PoolFeatures.unit` gives them.
+
+    Rows are compared a block at a time: those that a walk is going to meet next (`ahead`) are read together, and
+    multiplied in one product with what was taken. For that every s-th number of a row that was taken is kept, a₀, and
+    by Cauchy and Schwarz ⟨a, b⟩ ≤ ⟨a₀, b₀⟩ + ‖a₁‖·‖b₁‖ for the numbers a₁ that are not: only rows for which this
+    exceeds τ are read again and compared in full. The nearer τ is to 1 the fewer numbers are enough, down to an eighth.
+    Memory for k rows of d numbers: 4·k·d/s bytes and two blocks of 32 MiB.
+    """
+
+    def __init__(self, features: Callable[[Sequence[int]], Floats], tau: float, ahead: Iterator[int]) -> None:
+        self._features = features
+        self._tau = tau
+        self._ahead = ahead
+        self._step = max(step for step in (1, 2, 4, 8) if step == 1 or step <= SPARING / max(1 - tau, 1e-9))
+        self._size = 0  # rows of a block; known once a row was read
+        self._met: set[int] = set()
+        self._taken: list[int] = []
+        self._heads: list[Floats] = []
+        self._rests: list[Floats] = []
+        self._block = _Block([], np.empty((0, 0), np.float32), [])
+
+    def keep(self, row: int) -> bool:
+        """Take the row unless one like it was taken."""
+        if row not in self._block.places:
+            self._look_ahead(row)
+        self._met.add(row)
+        block, place = self._block, self._block.places[row]
+        near = block.near[place]
+        if len(near) and (self._features([self._taken[other] for other in near]) @ block.rows[place] > self._tau).any():
+            return False
+        if block.taken and (block.cosines[place, block.taken] > self._tau).any():
+            return False
+        block.taken.append(place)
+        self._taken.append(row)
+        self._heads.append(block.rows[place : place + 1, :: self._step].copy())
+        self._rests.append(_rest(self._heads[-1]))
+        return True
+
+    def _look_ahead(self, row: int) -> None:
+        """Read this row and those that are going to be met next, and find what they might be like."""
+        if not self._size:
+            self._size = max(1, BLOCK_BYTES // (4 * self._features([row]).shape[1]))
+        others = (other for other in self._ahead if other not in self._met and other != row)
+        rows = [row, *islice(others, self._size - 1)]
+        features = self._features(rows)
+        near: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(rows)
+        if self._taken:
+            self._heads, self._rests = [np.concatenate(self._heads)], [np.concatenate(self._rests)]
+            heads = features[:, :: self._step]
+            bounds = heads @ self._heads[0].T
+            bounds += _rest(heads)[:, None] * self._rests[0]
+            near = [np.flatnonzero(bound > self._tau - 1e-5) for bound in bounds]
+        self._block = _Block(rows, features, near)
+
+
+class _Block:
+    """Rows that were read together."""
+
+    def __init__(self, rows: Sequence[int], features: Floats, near: Sequence[NDArray[np.int64]]) -> None:
+        self.places = {row: place for place, row in enumerate(rows)}
+        self.rows = features
+        self.cosines = features @ features.T
+        self.near = near
+        """The rows taken before that each might be like, by their number among those."""
+        self.taken: list[int] = []
+
+
+def _rest(heads: Floats) -> Floats:
+    """The length of what is left of unit rows beside these of their numbers (n,)."""
+    lengths: Floats = np.sqrt(np.clip(1 - np.square(heads).sum(axis=1), 0, 1))
+    return lengths

@@ -1,0 +1,119 @@
+"""Which parameters of a choice go together: what would do nothing is refused, and told where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from gradstore.types import DedupeBy, ProblemItem, Quota, SelectionMethod, SelectionRecipe
+
+from datastore.errors import InvalidInput
+from datastore.selection.diversity import MAX_CENTERS_AMONG
+
+if TYPE_CHECKING:
+    from datastore.recipes import Query
+
+WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset({"random"})
+"""Methods that read no features."""
+OF_THE_CHOICE = frozenset({
+    "pct", "k", "exclude", "exclude_ids", "selection_seed", "strategy", "among", "clusters", "quota", "dedupe",
+    "dedupe_by", "match", "ngram", "decontaminate", "exclude_contaminated",
+})  # fmt: skip
+"""What of a query or recipe changes which rows are chosen, and no score."""
+
+
+def check(query: Query | SelectionRecipe) -> None:
+    """Raise `InvalidInput` where parameters of the choice contradict each other, or one would do nothing."""
+    if query.match is not None:
+        _with_match(query)
+    strategy = query.strategy or "top"
+    if strategy == "top":
+        _refuse(query, ("among", "clusters"), "belongs to strategy=k-center or strategy=clusters")
+    else:
+        _refuse(query, ("quota",), f"and strategy={strategy} both say where rows come from: leave one out")
+    if strategy == "k-center":
+        _with_k_center(query)
+    if not is_drawn(query):
+        _refuse(query, ("selection_seed",), "belongs to method=random and to strategy=clusters: nothing else is drawn")
+    if query.dedupe is None:
+        _refuse(query, ("dedupe_by",), "says how rows are compared, and dedupe from which likeness on: give it, too")
+    if dedupe_by(query) == "features" and query.dedupe is not None and query.dedupe >= 1:
+        raise refused("dedupe", "no cosine exceeds 1: give a dedupe below it, such as 0.95, or dedupe_by=text")
+    if query.method in WITHOUT_FEATURES and (parameter := needs_features(query)) is not None:
+        raise refused(parameter, f"method={query.method} reads no features to compare rows by: leave {parameter} out")
+    if not query.tasks and not query.decontaminate:
+        _refuse(query, ("exclude_contaminated", "ngram"), "compares rows with a task's: name one (task, decontaminate)")
+
+
+def needs_features(query: Query | SelectionRecipe) -> str | None:
+    """The parameter for which rows are compared by their features, where there is one."""
+    if query.strategy in ("k-center", "clusters"):
+        return "strategy"
+    return "dedupe_by" if query.dedupe_by == "features" else None
+
+
+def is_drawn(query: Query | SelectionRecipe) -> bool:
+    """Whether a seed decides anything."""
+    return query.method == "random" or query.strategy == "clusters"
+
+
+def dedupe_by(query: Query | SelectionRecipe) -> DedupeBy | None:
+    """How rows are compared: by default by features where the method reads any."""
+    if query.dedupe is None:
+        return None
+    return query.dedupe_by or ("text" if query.method in WITHOUT_FEATURES else "features")
+
+
+def quota(said: Sequence[str], origins: Collection[str]) -> Quota:
+    """The quota that is meant by `equal`, `proportional`, or any number of `origin:fraction`. Raises `InvalidInput`."""
+    if said[0] in {"equal", "proportional"}:
+        if len(said) > 1:
+            raise refused("quota", f"{said[0]} is a quota for all origins: give it alone, or a fraction for each")
+        return "equal" if said[0] == "equal" else "proportional"
+    found: dict[str, float] = {}
+    for text in said:
+        origin, _, share = text.rpartition(":")
+        try:
+            fraction = float(share)
+        except ValueError:
+            fraction = -1
+        if not 0 <= fraction <= 1 or not origin:
+            raise refused("quota", f"{text!r} is none: say equal, proportional, or origin:fraction, as dolly:0.25")
+        if origin not in origins:
+            raise refused("quota", f"no row has the origin {origin!r}; there are {', '.join(sorted(origins))}")
+        if origin in found:
+            raise refused("quota", f"the origin {origin!r} has two quotas")
+        found[origin] = fraction
+    if sum(Fraction(repr(fraction)) for fraction in found.values()) > 1:
+        raise refused("quota", "the quotas are fractions of the chosen rows, and add up to more than 1")
+    return dict(sorted(found.items()))
+
+
+def refused(parameter: str, detail: str) -> InvalidInput:
+    """The error that names a parameter."""
+    return InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter=parameter)])
+
+
+def _with_match(query: Query | SelectionRecipe) -> None:
+    _refuse(query, ("pct", "k"), "is not needed: a matched draw has as many rows as the selection it matches")
+    if query.method != "random":
+        raise refused("match", "match belongs to method=random: it draws rows as long as a selection's")
+    _refuse(query, ("quota", "dedupe"), "does nothing in a matched draw: lengths give its rows")
+    if query.strategy not in (None, "top"):
+        raise refused("strategy", "strategy does nothing in a matched draw: lengths give its rows")
+
+
+def _with_k_center(query: Query | SelectionRecipe) -> None:
+    _refuse(query, ("dedupe", "clusters"), "does nothing with strategy=k-center, which keeps rows apart by itself")
+    for name in ("k", "among"):
+        if (getattr(query, name) or 0) > MAX_CENTERS_AMONG:
+            most = f"k-center compares all candidates with each other, at most {MAX_CENTERS_AMONG:,}"
+            raise refused(name, f"{most}: ask for fewer, or take strategy=clusters")
+
+
+def _refuse(query: Query | SelectionRecipe, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(query, name)
+        if value is not None and value is not False and value not in ((), []):
+            raise refused(name, f"{name} {why}")

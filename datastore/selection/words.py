@@ -1,0 +1,61 @@
+"""Texts as words and n-grams: what two texts have in common is counted in runs of n words.
+
+A word is a run of letters and digits of the lower-cased text in Unicode's compatibility form (NFKC): no punctuation, no
+white space. Scripts that write no spaces (Chinese, Japanese, Thai …) have a word per character.
+An n-gram is known by a 64-bit hash of its words; two different ones share a hash once in some 10^19 pairs.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datastore.rows import Example
+
+Hashes = NDArray[np.uint64]
+
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u0e00-\u0eff\u1000-\u109f"
+    r"\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
+)
+_FACTOR = 0x9E3779B97F4A7C15
+"""Odd, so that multiplying by it loses nothing modulo 2^64 (the golden ratio's digits)."""
+
+
+def text_of(example: Example) -> str:
+    """All that an example says: its turns, or its prompt and completion, one after the other."""
+    turns = [f"{message.prefix} {message.content}" for message in example.messages]
+    return " ".join(turns or [example.prompt or "", example.completion or ""])
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in order.
+
+    >>> words("It's 5 o'clock, Straße №5!")
+    ['it', 's', '5', 'o', 'clock', 'strasse', 'no5']
+    """
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return _WORD.findall(plain.casefold())
+
+
+def ngrams(found: Sequence[str], n: int) -> Hashes:
+    """The hash of every run of `n` words, in order (m − n + 1,); none where there are fewer words."""
+    if len(found) < n:
+        return np.empty(0, np.uint64)
+    each = np.fromiter(map(_hash, found), np.uint64, len(found))
+    total = each[: len(each) - n + 1].copy()
+    for place in range(1, n):
+        total *= np.uint64(_FACTOR)
+        total += each[place : len(each) - n + 1 + place]
+    return total
+
+
+@lru_cache(maxsize=1 << 20)
+def _hash(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")

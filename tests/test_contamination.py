@@ -1,0 +1,92 @@
+"""Overlap of a pool's rows with a task's, held against comparing every run of words with every other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datastore.rows import Example
+from datastore.selection import contamination
+from datastore.selection.contamination import Contamination, RunIndex, runs_of
+from datastore.selection.words import ngrams, words
+from datastore.tasks import Tasks
+
+TEXT = st.lists(st.sampled_from("abc"), max_size=16).map(" ".join)
+
+
+def example(text: str) -> Example:
+    return Example(id=None, origin="o", prompt=text, completion="")
+
+
+@given(st.lists(TEXT, min_size=1, max_size=6), TEXT, st.sampled_from([5, 9, 13]))
+@settings(deadline=None)
+def test_a_row_overlaps_where_any_run_of_words_is_a_tasks(rows: list[str], text: str, n: int) -> None:
+    runs = runs_of("task_1", [example(row) for row in rows], n, validation=2)
+    mine = text.split()
+    expected = {}
+    for number, row in enumerate(rows):
+        theirs = row.split()
+        size = min(n, len(theirs))
+        if size < min(8, n):
+            continue
+        have = {tuple(theirs[place : place + size]) for place in range(len(theirs) - size + 1)}
+        places = [place for place in range(len(mine) - size + 1) if tuple(mine[place : place + size]) in have]
+        if places:
+            expected[number] = (places[0], size)
+    found = runs.overlap(words(text))
+    assert (found is None) == (not expected)
+    if found is not None:
+        number = found.row + (2 if found.split == "test" else 0)
+        place, size = expected[number]
+        assert (place, size) == min(expected.values())
+        assert found.text == " ".join(mine[place : place + size])
+    assert runs.unchecked == sum(len(row.split()) < min(8, n) for row in rows)
+
+
+def test_a_run_in_many_rows_is_the_prompts_template() -> None:
+    header = "The following are multiple choice questions with answers about high school physics and more"
+    rows = [f"{header}: {' '.join(f'w{row}x{word}' for word in range(14))}" for row in range(11)]
+    runs = runs_of("task_1", [example(row) for row in rows], 13, validation=5)
+    assert runs.overlap(words(header)) is None
+    found = runs.overlap(words(f"before {rows[7]} after"))
+    assert found is not None
+    assert (found.split, found.row) == ("test", 2)
+    few = runs_of("task_1", [example(row) for row in rows[:10]], 13, validation=5)
+    assert few.overlap(words(header)) is not None
+    same = runs_of("task_1", [example(header)] * 12, 13, validation=12)
+    assert same.overlap(words(header)) is not None, "a task of the template alone is compared with it"
+
+
+def test_words_have_no_case_no_punctuation_and_one_form() -> None:
+    assert words("It's “Café”, ＡＢＣ №5\u00a0a_b") == ["it", "s", "café", "abc", "no5", "a", "b"]
+    assert words("東京は12時") == ["東", "京", "は", "12", "時"]
+    assert words("\ud800x") == ["x"]
+    np.testing.assert_array_equal(ngrams(["a", "b", "c"], 2)[1:], ngrams(["b", "c"], 2))
+    assert ngrams(["a", "b"], 2) != ngrams(["b", "a"], 2)
+    assert len(ngrams(["a"], 2)) == 0
+
+
+def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "task"
+    folder.mkdir()
+    line = '{{"prompt": "{0} one two three four five six seven eight nine ten", "completion": "yes", "subtask": "s"}}\n'
+    (folder / "validation.jsonl").write_text(line.format("first"))
+    (folder / "test.jsonl").write_text(line.format("second"))
+    tasks = Tasks(tmp_path / "tasks")
+    task = tasks.store("jsonl", folder).id
+    index = RunIndex(tasks, tmp_path / "ngrams")
+    runs = index.of(task, 13)
+    assert (runs.validation, runs.unchecked, len(list((tmp_path / "ngrams").iterdir()))) == (1, 0, 1)
+    monkeypatch.setattr(contamination, "runs_of", None)
+    again = index.of(task, 13)
+    np.testing.assert_array_equal(again.hashes, runs.hashes)
+    np.testing.assert_array_equal(again.owners, runs.owners)
+    assert (again.sizes, again.validation, again.unchecked) == (runs.sizes, 1, 0)
+    text = "so: SECOND one, two three four five six seven eight nine ten yes!"
+    found = Contamination(lambda _: text, [again]).of(0)
+    assert found is not None
+    assert (found.split, found.row, found.task) == ("test", 0, task)

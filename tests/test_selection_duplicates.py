@@ -1,0 +1,94 @@
+"""Near-duplicates: the rows that are kept are those of the definition, every pair compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datastore.influence import Floats, normalise
+from datastore.selection import duplicates
+from datastore.selection.duplicates import FeatureDuplicates, TextDuplicates, jaccard, shingles
+
+TAUS = [0.3, 0.6, 0.8, 0.9, 0.95, 0.99]
+
+
+def planted(rows: int, dim: int, seed: int) -> Floats:
+    """Unit rows, many of them near another one: by 0.999 to 0.7."""
+    generator = np.random.default_rng(seed)
+    found = normalise(generator.normal(size=(rows, dim)))
+    for row in range(rows // 3, rows):
+        noise = normalise(generator.normal(size=(1, dim)))[0]
+        found[row] = found[generator.integers(0, row)] + generator.choice([0.03, 0.3, 0.5, 1.0]) * noise
+    return normalise(found)
+
+
+def kept_by_definition(features: Floats, order: Sequence[int], tau: float) -> list[int]:
+    kept: list[int] = []
+    for row in order:
+        if not kept or (features[kept] @ features[row]).max() <= tau:
+            kept.append(row)
+    return kept
+
+
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_by_features_what_is_kept_is_what_every_pair_says(
+    monkeypatch: pytest.MonkeyPatch, tau: float, block: int
+) -> None:
+    features = planted(150, 64, seed=block)
+    monkeypatch.setattr(duplicates, "BLOCK_BYTES", 4 * 64 * block)
+    order = np.random.default_rng(5).permutation(150).tolist()
+    found = FeatureDuplicates(lambda rows: features[list(rows)], tau, iter(order))
+    kept = [row for row in order if found.keep(row)]
+    assert kept == kept_by_definition(features, order, tau)
+    assert len(kept) < 150
+
+
+def test_rows_that_come_in_another_order_than_foreseen_are_compared_as_well() -> None:
+    features = planted(120, 32, seed=1)
+    order = np.random.default_rng(6).permutation(120).tolist()
+    found = FeatureDuplicates(lambda rows: features[list(rows)], 0.9, iter(sorted(order)))
+    assert [row for row in order if found.keep(row)] == kept_by_definition(features, order, 0.9)
+
+
+def test_near_one_few_rows_are_read_twice() -> None:
+    generator = np.random.default_rng(3)
+    features = normalise(generator.normal(size=(600, 256)))
+    read: list[int] = []
+
+    def reading(rows: Sequence[int]) -> Floats:
+        read.extend(rows)
+        return features[list(rows)]
+
+    found = FeatureDuplicates(reading, 0.95, iter(range(600)))
+    assert all(found.keep(row) for row in range(600))
+    assert len(read) < 620
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=14).map(" ".join)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=14), st.sampled_from([0.2, 0.5, 0.75, 0.9, 1.0]))
+@settings(deadline=None)
+def test_by_text_what_is_kept_is_what_every_pair_says(texts: list[str], tau: float) -> None:
+    found = TextDuplicates(lambda row: texts[row], tau)
+    runs = [
+        {tuple(words[place : place + 5]) for place in range(max(1, len(words) - 4))} for words in map(str.split, texts)
+    ]
+    runs = [{run for run in mine if run} for mine in runs]
+    kept: list[int] = []
+    for row, mine in enumerate(runs):
+        near = [len(mine & runs[other]) / len(mine | runs[other]) if mine | runs[other] else 1.0 for other in kept]
+        if not near or max(near) < tau:
+            kept.append(row)
+    assert [row for row in range(len(texts)) if found.keep(row)] == kept
+
+
+def test_case_and_punctuation_do_not_part_two_texts() -> None:
+    one, other = shingles("What is the capital of France?"), shingles("what is THE capital, of France")
+    assert jaccard(one, other) == 1
+    assert jaccard(one, shingles("What is the capital of Spain?")) == pytest.approx(1 / 3)
