@@ -92,6 +92,16 @@ class Damaged(GradstoreError):
     """Stored bytes do not match their checksum."""
 
 
+class BucketUnreachable(GradstoreError):
+    """The object store that holds features does not answer, or not as one."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(
+            f"{url} cannot be read ({reason}): try again later, or check GRADSTORE_FEATURES_URL and the AWS_ variables "
+            "of the service and its workers"
+        )
+
+
 class HubUnreachable(GradstoreError):
     """The Hugging Face Hub does not say which commit a model's name means, and no download does."""
 

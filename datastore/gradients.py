@@ -29,6 +29,7 @@ import numpy as np
 from gradstore.types import FeatureDtype
 from numpy.typing import NDArray
 
+from datastore.chunk_files import Bucket, Files, LocalFiles, checksum
 from datastore.dtypes import decode, encode, lengths
 from datastore.durable import place, sweep, sync_folder, unfinished, write_file
 from datastore.errors import Conflict, Damaged, NotFound
@@ -41,7 +42,6 @@ from datastore.segments import (
     FeatureView,
     Segment,
     array_formats,
-    checksum,
 )
 from datastore.shards import CHUNK_ROWS
 
@@ -102,8 +102,10 @@ def sound(block: Block) -> Block:
 class FeatureStore:
     """The segments of all feature sets under one folder."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, bucket: Bucket | None = None) -> None:
         self.root = root
+        self._bucket = bucket
+        """Where segments are read that are not under the folder."""
 
     def create(self, segment: str, *, rows: int, dim: int, dtype: FeatureDtype, attributes: Mapping[str, Any]) -> None:
         """Make room for a segment; again for one that exists, nothing happens.
@@ -200,11 +202,19 @@ class FeatureStore:
                 receipt.unlink()  # last: killed before this, all of it is done again
 
     def open(self, segment: str) -> Segment:
-        """A segment as it stands. Raises `NotFound`; reading rows that are not published raises `Damaged`."""
+        """A segment as it stands, from the folder or else the bucket.
+
+        Raises `NotFound`; reading rows that are not published raises `Damaged`.
+        """
         folder = self._folder(segment)
-        if not folder.is_dir():
+        files: Files | None = None
+        if folder.is_dir():
+            files = LocalFiles(folder / _GROUP, receipts=folder / "receipts")
+        elif self._bucket is not None:
+            files = self._bucket.segment(segment)
+        if files is None:
             raise NotFound("segment", segment, collection="/gradients")
-        return Segment(segment, folder / _GROUP, receipts=folder / "receipts")
+        return Segment(segment, files)
 
     def view(self, segments: Sequence[str]) -> FeatureView:
         """The segments of a feature set as one, in this order. Raises `NotFound`."""

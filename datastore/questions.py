@@ -17,7 +17,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.segments import CHECKSUM_BYTES, checksum
+from datastore.chunk_files import CHECKSUM_BYTES, checksum
 
 
 @dataclass(frozen=True)

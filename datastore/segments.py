@@ -8,8 +8,6 @@ opened anew at each access, so that a store of any size needs no more than a few
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
-import google_crc32c
 import numpy as np
 from gradstore.types import FeatureDtype
 from numpy.typing import NDArray
 
+from datastore.chunk_files import ADVICE, CHECKSUM_BYTES, Files
 from datastore.dtypes import STORAGE, decode
 from datastore.errors import Damaged
 from datastore.shards import CHUNK_ROWS, chunk_rows
 
 FORMAT_VERSION = 1
-CHECKSUM_BYTES = 4
 BLOCK_BYTES = 8 << 20
 """Float32 bytes of the rows that are decoded at once: about what a core's caches hold."""
 
@@ -89,11 +86,6 @@ def array_formats(rows: int, *, dim: int, dtype: FeatureDtype) -> dict[str, Arra
         ArrayFormat("reason", np.dtype("u1"), NOT_WRITTEN, short),
     ]  # fmt: skip
     return {each.name: each for each in formats}
-
-
-def checksum(body: NDArray[Any]) -> bytes:
-    """The crc32c of a block, as zarr appends it to the chunk's bytes."""
-    return int(google_crc32c.value(body)).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def stored_bytes(rows: int, *, dim: int, dtype: FeatureDtype) -> int:
@@ -216,17 +208,18 @@ class Rows(ABC):
 class Segment(Rows):
     """One Zarr group: an immutable range of rows."""
 
-    def __init__(self, name: str, group: Path, *, receipts: Path) -> None:
-        header = _header(group)
+    def __init__(self, name: str, files: Files) -> None:
+        header = _header(name, files)
         self.name = name
         self.rows = int(header["rows"])
         self.dim = int(header["dim"])
         self.dtype = cast("FeatureDtype", header["dtype"])
         self.recipe = cast("dict[str, Any]", header["recipe"])
-        metadata = {path.parent.name: _read_json(path) for path in group.glob("*/zarr.json")}
-        self.formats = _found_formats(array_formats(self.rows, dim=self.dim, dtype=self.dtype), metadata, group)
-        self._chunks = _chunks(group, self.formats, metadata, self.rows)
-        self._receipts = receipts
+        intended = array_formats(self.rows, dim=self.dim, dtype=self.dtype)
+        metadata = {each: files.document(f"{each}/zarr.json") for each in intended}
+        self.formats = _found_formats(intended, metadata)
+        self._chunks = _chunks(name, files, self.formats, metadata, self.rows)
+        self._files = files
         self._columns: dict[str, NDArray[Any]] = {}
 
     def stored(self, start: int, stop: int, *, check: bool = False) -> NDArray[Any]:
@@ -239,7 +232,7 @@ class Segment(Rows):
         _inside(start, stop, self.rows)
         found = self._chunks.read(name, start, stop, check=True)
         if name == "reason" and (found == NOT_WRITTEN).any():
-            raise Damaged(f"{self.name}: rows were never written; {_ADVICE}")
+            raise Damaged(f"{self.name}: rows were never written; {ADVICE}")
         return found
 
     def stored_rows(self, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -262,8 +255,7 @@ class Segment(Rows):
 
     def _texts(self) -> dict[int, str]:
         """The words of reasons that have no code of their own."""
-        receipts = [_read_json(path) for path in self._receipts.glob("*.json")]
-        return {int(row): text for receipt in receipts for row, text in receipt["reasons"].items()}
+        return {int(row): text for receipt in self._files.receipts() for row, text in receipt["reasons"].items()}
 
     @property
     def edges(self) -> list[int]:
@@ -343,8 +335,6 @@ class FeatureView(Rows):
 
 # Reading chunks ---------------------------------------------------------------------------------------------------
 
-_ADVICE = "delete this feature set and POST /gradients again to compute it anew"
-
 
 class _Chunks(Protocol):
     def read(self, name: str, start: int, stop: int, *, check: bool) -> NDArray[Any]: ...
@@ -356,7 +346,7 @@ class _Chunks(Protocol):
 class _MappedChunks:
     """Chunk files in the layout of this store, mapped into memory."""
 
-    group: Path
+    files: Files
     formats: Mapping[str, ArrayFormat]
 
     def read(self, name: str, start: int, stop: int, *, check: bool) -> NDArray[Any]:
@@ -371,36 +361,19 @@ class _MappedChunks:
     def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         each = self.formats[name]
         found = np.empty((len(rows), *each.row_shape), each.dtype)
-        size = found.itemsize * (each.width or 1)
-        buffers = found.reshape(-1).view(np.uint8).data
         chunks, starts = np.unique(rows // each.chunk_rows, return_index=True)
         for chunk, (low, high) in zip(chunks.tolist(), pairwise([*starts.tolist(), len(rows)]), strict=True):
-            path = self.group / each.name / each.key(chunk)
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                raise Damaged(f"{path} is missing: not published yet, or lost; {_ADVICE}") from None
-            try:
-                for position in range(low, high):
-                    place = (int(rows[position]) - chunk * each.chunk_rows) * size
-                    if os.preadv(descriptor, [buffers[position * size : (position + 1) * size]], place) != size:
-                        raise Damaged(f"{path} ends too early; {_ADVICE}")
-            finally:
-                os.close(descriptor)
+            self.files.pick(
+                f"{each.name}/{each.key(chunk)}",
+                (rows[low:high] - chunk * each.chunk_rows).tolist(),
+                size=each.chunk_bytes,
+                out=found[low:high].view(np.uint8).reshape(high - low, -1),
+            )
         return found
 
     def _chunk(self, each: ArrayFormat, chunk: int, *, check: bool) -> NDArray[Any]:
-        path = self.group / each.name / each.key(chunk)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise Damaged(f"{path} is missing: not published yet, or lost; {_ADVICE}") from None
-        if size != each.chunk_bytes:
-            raise Damaged(f"{path} has {size:,} bytes instead of {each.chunk_bytes:,}; {_ADVICE}")
-        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        raw = self.files.chunk(f"{each.name}/{each.key(chunk)}", size=each.chunk_bytes, check=check)
         body = raw[:-CHECKSUM_BYTES]
-        if check and checksum(body) != raw[-CHECKSUM_BYTES:].tobytes():
-            raise Damaged(f"{path} does not match its checksum; {_ADVICE}")
         return body.view(each.dtype).reshape(each.chunk_rows, *each.row_shape)
 
 
@@ -418,9 +391,9 @@ class _ZarrChunks:
             array = zarr.open_array(self.group / name, mode="r")
             rows = np.asarray(array[start:stop])
         except (OSError, ValueError, RuntimeError) as error:
-            raise Damaged(f"{self.group / name} cannot be read ({error}); {_ADVICE}") from error
+            raise Damaged(f"{self.group / name} cannot be read ({error}); {ADVICE}") from error
         if name in {"features", "lengths"} and _unwritten(rows, self.formats[name].fill):
-            raise Damaged(f"{self.group / name}: rows were never written; {_ADVICE}")
+            raise Damaged(f"{self.group / name}: rows were never written; {ADVICE}")
         return rows.astype(self.formats[name].dtype, copy=False)
 
     def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -434,12 +407,9 @@ def _unwritten(rows: NDArray[Any], fill: float) -> bool:
 
 
 def _found_formats(
-    formats: Mapping[str, ArrayFormat], metadata: Mapping[str, Mapping[str, Any]], group: Path
+    formats: Mapping[str, ArrayFormat], metadata: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, ArrayFormat]:
     """The formats with the rows that a chunk has in this group: segments of earlier versions have 1,024 always."""
-    for name in formats:
-        if name not in metadata:
-            raise Damaged(f"{group / name} is missing; {_ADVICE}")
     return {
         name: replace(each, chunk_rows=metadata[name]["chunk_grid"]["configuration"]["chunk_shape"][0])
         for name, each in formats.items()
@@ -447,10 +417,17 @@ def _found_formats(
 
 
 def _chunks(
-    group: Path, formats: Mapping[str, ArrayFormat], metadata: Mapping[str, Mapping[str, Any]], rows: int
+    segment: str,
+    files: Files,
+    formats: Mapping[str, ArrayFormat],
+    metadata: Mapping[str, Mapping[str, Any]],
+    rows: int,
 ) -> _Chunks:
-    own = all(_has_own_layout(metadata[name], each, rows) for name, each in formats.items())
-    return _MappedChunks(group, formats) if own else _ZarrChunks(group, formats)
+    if all(_has_own_layout(metadata[name], each, rows) for name, each in formats.items()):
+        return _MappedChunks(files, formats)
+    if files.folder is None:
+        raise Damaged(f"{segment} lies in a bucket in another layout than gradstore's: copy its folder to the disk")
+    return _ZarrChunks(files.folder, formats)
 
 
 def _has_own_layout(metadata: Mapping[str, Any], each: ArrayFormat, rows: int) -> bool:
@@ -474,21 +451,14 @@ def _joined(parts: Sequence[NDArray[Any]], each: ArrayFormat) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _header(group: Path) -> dict[str, Any]:
-    attributes = _read_json(group / "zarr.json")["attributes"]
+def _header(segment: str, files: Files) -> dict[str, Any]:
+    attributes = files.document("zarr.json")["attributes"]
     header = cast("dict[str, Any]", attributes["gradstore"])
     if header["format"] != FORMAT_VERSION:
         raise Damaged(
-            f"{group} has the format {header['format']}, this version reads {FORMAT_VERSION}: use a newer gradstore"
+            f"{segment} has the format {header['format']}, this version reads {FORMAT_VERSION}: use a newer gradstore"
         )
     return {**header, "recipe": attributes["recipe"]}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return cast("dict[str, Any]", json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path} cannot be read ({error}); {_ADVICE}") from error
 
 
 def _ascending(rows: NDArray[np.int64], total: int) -> None:

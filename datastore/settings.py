@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     """Times a shard is tried before its job fails."""
     shard_rows: int = Field(1024, ge=1024, multiple_of=1024)
     """Rows of a shard: a whole number of 1,024-row chunks."""
+    features_url: str = ""
+    """Bucket with features (`s3://bucket/prefix`) that are read where the data folder has none; the `AWS_…` variables
+    hold its keys."""
+    features_cache_bytes: int = Field(64 * 2**30, ge=0)
+    """Most bytes of the cache of what was read from the bucket, in the data folder."""
     device: str = "auto"
     """Device of a worker: `auto`, `cpu`, `cuda` or `cuda:0`; `all`, or several with commas: a worker for each;
     `spread`: one worker, whose models lie over all GPUs."""
@@ -80,6 +85,11 @@ class Settings(BaseSettings):
     def features(self) -> Path:
         """Folder of the Zarr groups."""
         return self.data / "features"
+
+    @property
+    def features_cache(self) -> Path:
+        """Folder of what was read from the bucket."""
+        return self.data / "features-cache"
 
     @property
     def scores(self) -> Path:

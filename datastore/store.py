@@ -8,6 +8,7 @@ from datastore.answers import Answers
 from datastore.attributions import Attributions
 from datastore.catalog import Catalog
 from datastore.checkpoints import Checkpoints
+from datastore.chunk_files import Bucket
 from datastore.conversions import Conversions
 from datastore.datasets import Datasets
 from datastore.evaluations import Evaluations
@@ -58,7 +59,7 @@ class OpenStore:
 def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     """Open the store that the settings name, over a catalog that is migrated before it is first asked."""
     jobs = Jobs(catalog, lease=settings.lease, max_attempts=settings.max_attempts)
-    store, checkpoints = FeatureStore(settings.features), Checkpoints(settings.checkpoints)
+    store, checkpoints = FeatureStore(settings.features, bucket=_bucket(settings)), Checkpoints(settings.checkpoints)
     datasets, tasks = Datasets(settings.datasets), Tasks(settings.tasks)
     features = Features(catalog, jobs, store, settings)
     jobs.results["gradients"] = features.result
@@ -95,3 +96,9 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         ),
         explaining=Explaining(answers, datasets, features, recipes, tasks),
     )
+
+
+def _bucket(settings: Settings) -> Bucket | None:
+    if not settings.features_url:
+        return None
+    return Bucket(settings.features_url, cache=settings.features_cache, cache_bytes=settings.features_cache_bytes)

@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 
 from datastore.errors import (
     Ambiguous,
+    BucketUnreachable,
     Conflict,
     Damaged,
     GradientsMissing,
@@ -74,6 +75,7 @@ STATUS: dict[type[Exception], int] = {
     NotEnoughSpace: 507,
     Damaged: 500,
     HubUnreachable: 503,
+    BucketUnreachable: 503,
     Conflict: 409,
     Unreadable: 400,
     NotAuthenticated: 401,
