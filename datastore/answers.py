@@ -131,7 +131,7 @@ class Answers:
         summary = {
             "count": len(chosen.rows),
             "pool": len(valid) if excluded is None else int((~excluded).sum()),
-            "left_out": left_out(self.scoring.reasons(sources), excluded),
+            "left_out": left_out(self.scoring.reasons(recipe, sources), excluded),
             "origins": pool.origins.counts(chosen.rows),
             "pool_origins": pool.origins.counts(),
             "contamination": None if contamination is None else contamination.model_dump(mode="json"),
@@ -238,7 +238,7 @@ class Answers:
         """Each task of the scores and its subtasks, as they are numbered."""
         if recipe.method == "random":
             return [(None, ())]
-        known = self.scoring.subtasks(sources)
+        known = self.scoring.subtasks(recipe, sources)
         return [(task, known[task]) for task in recipe.tasks]
 
     def _excluded(self, recipe: SelectionRecipe, pool: Pool) -> Mask | None:

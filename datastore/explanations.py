@@ -16,6 +16,7 @@ from gradstore.types import Explanation, Explanations, NearestExample, SelectedR
 from datastore.answers import Answers
 from datastore.browsing import holds, number_of, turns
 from datastore.datasets import Datasets
+from datastore.errors import Conflict
 from datastore.features import Features
 from datastore.influence import Floats, everywhere, influence
 from datastore.recipes import Recipes, Sources
@@ -58,10 +59,16 @@ class Explaining:
     ) -> Explanations:
         """The first `limit` chosen rows below rank `after` that have this origin and hold this text, each explained.
 
-        Raises `NotFound`, `InvalidInput` where the pool has no such origin, and `GradientsMissing`.
+        Raises `NotFound`, `InvalidInput` where the pool has no such origin, `Conflict` where its method reads no
+        features, and `GradientsMissing`.
         """
         selection = self.answers.read(reference, limit=0)
         sources = self.recipes.sources(selection.recipe)
+        if not sources.datasets:
+            raise Conflict(
+                f"{selection.id} was chosen by method={selection.recipe.method}, which reads no features: an "
+                "explanation compares the features of rows and validation rows"
+            )
         if origin is not None:
             number_of(origin, list(selection.pool_origins))
         found, following = self._found(selection.id, after=after, limit=limit, origin=origin, text=text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -34,6 +34,7 @@ from gradstore.types import (
     TemplateName,
 )
 
+from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
 from datastore.errors import Ambiguous, Conflict, ForeignProjection, GradientsMissing, InvalidInput
 from datastore.features import UNPROJECTED, Features
@@ -63,7 +64,7 @@ class Query:
     max_length: int | None = None
     precision: Precision | None = None
     quantisation: Quantisation | Literal["none"] | None = None
-    method: SelectionMethod = "influence"
+    method: SelectionMethod | None = None
     aggregate: Aggregate | None = None
     combine: Combine | None = None
     selection_seed: int | None = None
@@ -119,11 +120,16 @@ _NONE = ("quantisation", "converted_from")
 """Parameters whose absence can be asked for, as `none`."""
 _OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
-_BY_NAME_ONLY: frozenset[FeatureKind] = frozenset({"rds", "embedding"})
-"""Kinds of features that are compared where they are asked for, and are no candidates elsewhere."""
+_OWN_KINDS: tuple[Literal["rds", "embedding"], ...] = ("rds", "embedding")
+"""Methods that compare the features of the kind of their name, which no other method takes."""
+_MODELS = {"rds": "base model as it is", "embedding": "sentence encoder"}
+"""What the features of a method are best taken at."""
 _WITHOUT_TASKS: frozenset[SelectionMethod] = frozenset({"random"})
 _UNUSED: dict[SelectionMethod, tuple[str, ...]] = {
     "influence": (),
+    "rds": (),
+    "embedding": (),
+    "bm25": ("run", "checkpoints", *_ASKED),
     "random": ("run", "checkpoints", *_ASKED, "aggregate", "combine"),
 }
 """Parameters of a query that a method does nothing with."""
@@ -153,6 +159,7 @@ class Recipes:
 
         Raises `NotFound`, `InvalidInput`, `Ambiguous` and `GradientsMissing`.
         """
+        query = _with_method(query)
         _refuse_idle(query)
         if not query.tasks and query.method not in _WITHOUT_TASKS:
             raise rules.refused("task", f"method={query.method} selects for a task: name one (task)")
@@ -177,6 +184,8 @@ class Recipes:
             self.catalog.dataset(dataset)
         for task in (*recipe.tasks, *recipe.decontaminate):
             self.catalog.task(task)
+        if recipe.method == "bm25":
+            _refuse_other_words(recipe)
         if recipe.method in rules.WITHOUT_FEATURES:
             return Sources(datasets={}, tasks={})
         if len(recipe.checkpoints) != len(recipe.checkpoint_weights) or not recipe.checkpoints:
@@ -202,6 +211,7 @@ class Recipes:
             raise Conflict("there is no dataset to select from: upload one with POST /datasets")
         if len(datasets) > 1 and not query.datasets and query.match is None:
             shared = {**_choice(query), "method": query.method, "task": list(query.tasks)}
+            shared |= {"aggregate": query.aggregate, "combine": query.combine}
             choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in datasets]
             raise Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
         nothing = dict.fromkeys(name for name, field in SelectionRecipe.model_fields.items() if field.is_required())
@@ -213,6 +223,9 @@ class Recipes:
                 "tasks": [self.catalog.task(reference).id for reference in dict.fromkeys(query.tasks)],
                 "checkpoints": [],
                 "checkpoint_weights": [],
+                "aggregate": query.aggregate,
+                "combine": query.combine,
+                "bm25_version": BM25_VERSION if query.method == "bm25" else None,
                 **self._resolved(query, datasets),
             }
         )
@@ -242,6 +255,7 @@ class Recipes:
         """The pools that a query without tasks means; raises as `resolve` does. Whoever asks projects here, so imported
         features are none of them.
         """
+        query = _with_method(query)
         _refuse_idle(query)
         candidates = self._candidates(query)
         found = [candidate for candidate in candidates if not _is_foreign(candidate)]
@@ -286,7 +300,7 @@ class Recipes:
         wanted = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
         for feature in known:
-            if feature.kind in _BY_NAME_ONLY and feature.kind != query.kind:
+            if feature.kind in _OWN_KINDS and feature.kind != query.kind:
                 continue
             if all(_said(name, getattr(feature, name)) == value for name, value in wanted.items()):
                 key = tuple(getattr(feature, name) for name in (*_OWN, *_SHARED))
@@ -352,6 +366,7 @@ class Recipes:
             run=candidate.run.id if candidate.run else None,
             task_kind=task_kind,
             task_adam=task_adam,
+            method=query.method or "influence",
             aggregate=query.aggregate or "less",
             combine=query.combine or "max",
             **candidate.parameters,
@@ -409,24 +424,63 @@ class Recipes:
             body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
             posts = _posts(body, nearest.parameters)
             return GradientsMissing(f"{owner} has no features that go with the others': {posts}", body=body)
+        own = query.method in _OWN_KINDS
         body = {"dataset": datasets[0] if datasets else _only(self.catalog.dataset_sizes()) or "<dataset>"}
         if checkpoints:
             body["checkpoints"] = list(checkpoints)
+        elif own and run is None:
+            body["checkpoints"] = ["<checkpoint>"]
         else:
             body["run"] = run.id if run else _only(one.id for one in self.catalog.all_runs()) or "<run>"
         asked = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         body |= _body(asked)
         owners = " and ".join(datasets) or "any dataset"
-        return GradientsMissing(
-            f"there are no features of {owners} at every checkpoint asked for: {_posts(body, asked)}", body=body
-        )
+        detail = f"there are no features of {owners} at every checkpoint asked for: {_posts(body, asked)}"
+        if body.get("checkpoints") == ["<checkpoint>"]:
+            model = _MODELS[query.method or ""]
+            detail += f', where <checkpoint> is the {model} that POST /checkpoints {{"model": "…"}} registers'
+        return GradientsMissing(detail, body=body)
+
+
+def _refuse_other_words(recipe: SelectionRecipe) -> None:
+    if not recipe.tasks:
+        raise rules.refused("tasks", "method=bm25 compares words with a task's: a recipe of it has one")
+    if recipe.bm25_version != BM25_VERSION:
+        raise rules.refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
+
+
+def _with_method(query: Query) -> Query:
+    """The query with its method, and how this takes rows and tasks together where nothing else is asked for.
+
+    A kind that one method has to itself names the method. Raises `InvalidInput` where it names another.
+    """
+    by_kind = next((kind for kind in _OWN_KINDS if kind == query.kind), None)
+    method = query.method or by_kind or "influence"
+    own = next((kind for kind in _OWN_KINDS if kind == method), None)
+    if own is not None and query.kind not in (None, own):
+        detail = f"method={method} compares features of kind={own} only: leave kind out"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="kind")])
+    if by_kind and method == "influence":
+        detail = f"features of kind={by_kind} are compared by method={by_kind}"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="method")])
+    if method == "random":
+        return replace(query, method=method)
+    several = len(set(query.tasks)) > 1 and method != "influence"
+    return replace(
+        query,
+        method=method,
+        kind=own or query.kind,
+        aggregate=query.aggregate or ("less" if method == "influence" else "max"),
+        combine=query.combine or ("round-robin" if several else "max"),
+    )
 
 
 def _refuse_idle(query: Query) -> None:
     """Refuse what narrows nothing: what the method does without, and what no feature of the kind could ever have."""
-    unused = [name for name in _UNUSED[query.method] if getattr(query, name) not in (None, (), [])]
+    method = query.method or "influence"
+    unused = [name for name in _UNUSED[method] if getattr(query, name) not in (None, (), [])]
     if unused:
-        detail = f"method={query.method} does nothing with {' and '.join(unused)}: leave it out"
+        detail = f"method={method} does nothing with {' and '.join(unused)}: leave it out"
         parameters = {"checkpoints": "checkpoint"}
         raise InvalidInput(
             detail, errors=[ProblemItem(detail=detail, parameter=parameters.get(name, name)) for name in unused]

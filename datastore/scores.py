@@ -367,9 +367,9 @@ class ScoreCache:
             write_file(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
             place(partial, self.root / key)
 
-    def delete(self, segment: str) -> int:
-        """Remove the scores that a segment of a pool or a task entered into; returns how many there were."""
-        users = [path.parent for path in self.root.glob("score_*/manifest.json") if segment in _segments(path)]
+    def delete(self, name: str) -> int:
+        """Remove the scores that a segment, or the texts of a dataset or task, entered into; returns how many."""
+        users = [path.parent for path in self.root.glob("score_*/manifest.json") if name in _made_of(path)]
         for folder in users:
             self._remove(folder)
         return len(users)
@@ -399,9 +399,10 @@ def _load(path: Path, sha256: str) -> NDArray[Any]:
     return array
 
 
-def _segments(manifest: Path) -> set[str]:
+def _made_of(manifest: Path) -> set[str]:
     try:
         content = json.loads(manifest.read_bytes())["made_from"]
     except (FileNotFoundError, ValueError, KeyError):
         return set()
-    return {name for name, _, _ in content["rows"]} | set(content["target_segments"])
+    segments = {name for name, _, _ in content.get("rows", ())} | set(content.get("target_segments", ()))
+    return segments | set(content.get("texts", ()))

@@ -29,6 +29,7 @@ from datastore.segments import FeatureView
 from datastore.selection.draws import draw
 from datastore.selection.rules import OF_THE_CHOICE
 from datastore.tasks import Tasks
+from datastore.text_scoring import TextScoring
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Scoring:
     store: FeatureStore
     tasks: Tasks
     cache: ScoreCache
+    texts: TextScoring
 
     def known(self, recipe: SelectionRecipe, sources: Sources) -> list[TaskScores] | None:
         """The scores of each task over all pools, one after the other, if all of them are cached.
@@ -50,6 +52,8 @@ class Scoring:
         if recipe.method == "random":
             sizes = self.catalog.dataset_sizes()
             return [draw(sum(sizes[dataset] for dataset in recipe.datasets), recipe.selection_seed or 0)]
+        if recipe.method == "bm25":
+            return self.texts.known(recipe)
         targets = self._targets(sources)
         found = []
         for sets in sources.datasets.values():
@@ -68,6 +72,10 @@ class Scoring:
     def start(self, recipe: SelectionRecipe, sources: Sources) -> AnyJob:
         """Start the job that computes the scores, or return the one that is at it: a shard for each piece of a pool."""
         scored = recipe.model_dump(mode="json", exclude={*OF_THE_CHOICE, "combine"})
+        if recipe.method == "bm25":
+            units = self.texts.units(recipe)
+            plan: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "rows": self.texts.rows(recipe)}
+            return self._started(scored, plan, [NewShard({}, units=units)])
         plan = {
             "datasets": {id: [feature.id for feature in found] for id, found in sources.datasets.items()},
             "tasks": {id: [feature.id for feature in found] for id, found in sources.tasks.items()},
@@ -75,8 +83,10 @@ class Scoring:
             "aggregate": recipe.aggregate or "less",
             "rows": sum(sets[0].rows for sets in sources.datasets.values()),
         }
+        return self._started(scored, plan, list(self._shards(recipe, sources)))
+
+    def _started(self, scored: dict[str, Any], plan: dict[str, Any], shards: Sequence[NewShard]) -> AnyJob:
         id = content_id("scores", scored)
-        shards = list(self._shards(recipe, sources))
         job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=shards)
         if job.status == "succeeded":  # and yet not cached: the folder was emptied, or its bytes were damaged
             self.jobs.remove(id, kind="scoring")
@@ -102,6 +112,9 @@ class Scoring:
         `on_rows` hears how many rows are done, summed over checkpoints.
         """
         plan, payload = claim.plan, claim.payload
+        if "recipe" in plan:
+            self.texts.work(SelectionRecipe.model_validate(plan["recipe"]), on_rows)
+            return
         start = payload["start"]
         views = self._views(self._sets(plan["datasets"][payload["dataset"]]))
         scores.score_piece(
@@ -120,16 +133,20 @@ class Scoring:
         seconds = session.scalar(select(func.sum(ShardRow.worked)).where(ShardRow.job_id == job.id)) or 0.0
         return ScoringResult(scores=job.id, rows=job.plan["rows"], seconds=seconds).model_dump(mode="json")
 
-    def subtasks(self, sources: Sources) -> dict[str, tuple[str, ...]]:
+    def subtasks(self, recipe: SelectionRecipe, sources: Sources) -> dict[str, tuple[str, ...]]:
         """Names of each task's subtasks, as the scores number them."""
+        if recipe.method == "bm25":
+            return self.texts.subtasks(recipe)
         return {task: target.subtasks for task, target in zip(sources.tasks, self._targets(sources), strict=True)}
 
     def notes(self, sources: Sources) -> list[str]:
         """What the scores leave out of the tasks, and why."""
         return [note for target in self._targets(sources) for note in target.notes]
 
-    def reasons(self, sources: Sources) -> dict[int, str]:
-        """The pool's rows without a feature at some checkpoint, and why."""
+    def reasons(self, recipe: SelectionRecipe, sources: Sources) -> dict[int, str]:
+        """The pool's rows without a score, and why: they have no feature at some checkpoint, or no words."""
+        if recipe.method == "bm25":
+            return self.texts.reasons(recipe)
         found: dict[int, str] = {}
         first = 0
         for sets in sources.datasets.values():

@@ -27,6 +27,7 @@ from datastore.scoring import Scoring
 from datastore.selection.contamination import RunIndex
 from datastore.settings import Settings
 from datastore.tasks import Tasks
+from datastore.text_scoring import TextScoring
 from datastore.trainings import Trainings
 from datastore.validations import Validations
 
@@ -69,7 +70,9 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     jobs.results["import"] = imports.result
     finetunes = Finetunes(catalog, jobs, checkpoints, settings)
     recipes = Recipes(catalog, features)
-    scoring = Scoring(catalog, jobs, features, store, tasks, ScoreCache(settings.scores))
+    cache = ScoreCache(settings.scores)
+    texts = TextScoring(catalog, datasets, tasks, cache)
+    scoring = Scoring(catalog, jobs, features, store, tasks, cache, texts)
     jobs.results["scoring"] = scoring.result
     recipes = Recipes(catalog, features)
     answers = Answers(catalog, datasets, recipes, scoring, RunIndex(tasks, settings.ngrams), settings.selections)

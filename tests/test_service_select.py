@@ -306,3 +306,23 @@ def test_a_base_model_that_cannot_be_registered_is_refused(
     shared_service: Service, body: dict[str, Any], words: str
 ) -> None:
     assert words in problem_of(shared_service.http.post("/checkpoints", json=body), 422).detail
+
+
+def test_words_are_compared_without_features_and_their_scores_go_with_the_texts(service: Service) -> None:
+    service.pool(40, name="pool")
+    service.task("target")
+    selection = select(service, method="bm25")
+    recipe = selection["recipe"]
+    assert (recipe["method"], recipe["aggregate"], recipe["checkpoints"]) == ("bm25", "max", [])
+    answer = service.http.get("/scores", params={"task": "target", "method": "bm25", "format": "npy"})
+    scores = np.load(io.BytesIO(answer.content))
+    assert selection["data"][0]["row"] == int(scores.argmax())
+    assert [row["score"] for row in selection["data"]] == pytest.approx(sorted(scores.tolist(), reverse=True)[:2])
+    assert select(service, method="bm25")["id"] == selection["id"]
+    refused = service.http.get("/select", params={"task": "target", "method": "bm25", "pct": 0.1, "dim": 8})
+    assert [error.parameter for error in problem_of(refused, 422).errors or []] == ["dim"]
+    kept = service.backend.settings.scores
+    assert len(list(kept.glob("score_*"))) == 1
+    for path in (f"/selections/{selection['id']}", "/datasets/pool"):
+        assert service.http.delete(path).status_code == 204
+    assert not list(kept.glob("score_*"))

@@ -262,7 +262,8 @@ CONVERTED = {
     "run": "Run by id or name: of a dataset or task, its checkpoints only.",
 }
 SCORING = {
-    "method": "What a row's score is: its influence on the task, or a number drawn for it (random).",
+    "method": "What a row's score is: its influence on the task (the default), its likeness by hidden states (rds), a "
+    "sentence encoder (embedding) or words (bm25), or a number drawn for it (random).",
     "task": "Task by id or name; repeat for several.",
 }
 ADAM = "Adam's direction as LESS's code has it (less), with bias correction (exact), or both of them."

@@ -14,7 +14,7 @@ from datastore.selection.diversity import MAX_CENTERS_AMONG
 if TYPE_CHECKING:
     from datastore.recipes import Query
 
-WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset({"random"})
+WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset({"random", "bm25"})
 """Methods that read no features."""
 OF_THE_CHOICE = frozenset({
     "pct", "k", "exclude", "exclude_ids", "selection_seed", "strategy", "among", "clusters", "quota", "dedupe",

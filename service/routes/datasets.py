@@ -176,5 +176,6 @@ def _deleter(backend: Backend) -> Callable[[str], None]:
     def delete(id: str) -> None:
         with suppress(NotFound):  # a record whose files are lost can be deleted, too
             backend.datasets.delete(id, keep_sources=backend.catalog.sources_of_others(id))
+        backend.scoring.cache.delete(id)
 
     return delete

@@ -81,12 +81,15 @@ class ScoresAsked(RequestBody):
     precision: Precision | None = None
     quantisation: Quantisation | Literal["none"] | None = None
     """`none`: features of a base model that was not quantised."""
-    method: SelectionMethod = "influence"
-    """What a row's score is: its `influence` on a task, or a number drawn for it (`random`)."""
+    method: SelectionMethod | None = None
+    """What a row's score is: its `influence` on a task (the default), the cosine of hidden states (`rds`, RDS+) or of
+    sentence embeddings (`embedding`), its words' match (`bm25`), or a number drawn for it (`random`)."""
     aggregate: Aggregate | None = None
-    """`less`, the default: mean within a subtask, then the largest; `avg`, `max`, `min`: over all validation rows."""
+    """`less`, influence's default: mean within a subtask, then the largest; `avg`, `max` (the others' default), `min`:
+    over all validation rows."""
     combine: Combine | None = None
-    """How several tasks choose: by the largest (the default) or the mean score, in turns, or the least served first."""
+    """How several tasks choose: by the largest (influence's default) or the mean score, in turns (the other methods'
+    default), or the least served first."""
     selection_seed: int | None = Field(None, ge=0, lt=1 << 32)
     """Seed of what is drawn."""
     wait: float | None = Field(None, ge=0, le=30)

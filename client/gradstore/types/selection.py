@@ -25,8 +25,9 @@ from gradstore.types.base import (
 )
 from gradstore.types.jobs import Job
 
-SelectionMethod = Literal["influence", "random"]
-"""What a row's score is: its influence on a task, or a number drawn for it."""
+SelectionMethod = Literal["influence", "rds", "bm25", "embedding", "random"]
+"""What a row's score is: its influence on a task; how like the task's rows it is to a model's hidden states, in its
+words, or to a sentence encoder; or a number drawn."""
 Combine = Literal["max", "mean", "round-robin", "balanced"]
 """How several tasks choose: by the largest or the mean of a row's scores, each in turn, or the least served first."""
 
@@ -75,6 +76,8 @@ class SelectionRecipe(Body):
     """How several tasks choose."""
     selection_seed: int | None = None
     """Seed of what is drawn."""
+    bm25_version: int | None = None
+    """Version of BM25's words and weights."""
     pct: float | None
     k: int | None
     exclude: list[str]
