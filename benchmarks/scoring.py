@@ -34,7 +34,7 @@ from datastore.dtypes import decode
 from datastore.products import NUMPY, Kernel
 from datastore.recipes import Query
 from datastore.scores import ScoreCache, Target
-from datastore.segments import Rows
+from datastore.segments import FeatureView
 from datastore.shards import CHUNK_ROWS
 from tests.serving import serving
 from tests.stores import Store
@@ -95,32 +95,29 @@ class Pool:
         (segment,) = (name for name, _ in self.views("pool", "float16")[0].names)
         return sorted((self.store.store.root / segment / "data.zarr" / "features").glob("c.*"))
 
-    def views(self, dataset: str, dtype: FeatureDtype) -> list[Rows]:
-        _, sources = self.store.recipes.resolve(self._query(["mmlu"], dataset, self.dtype), path="/select")
-        if dtype != self.dtype:
-            sets = self.store.features.complete(datasets=list(sources.datasets))
-            return [self.store.features.view(next(each for each in sets if each.dtype == dtype))]
-        return [self.store.features.view(each) for sets in sources.datasets.values() for each in sets]
+    def views(self, dataset: str, dtype: FeatureDtype) -> list[FeatureView]:
+        sets = self.store.features.complete(datasets=[self.store.catalog.dataset(dataset).id])
+        return [self.store.features.view(next(each for each in sets if each.dtype == dtype))]
+
+    def target(self, task: str) -> Target:
+        _, sources = self.store.recipes.resolve(self._query([task]), path="/select")
+        ((id, sets),) = sources.tasks.items()
+        subtasks = [row.subtask for row in self.store.tasks.validation(id)]
+        return Target([self.store.features.view(each) for each in sets], subtasks)
 
     def score(self, tasks: Sequence[str], kernel: Kernel, *, dataset: str = "pool", cache: ScoreCache) -> None:
         """Answer from the features, as a job's shards do one after the other."""
-        _, sources = self.store.recipes.resolve(self._query(tasks, dataset, self.dtype), path="/select")
-        targets = [
-            Target(
-                [self.store.features.view(each) for each in sets],
-                [row.subtask for row in self.store.tasks.validation(task)],
-            )
-            for task, sets in sources.tasks.items()
-        ]
-        views = self.views(dataset, self.dtype)
+        targets = [self.target(task) for task in tasks]
         with one_thread_each():
-            scores.score(views, targets, weights=[1.0], aggregate="less", cache=cache, kernel=kernel)
+            scores.score(
+                self.views(dataset, self.dtype), targets, weights=[1.0], aggregate="less", cache=cache, kernel=kernel
+            )
 
     def new_cache(self) -> ScoreCache:
         return ScoreCache(self._folder / f"scores{next(self._caches)}")
 
-    def _query(self, tasks: Sequence[str], dataset: str, dtype: FeatureDtype) -> Query:
-        return Query(tasks=tasks, datasets=[dataset], dtype=dtype, pct=0.05)
+    def _query(self, tasks: Sequence[str]) -> Query:
+        return Query(tasks=tasks, datasets=["pool"], dtype=self.dtype, pct=0.05)
 
     def _compute(self, owner: dict[str, str], dtype: FeatureDtype) -> None:
         body = {**owner, "run": "warm-up", "dims": [self._dim], "dtype": dtype}
@@ -151,9 +148,7 @@ def less_matching(pool: Pool) -> None:
     (view,) = pool.views("pool", "float16")
     rows = np.concatenate([decode(stored, "float16", view.dim) for _, stored in view.blocks()])
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    _, sources = pool.store.recipes.resolve(pool._query(["mmlu"], "pool", pool.dtype), path="/select")
-    ((target,),) = sources.tasks.values()
-    reference = pool.store.features.view(target)
+    (reference,) = pool.target("mmlu").views
     queries = reference.decoded(0, reference.rows)
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     products = torch.from_numpy(rows) @ torch.from_numpy(queries).T
@@ -180,7 +175,8 @@ def peak() -> Iterator[list[int]]:
         thread.join()
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that something takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -191,7 +187,7 @@ def at_the_socket(pool: Pool) -> list[float]:
     address: dict[str, str] = {"task": "mmlu", "dataset": "pool", "dtype": pool.dtype, "pct": "0.05"}
     with serving(pool.store.settings.data) as service, httpx.Client(base_url=service.url, timeout=120) as client:
         assert client.get("/select", params=address).status_code == 200
-        return [_timed(lambda: client.get("/select", params=address).raise_for_status()) for _ in range(ASKED_AGAIN)]
+        return [timed(lambda: client.get("/select", params=address).raise_for_status()) for _ in range(ASKED_AGAIN)]
 
 
 def measure(pool: Pool, rounds: int) -> tuple[list[Line], int]:
@@ -201,7 +197,7 @@ def measure(pool: Pool, rounds: int) -> tuple[list[Line], int]:
     seconds: dict[str, list[float]] = {}
 
     def note(name: str, work: Callable[[], object]) -> None:
-        seconds.setdefault(name, []).append(_timed(work))
+        seconds.setdefault(name, []).append(timed(work))
 
     memory = 0
     for _ in range(rounds):
