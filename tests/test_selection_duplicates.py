@@ -36,13 +36,16 @@ def kept_by_definition(features: Floats, order: Sequence[int], tau: float) -> li
 
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("whole", [True, False])
 def test_by_features_what_is_kept_is_what_every_pair_says(
-    monkeypatch: pytest.MonkeyPatch, tau: float, block: int
+    monkeypatch: pytest.MonkeyPatch, tau: float, block: int, *, whole: bool
 ) -> None:
+    if not whole:
+        monkeypatch.setattr(duplicates, "KEPT_BYTES", 1)
     features = planted(150, 64, seed=block)
     monkeypatch.setattr(duplicates, "BLOCK_BYTES", 4 * 64 * block)
     order = np.random.default_rng(5).permutation(150).tolist()
-    found = FeatureDuplicates(lambda rows: features[list(rows)], tau, iter(order))
+    found = FeatureDuplicates(lambda rows: features[list(rows)], tau, iter(order), rows=150)
     kept = [row for row in order if found.keep(row)]
     assert kept == kept_by_definition(features, order, tau)
     assert len(kept) < 150
@@ -51,11 +54,26 @@ def test_by_features_what_is_kept_is_what_every_pair_says(
 def test_rows_that_come_in_another_order_than_foreseen_are_compared_as_well() -> None:
     features = planted(120, 32, seed=1)
     order = np.random.default_rng(6).permutation(120).tolist()
-    found = FeatureDuplicates(lambda rows: features[list(rows)], 0.9, iter(sorted(order)))
+    found = FeatureDuplicates(lambda rows: features[list(rows)], 0.9, iter(sorted(order)), rows=120)
     assert [row for row in order if found.keep(row)] == kept_by_definition(features, order, 0.9)
 
 
-def test_near_one_few_rows_are_read_twice() -> None:
+def test_a_block_of_short_rows_is_no_larger_than_its_products_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK_ROWS", 10)
+    features = normalise(np.random.default_rng(2).normal(size=(60, 64)))
+    asked: list[int] = []
+
+    def reading(rows: Sequence[int]) -> Floats:
+        asked.append(len(rows))
+        return features[list(rows)]
+
+    found = FeatureDuplicates(reading, 0.95, iter(range(60)), rows=60)
+    assert all(found.keep(row) for row in range(60))
+    assert asked == [1, *[10] * 6]
+
+
+def test_near_one_few_rows_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "KEPT_BYTES", 1)
     generator = np.random.default_rng(3)
     features = normalise(generator.normal(size=(600, 256)))
     read: list[int] = []
@@ -64,7 +82,7 @@ def test_near_one_few_rows_are_read_twice() -> None:
         read.extend(rows)
         return features[list(rows)]
 
-    found = FeatureDuplicates(reading, 0.95, iter(range(600)))
+    found = FeatureDuplicates(reading, 0.95, iter(range(600)), rows=600)
     assert all(found.keep(row) for row in range(600))
     assert len(read) < 620
 

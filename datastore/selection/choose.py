@@ -76,7 +76,7 @@ def choose(scores: Sequence[TaskScores], recipe: SelectionRecipe, among: Mask, k
     if material.lengths is not None:
         rows = matched(material.lengths.known, scores[0].score, among, material.lengths.wanted)
         return _of_combined(_one_score(walks), rows)
-    keep = _filter(recipe, walks, material)
+    keep = _filter(recipe, walks, material, k)
     notes: list[str] = []
     if recipe.strategy == "k-center":
         return of_tasks(walks, _apart(recipe, walks, keep, k, material))
@@ -131,7 +131,7 @@ def _everything(row: int) -> bool:  # noqa: ARG001 - a filter
     return True
 
 
-def _filter(recipe: SelectionRecipe, walks: Walks, material: Material) -> Filter:
+def _filter(recipe: SelectionRecipe, walks: Walks, material: Material, k: int) -> Filter:
     """Keep the rows that overlap with no task and are like none kept before; to keep a row is to take it."""
     filters: list[Filter] = []
     if recipe.exclude_contaminated:
@@ -140,7 +140,7 @@ def _filter(recipe: SelectionRecipe, walks: Walks, material: Material) -> Filter
         filters.append(TextDuplicates(material.text, recipe.dedupe).keep)
     elif recipe.dedupe is not None:
         ahead = (row for row, _ in walks.accepted(walks.among, (), _everything))
-        filters.append(FeatureDuplicates(material.features, recipe.dedupe, ahead).keep)
+        filters.append(FeatureDuplicates(material.features, recipe.dedupe, ahead, rows=k).keep)
     if not filters:
         return _everything
     return lambda row: all(keep(row) for keep in filters)
@@ -165,7 +165,7 @@ def _apart(recipe: SelectionRecipe, walks: Walks, keep: Filter, k: int, material
 def _of_clusters(
     recipe: SelectionRecipe, walks: Walks, keep: Filter, k: int, material: Material, notes: list[str]
 ) -> list[Pick]:
-    plain = _filter(recipe.model_copy(update={"dedupe": None}), walks, material)
+    plain = _filter(recipe.model_copy(update={"dedupe": None}), walks, material, k)
     rows = [row for row, _ in _candidates(recipe, walks, plain, k)]
     if not rows:
         raise Conflict("no row can be chosen: all candidates overlap with a task's rows")

@@ -22,6 +22,10 @@ from datastore.selection.words import Hashes, ngrams, words
 SHINGLE_WORDS = 5
 BLOCK_BYTES = 32 << 20
 """Float32 bytes of the rows that are read and compared together."""
+BLOCK_ROWS = 1024
+"""The most of them: they are multiplied with each other, too."""
+KEPT_BYTES = 256 << 20
+"""Float32 bytes of the rows taken that are kept whole."""
 SPARING = 0.6
 """Every s-th number is kept for s ≤ 0.6 / (1 − τ): the bound then exceeds τ where the cosine is above about 0.4."""
 
@@ -68,18 +72,20 @@ class FeatureDuplicates:
     """Rows by their features, as `PoolFeatures.unit` gives them.
 
     Rows are compared a block at a time: those that a walk is going to meet next (`ahead`) are read together, and
-    multiplied in one product with what was taken. For that every s-th number of a row that was taken is kept, a₀, and
-    by Cauchy and Schwarz ⟨a, b⟩ ≤ ⟨a₀, b₀⟩ + ‖a₁‖·‖b₁‖ for the numbers a₁ that are not: only rows for which this
-    exceeds τ are read again and compared in full. The nearer τ is to 1 the fewer numbers are enough, down to an eighth.
-    Memory for k rows of d numbers: 4·k·d/s bytes and two blocks of 32 MiB.
+    multiplied in one product with what was taken. Where `rows` rows of d numbers would take more than 256 MiB, only
+    every s-th number of those that were taken is kept, a₀, and by Cauchy and Schwarz ⟨a, b⟩ ≤ ⟨a₀, b₀⟩ + ‖a₁‖·‖b₁‖
+    for the numbers a₁ that are not: rows for which this exceeds τ are read again and compared in full. The nearer τ is
+    to 1 the fewer numbers are enough, down to an eighth. Memory: 4·rows·d/s bytes and two blocks of 32 MiB.
     """
 
-    def __init__(self, features: Callable[[Sequence[int]], Floats], tau: float, ahead: Iterator[int]) -> None:
+    def __init__(
+        self, features: Callable[[Sequence[int]], Floats], tau: float, ahead: Iterator[int], rows: int
+    ) -> None:
         self._features = features
         self._tau = tau
         self._ahead = ahead
-        self._step = max(step for step in (1, 2, 4, 8) if step == 1 or step <= SPARING / max(1 - tau, 1e-9))
-        self._size = 0  # rows of a block; known once a row was read
+        self._wanted = rows
+        self._step, self._size = 1, 0  # every so many numbers are kept, rows of a block: known once a row was read
         self._met: set[int] = set()
         self._taken: list[int] = []
         self._heads: list[Floats] = []
@@ -93,6 +99,8 @@ class FeatureDuplicates:
         self._met.add(row)
         block, place = self._block, self._block.places[row]
         near = block.near[place]
+        if len(near) and self._step == 1:
+            return False
         if len(near) and (self._features([self._taken[other] for other in near]) @ block.rows[place] > self._tau).any():
             return False
         if block.taken and (block.cosines[place, block.taken] > self._tau).any():
@@ -106,7 +114,9 @@ class FeatureDuplicates:
     def _look_ahead(self, row: int) -> None:
         """Read this row and those that are going to be met next, and find what they might be like."""
         if not self._size:
-            self._size = max(1, BLOCK_BYTES // (4 * self._features([row]).shape[1]))
+            bytes_of_one = 4 * self._features([row]).shape[1]
+            self._size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // bytes_of_one))
+            self._step = _step(self._tau, kept=self._wanted * bytes_of_one)
         others = (other for other in self._ahead if other not in self._met and other != row)
         rows = [row, *islice(others, self._size - 1)]
         features = self._features(rows)
@@ -115,9 +125,17 @@ class FeatureDuplicates:
             self._heads, self._rests = [np.concatenate(self._heads)], [np.concatenate(self._rests)]
             heads = features[:, :: self._step]
             bounds = heads @ self._heads[0].T
-            bounds += _rest(heads)[:, None] * self._rests[0]
-            near = [np.flatnonzero(bound > self._tau - 1e-5) for bound in bounds]
+            if self._step > 1:
+                bounds += _rest(heads)[:, None] * self._rests[0]
+            slack = 1e-5 if self._step > 1 else 0
+            near = [np.flatnonzero(bound > self._tau - slack) for bound in bounds]
         self._block = _Block(rows, features, near)
+
+
+def _step(tau: float, *, kept: int) -> int:
+    """Every how many numbers are kept of rows that take so many bytes."""
+    enough = [step for step in (1, 2, 4, 8) if step == 1 or step <= SPARING / max(1 - tau, 1e-9)]
+    return next((step for step in enough if kept <= KEPT_BYTES * step), enough[-1])
 
 
 class _Block:
