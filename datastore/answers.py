@@ -329,10 +329,6 @@ class Answers:
         rows = [starts[dataset] + row for dataset, row in zip(places["dataset"], places["row"], strict=True)]
         return Lengths(known=known, wanted=known[rows])
 
-    def _lines(self, rows: Sequence[SelectedRow]) -> Iterator[bytes]:
-        if rows:
-            yield from self.datasets.lines(rows[0].dataset, [row.row for row in rows])
-
 
 def selection_id(recipe: SelectionRecipe) -> str:
     """The id of the selection that a recipe gives.

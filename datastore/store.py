@@ -74,7 +74,6 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     texts = TextScoring(catalog, datasets, tasks, cache)
     scoring = Scoring(catalog, jobs, features, store, tasks, cache, texts)
     jobs.results["scoring"] = scoring.result
-    recipes = Recipes(catalog, features)
     answers = Answers(catalog, datasets, recipes, scoring, RunIndex(tasks, settings.ngrams), settings.selections)
     return OpenStore(
         settings=settings,

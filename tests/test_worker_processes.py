@@ -22,6 +22,7 @@ from tests.conftest import REPOSITORY
 from tests.processes import alive, wait_for
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
+from worker import command, jobs
 from worker.devices import choose_device, threads, workers
 from worker.loaded import Loaded
 
@@ -49,6 +50,11 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     return save_tiny_model(folder, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+
+
+def test_every_kind_that_the_command_offers_is_one_that_workers_do() -> None:
+    """The command knows the names without the imports that the work needs."""
+    assert set(command.KINDS) == set(jobs.KINDS)
 
 
 def start(place: Workplace, rows: int) -> str:

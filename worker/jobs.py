@@ -84,18 +84,6 @@ Commit = Callable[[], bool]
 Subject = Literal["base", "tuned"]
 T = TypeVar("T")
 
-KINDS: tuple[JobKind, ...] = (
-    "gradients",
-    "conversion",
-    "finetune",
-    "evaluation",
-    "import",
-    "scoring",
-    "validation",
-    "attribution",
-)
-"""What workers do; small pools are scored by the service itself (service/scoring.py)."""
-
 EVALUATION_TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
 LEAST_EVALUATION_TOKENS = 512
 LEFT_OVER = 3600.0  # seconds after which an attempt's bytes that nobody committed are removed
@@ -735,3 +723,6 @@ _WORK: dict[JobKind, Callable[[Claim, Context, Heartbeat], Commit]] = {
     "validation": _validation,
     "attribution": attribute,
 }
+
+KINDS: tuple[JobKind, ...] = tuple(_WORK)
+"""What workers do; small pools are scored by the service itself (service/scoring.py)."""
