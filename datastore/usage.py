@@ -28,8 +28,8 @@ NOUNS = {
     "selections": SelectionRow,
 }
 PARTS = (
-    *("datasets", "tasks", "checkpoints", "features", "scores", "selections"),
-    *("indexes", "questions", "trainings", "work"),
+    *("datasets", "tasks", "checkpoints", "features", "features-cache", "scores", "selections", "ngrams"),
+    *("indexes", "questions", "trainings", "imports", "work"),
 )
 """Folders of the store; what is beside them counts as `other`."""
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from datastore import browsing
+from datastore.settings import Settings
+from datastore.usage import PARTS
 from tests.serving import Service, problem_of, serving
 
 ROWS: list[dict[str, Any]] = [
@@ -144,6 +146,14 @@ def test_usage_is_what_the_disk_has(service: Service) -> None:
     assert sum(usage["bytes"].values()) == pytest.approx(sum(sizes.values()), rel=0.2)
     assert usage["counts"]["datasets"] == len(service.http.get("/datasets").json()["data"])
     assert usage["free_bytes"] > 0
+
+
+def test_usage_tells_every_folder_of_the_store_apart(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / "store")
+    properties = (name for name, value in vars(Settings).items() if isinstance(value, property))
+    folders = {found for name in properties if isinstance(found := getattr(settings, name), Path)}
+    assert settings.features_cache in folders
+    assert {folder.relative_to(settings.data).as_posix() for folder in folders} == set(PARTS)
 
 
 def test_usage_counts_every_noun(tmp_path: Path) -> None:

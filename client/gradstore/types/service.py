@@ -38,8 +38,9 @@ class Usage(Body):
     counts: dict[str, int]
     """How many there are of each noun: datasets, tasks, checkpoints, runs, gradients, selections, …"""
     bytes: dict[str, int]
-    """Bytes on the server's disk by part: datasets (with the uploads), tasks, checkpoints, features, scores,
-    selections, indexes, questions (of attributions), trainings (of validations), work (unfinished fine-tunes), and
-    other (a SQLite catalog, uploads at work)."""
+    """Bytes on the server's disk by part: datasets (with the uploads), tasks, checkpoints, features,
+    features-cache (read from a bucket), scores, selections, ngrams (of tasks, for finding contamination), indexes,
+    questions (of attributions), trainings (of validations), imports (features that wait for theirs), work (unfinished
+    fine-tunes), and other (a SQLite catalog, uploads at work)."""
     free_bytes: int
     """Bytes free where the store lies."""

@@ -28,7 +28,15 @@ const STEPS = [
   [(counts) => counts.evaluations, "Measure what it brought", "gradstore evaluations create --finetune <fine-tune> --tasks mmlu"],
 ];
 
-const PART_NAMES = { questions: "questions of attributions", trainings: "trainings of validations", work: "unfinished trainings", other: "catalog and uploads" };
+const PART_NAMES = {
+  "features-cache": "features read from a bucket",
+  imports: "files to be imported",
+  ngrams: "word runs of tasks",
+  questions: "questions of attributions",
+  trainings: "trainings of validations",
+  work: "unfinished trainings",
+  other: "catalog and uploads",
+};
 
 /** Fill the page. */
 export async function show(main, context) {
