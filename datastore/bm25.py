@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # imported where the work is
     from scipy.sparse import csr_matrix
 
 K1, B = 1.2, 0.75
-BM25_VERSION = 1
+BM25_VERSION = 2
 """Counted up when the words of a text or their weights change: scores of two versions are never mixed."""
 NO_WORDS = "no words"
 QUERY_BYTES = 64 << 20  # of the queries that are multiplied at once

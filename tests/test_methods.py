@@ -116,7 +116,7 @@ def test_bm25_scores_are_those_of_the_formula_over_the_texts_of_rows_and_validat
     found = {row.row: row.score for row in selection.data}
     np.testing.assert_allclose([found[row] for row in range(ROWS)], expected, rtol=1e-5, atol=1e-6)
     recipe = selection.recipe
-    assert (recipe.method, recipe.aggregate, recipe.combine, recipe.bm25_version) == ("bm25", how, "max", 1)
+    assert (recipe.method, recipe.aggregate, recipe.combine, recipe.bm25_version) == ("bm25", how, "max", 2)
     assert (recipe.checkpoints, recipe.kind, recipe.dim, recipe.selection_seed) == ([], None, None, None)
 
 

@@ -1,10 +1,10 @@
 """Contamination: rows of the pool that share a run of n words with a task's validation or test rows.
 
 Overlap is counted as in GPT-3 (Brown et al., arXiv 2005.14165, appendix C): runs of 13 words, lower-case and without
-punctuation (words.py); Tülu 3 (Lambert et al., arXiv 2411.15124) takes 8. One shared run is an overlap. Of a task's row
-with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text, and are counted
-as unchecked. A run in more than 10 rows of a task is its prompt's template, and no evidence: it is left out, unless
-that would leave nothing of the task.
+punctuation (datastore/words.py); Tülu 3 (Lambert et al., arXiv 2411.15124) takes 8. One shared run is an overlap. Of a
+task's row with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text, and
+are counted as unchecked. A run in more than 10 rows of a task is its prompt's template, and no evidence: it is left
+out, unless that would leave nothing of the task.
 
 Only rows that are chosen, or about to be, are looked at, whatever the size of the pool: half a millisecond for one of
 300 words.
@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from datastore.durable import write_file
 from datastore.identity import content_id
 from datastore.rows import Example
-from datastore.selection.words import Hashes, ngrams, text_of, words
+from datastore.selection.words import Hashes, ngrams, text_of
 from datastore.tasks import Tasks
+from datastore.words import words
 
 DEFAULT_NGRAM = 13  # words
-VERSION = 1
+VERSION = 2
 """Counted up when words or runs are found otherwise."""
 SHORTEST = 8  # words of a task's row that can be told from chance
 TEMPLATE_ROWS = 10  # rows of a task that may share a run before it counts as the prompt's template

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.influence import Floats
-from datastore.selection.words import Hashes, ngrams, words
+from datastore.selection.words import Hashes, ngrams
+from datastore.words import words
 
 SHINGLE_WORDS = 5
 BLOCK_BYTES = 32 << 20

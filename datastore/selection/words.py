@@ -1,14 +1,10 @@
-"""Texts as words and n-grams: what two texts have in common is counted in runs of n words.
+"""Texts as n-grams: what two texts have in common is counted in runs of n words (datastore/words.py).
 
-A word is a run of letters and digits of the lower-cased text in Unicode's compatibility form (NFKC): no punctuation, no
-white space. Scripts that write no spaces (Chinese, Japanese, Thai …) have a word per character.
 An n-gram is known by a 64-bit hash of its words; two different ones share a hash once in some 10^19 pairs.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,11 +16,6 @@ from datastore.rows import Example
 
 Hashes = NDArray[np.uint64]
 
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u0e00-\u0eff\u1000-\u109f"
-    r"\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
-)
-_ASCII_WORD = re.compile("[a-z0-9]+")
 _FACTOR = 0x9E3779B97F4A7C15
 """Odd, so that multiplying by it loses nothing modulo 2^64 (the golden ratio's digits)."""
 
@@ -33,17 +24,6 @@ def text_of(example: Example) -> str:
     """All that an example says: its turns, or its prompt and completion, one after the other."""
     turns = [f"{message.prefix} {message.content}" for message in example.messages]
     return " ".join(turns or [example.prompt or "", example.completion or ""])
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in order.
-
-    >>> words("It's 5 o'clock, Straße №5!")
-    ['it', 's', '5', 'o', 'clock', 'strasse', 'no5']
-    """
-    if text.isascii():
-        return _ASCII_WORD.findall(text.lower())
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def ngrams(found: Sequence[str], n: int) -> Hashes:
