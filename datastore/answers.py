@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets, Origins, RowLabels, joined
+from datastore.durable import replacing, sweep_files
 from datastore.errors import NotFound
 from datastore.identity import content_id
 from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores
@@ -205,6 +205,10 @@ class Answers:
             SelectionRow, reference, delete_files=lambda gone: self._path(gone).unlink(missing_ok=True)
         )
 
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
+        return sweep_files(self.root, older_than=older_than) + self.runs.sweep(older_than=older_than)
+
     def _answer(self, row: SelectionRow, *, limit: int, after: int) -> Selection:
         data = self._page(row.id, after, limit) if limit else []
         return Selection.model_validate(
@@ -370,13 +374,7 @@ def _table(pool: Pool, chosen: Chosen, names: _Names) -> pa.Table:
 
 def _write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with partial.open("wb") as file:
-            pq.write_table(table, file, row_group_size=GROUP_ROWS)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        pq.write_table(table, file, row_group_size=GROUP_ROWS)
+        file.flush()
+        os.fsync(file.fileno())

@@ -38,6 +38,28 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` for a file to write before it is moved or linked there; it is gone at the end.
+
+    A killed process leaves the file behind for `sweep_files`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` at the end; after an error, what was there stays."""
+    with beside(path) as partial:
+        yield partial
+        partial.replace(path)
+
+
+@contextmanager
 def unfinished(folder: Path, label: str) -> Iterator[Path]:
     """A new folder inside `folder` to build something in; what has not been moved away at the end is removed.
 
@@ -78,8 +100,16 @@ def sweep(folder: Path, *, older_than: float) -> int:
     return len(stale)
 
 
+def sweep_files(folder: Path, *, older_than: float) -> int:
+    """Remove files that `beside` left, untouched for `older_than` seconds; returns how many there were."""
+    stale = [path for path in folder.glob(".*") if untouched_for(path) > older_than]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
 def untouched_for(path: Path) -> float:
-    """Seconds since the last modification inside a folder; 0 where it vanishes meanwhile."""
+    """Seconds since the last modification of a file, or inside a folder; 0 where it vanishes meanwhile."""
     try:
         return time.time() - max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
     except FileNotFoundError:

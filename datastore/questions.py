@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datastore.chunk_files import CHECKSUM_BYTES, checksum
+from datastore.durable import replacing, sweep_files
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,8 @@ class Questions:
         row = np.concatenate([[feature.loss, feature.tokens], feature.feature]).astype(np.float32)
         np.save(buffer, row, allow_pickle=False)
         body = buffer.getvalue()
-        self.root.mkdir(parents=True, exist_ok=True)
-        partial = self.root / f".{key}.{uuid4().hex}"
-        try:
+        with replacing(self._path(key)) as partial:
             partial.write_bytes(body + checksum(np.frombuffer(body, np.uint8)))
-            partial.replace(self._path(key))
-        finally:
-            partial.unlink(missing_ok=True)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove what is kept under these names."""
@@ -72,10 +66,7 @@ class Questions:
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
-        left = [path for path in self.root.glob(".question_*") if time.time() - path.stat().st_mtime > older_than]
-        for path in left:
-            path.unlink(missing_ok=True)
-        return len(left)
+        return sweep_files(self.root, older_than=older_than)
 
     def _path(self, key: str) -> Path:
         return self.root / f"{key}.npy"

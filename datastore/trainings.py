@@ -14,13 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from gradstore.types import Split, TrainingRecipe
 
 from datastore.correlation import Numbers
-from datastore.durable import sync_folder, untouched_for, write_file
+from datastore.durable import beside, sweep_files, sync_folder, untouched_for, write_file
 from datastore.errors import Damaged
 from datastore.identity import content_id
 
@@ -99,16 +98,13 @@ class Trainings:
     def put(self, training: Training, measured: Measured) -> Measured:
         """Keep what came of a training; returns what is kept, which is the first worker's where several did it."""
         path = self._path(training.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{training.key}.{uuid4().hex}")
         kept = {"made_from": training.content, "measured": asdict(measured)}
-        try:
+        with beside(path) as partial:
             write_file(partial, json.dumps(kept, allow_nan=False).encode())
-            os.link(partial, path)
-        except FileExistsError:
-            return self.get(training.key) or measured
-        finally:
-            partial.unlink(missing_ok=True)
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return self.get(training.key) or measured
         sync_folder(path.parent)
         return measured
 
@@ -123,10 +119,7 @@ class Trainings:
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
-        stale = [path for path in self.root.glob(".training_*") if untouched_for(path) > older_than]
-        for path in stale:
-            path.unlink(missing_ok=True)
-        return len(stale)
+        return sweep_files(self.root, older_than=older_than)
 
     def _path(self, key: str) -> Path:
         return self.root / f"{key}.json"

@@ -98,3 +98,11 @@ def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     found = Contamination(lambda _: text, [again]).of(0)
     assert found is not None
     assert (found.split, found.row, found.task) == ("test", 0, task)
+    (tmp_path / "ngrams" / "runs_1.npz").write_bytes(b"of another version")
+    (tmp_path / "ngrams" / ".runs_2.npz.0a1b").write_bytes(b"of a killed process")
+    assert (index.sweep(older_than=60), index.sweep(older_than=-1)) == (0, 2)
+    other = index.root / f"runs_other-13-v{contamination.VERSION}.npz"
+    other.write_bytes(b"of another task")
+    index.of(task, 13)
+    index.delete(task)
+    assert list(index.root.iterdir()) == [other]

@@ -420,6 +420,15 @@ def test_an_evaluation_is_renamed_and_deleted(service: Service) -> None:
     assert service.http.delete("/tasks/target").status_code == 204
 
 
+def test_a_deleted_task_takes_its_runs_of_words_with_it(service: Service) -> None:
+    service.task("target")
+    runs = service.backend.answers.runs
+    runs.of(service.http.get("/tasks/target").json()["id"], 13)
+    assert len(list(runs.root.iterdir())) == 1
+    assert service.http.delete("/tasks/target").status_code == 204
+    assert not list(runs.root.iterdir())
+
+
 def test_a_validation_is_begun_found_again_and_deleted(service: Service, hub: Hub) -> None:
     commit = hub.publish("org/base", {"config.json": b"{}"})
     service.pool(name="pool")

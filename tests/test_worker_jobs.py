@@ -738,6 +738,17 @@ def after_each_checkpoint(place: Workplace, then: Callable[[], object]) -> None:
     place.context.checkpoints.add = added  # type: ignore[method-assign]
 
 
+def test_a_selection_that_a_killed_process_was_writing_is_removed_after_an_hour(place: Workplace) -> None:
+    left = place.context.settings.selections / ".sel_1.parquet.0a1b"
+    left.parent.mkdir()
+    left.touch()
+    tidy(place.context)
+    assert left.exists()
+    _age(left, 7200)
+    tidy(place.context)
+    assert not left.exists()
+
+
 def test_checkpoints_of_an_attempt_that_was_cancelled_at_its_end_are_removed_after_an_hour(place: Workplace) -> None:
     kept = place.checkpoint().id
     job = place.start(training(place))

@@ -158,6 +158,7 @@ def tidy(context: Context) -> None:
     context.checkpoints.sweep()
     context.validations.sweep(older_than=LEFT_OVER)
     context.attributions.sweep(older_than=LEFT_OVER)
+    context.answers.sweep(older_than=LEFT_OVER)
     segments, checkpoints = select(SegmentRow.id), select(CheckpointRow.id)
     unfinished = select(JobRow.id).where(JobRow.status != "succeeded")
     _delete_unknown(context, segments, context.store.root.glob("seg_*"), context.store.delete)

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
-from uuid import uuid4
 
 import numpy as np
 from gradstore.types import Split
 from numpy.typing import NDArray
 
-from datastore.durable import write_file
+from datastore.durable import replacing, sweep_files, untouched_for, write_file
 from datastore.identity import content_id
 from datastore.rows import Example
 from datastore.selection.words import Hashes, ngrams, text_of
@@ -34,6 +33,7 @@ from datastore.words import words
 DEFAULT_NGRAM = 13  # words
 VERSION = 2
 """Counted up when words or runs are found otherwise."""
+_SUFFIX = f"-v{VERSION}.npz"
 SHORTEST = 8  # words of a task's row that can be told from chance
 TEMPLATE_ROWS = 10  # rows of a task that may share a run before it counts as the prompt's template
 SPLITS: tuple[Split, Split] = ("validation", "test")
@@ -92,23 +92,37 @@ class TaskRuns:
 
 @dataclass(frozen=True)
 class RunIndex:
-    """The runs of stored tasks, kept under the hash of the task and n: `<root>/<id>.npz`, never a pickle."""
+    """The runs of stored tasks, kept under the task's hash, n and the version: `.npz`, never a pickle."""
 
     tasks: Tasks
     root: Path
 
     def of(self, task: str, n: int) -> TaskRuns:
         """The runs of a task. Raises `NotFound`, `Damaged`."""
-        path = self.root / f"{content_id('runs', {'task': task, 'n': n, 'version': VERSION})}.npz"
+        path = self.root / f"{_prefix(task)}-{n}{_SUFFIX}"
         if not path.exists():
             runs = self._find(task, n)
-            path.parent.mkdir(parents=True, exist_ok=True)
             _save(path, runs)
             return runs
         with np.load(path, allow_pickle=False) as kept:
             about = json.loads(kept["about"].tobytes())
             sizes = tuple(about.pop("sizes"))
             return TaskRuns(task=task, sizes=sizes, hashes=kept["hashes"], owners=kept["owners"], **about)
+
+    def delete(self, task: str) -> None:
+        """Remove all that is kept of a task's runs."""
+        for path in self.root.glob(f"{_prefix(task)}-*"):
+            path.unlink(missing_ok=True)
+
+    def sweep(self, *, older_than: float) -> int:
+        """Remove what killed processes left unfinished and what other versions kept, untouched for so many seconds;
+        returns how many there were.
+        """
+        others = [path for path in self.root.glob("runs_*") if not path.name.endswith(_SUFFIX)]
+        stale = [path for path in others if untouched_for(path) > older_than]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale) + sweep_files(self.root, older_than=older_than)
 
     def _find(self, task: str, n: int) -> TaskRuns:
         validation, test = self.tasks.validation(task), self.tasks.test(task)
@@ -158,11 +172,15 @@ class Contamination:
         return ((row, overlap) for row, overlap in self._known.items() if overlap is not None)
 
 
+def _prefix(task: str) -> str:
+    """What the names of a task's files begin with; a hash, so that no task's name can lead out of the folder."""
+    return content_id("runs", {"task": task})
+
+
 def _save(path: Path, runs: TaskRuns) -> None:
     buffer = io.BytesIO()
     about = {"sizes": runs.sizes, "validation": runs.validation, "unchecked": runs.unchecked}
     kept = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez(buffer, about=kept, hashes=runs.hashes, owners=runs.owners)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    write_file(partial, buffer.getvalue())
-    partial.replace(path)
+    with replacing(path) as partial:
+        write_file(partial, buffer.getvalue())

@@ -67,7 +67,9 @@ def rename_task(backend: BackendDep, reference: Reference, body: Rename) -> Task
 @router.delete("/{reference}", status_code=204)
 def delete_task(backend: BackendDep, reference: Reference) -> None:
     """Delete a task; 409 while something needs it."""
-    backend.scoring.cache.delete(backend.catalog.remove(TaskRow, reference, delete_files=backend.tasks.delete))
+    task = backend.catalog.remove(TaskRow, reference, delete_files=backend.tasks.delete)
+    backend.scoring.cache.delete(task)
+    backend.answers.runs.delete(task)
 
 
 def _store(backend: Backend, wanted: TaskForm | TaskRegister, folder: Path, response: Response) -> Task:
