@@ -1,6 +1,6 @@
 """What a stored dtype costs a selection, and what it saves: on the gradients of real rows, through the store itself.
 
-    python -m benchmarks.dtypes ../shared/data --json out.json
+    python -m benchmarks.dtypes DATA --json out.json
 
 DATA holds `train/mixed/mixed_4000.jsonl`, the pool, and `targets/*.jsonl`, the tasks. A small model is trained on the
 pool's text, then an adapter on some of its rows; as LESS has it, the pool's gradients go through Adam's map and the

@@ -6,7 +6,7 @@
     <root>/unfinished/                      what a killed process left behind
 
 zarr writes the metadata; the chunk files are written here, since each is the raw block with its crc32c, flushed to the
-disk before it counts. A shard of 1,024 × 8,192 float16 costs 16 MiB, 9 files and about 20 flushes.
+disk before it counts. A shard of 1,024 × 8,192 int8 costs 8 MiB, 9 files and about 20 flushes.
 The catalog decides which attempt wins. Its publication is a hard link (the receipt, which only one attempt can get) and
 a few renames, repeated by anybody until they are done: a worker that wakes late finds the receipt taken and changes
 nothing.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 CHUNK_ROWS = 1024
 """Rows that have a chunk's worth of everything: shards begin at their multiples, and no chunk reaches over one."""
 CHUNK_BYTES = 64 << 20
-"""Of a chunk of long rows: 1,024 of them have 16 MiB at 8,192 float16 and 2 GiB at 2^20, too much to check at once."""
+"""Of a chunk of long rows: 1,024 of them have 8 MiB at 8,192 int8 and 1 GiB at 2^20, too much to check at once."""
 
 
 def chunk_rows(rows: int, *, row_bytes: int) -> int:

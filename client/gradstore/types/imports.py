@@ -45,7 +45,7 @@ class ImportRequest(Request):
     dim: int | None = Field(None, ge=1, le=1 << 20)
     """Numbers of a row; needed where a folder has several (`dim4096`, `dim8192`)."""
     dtype: FeatureDtype = "float16"
-    """Number type to store them in."""
+    """Number type to store them in: LESS writes float16, and by default its numbers are kept as they are."""
     template: TemplateName = "tulu"
     max_length: int = Field(2048, ge=2, le=1 << 20)
     precision: Precision | None = None
