@@ -13,6 +13,7 @@ from gradstore.types import Cuts, Overlaps, ScoreDistribution, SelectionRecipe, 
 from numpy.typing import NDArray
 
 from datastore.answers import vector
+from datastore.correlation import spearman
 from datastore.datasets import Origins
 from datastore.influence import Mask, TaskScores
 from datastore.selection.top import Selected, candidates, count, ranking, top, wanted
@@ -59,12 +60,9 @@ def overlaps(
 
 def rank_correlation(one: NDArray[np.floating], other: NDArray[np.floating]) -> float | None:
     """Spearman's rank correlation (n,), (n,); equal values share their mean rank. None where all of one are equal."""
-    if len(one) < 2:
+    if len(one) < 2 or (one == one[0]).all() or (other == other[0]).all():
         return None
-    ranks = [_ranks(values) for values in (one, other)]
-    centred = [rank - rank.mean() for rank in ranks]
-    scale = float(np.sqrt(np.square(centred[0]).sum() * np.square(centred[1]).sum()))
-    return float(centred[0] @ centred[1]) / scale if scale else None
+    return float(spearman(one[:, None], other[:, None])[0])
 
 
 def _edges(low: float, high: float, bins: int) -> NDArray[np.float64]:
@@ -96,10 +94,3 @@ def _overlap(
         jaccard=shared / (len(first) + len(second) - shared),
         rank_correlation=rank_correlation(one.score[both], other.score[both]),
     )
-
-
-def _ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
-    ranks: NDArray[np.float64] = (last - (sizes - 1) / 2)[group]
-    return ranks
