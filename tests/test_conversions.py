@@ -7,16 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
-from gradstore.types import ConversionRequest, FeatureDtype, FeatureSet
+from gradstore.types import (
+    AttributionRecipe,
+    AttributionRequest,
+    ConversionRequest,
+    FeatureDtype,
+    FeatureSet,
+    ValidationRequest,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.dtypes import decode, encode
-from datastore.errors import Conflict, GradientsMissing, InvalidInput, NotEnoughSpace, NotFound
+from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput, NotEnoughSpace, NotFound
 from datastore.recipes import Query
 from tests.stores import Store, numbers, request, task_numbers
 from worker.context import Context
@@ -194,6 +202,42 @@ def test_select_finds_converted_features_and_compares_like_with_like(place: Stor
         recipe, sources = place.recipes.resolve(chosen, path="/select")
         found = {each.converted_from for sets in (*sources.datasets.values(), *sources.tasks.values()) for each in sets}
         assert (recipe.converted_from, found) == (wanted, {wanted})
+
+
+def test_what_is_attributed_and_validated_is_told_apart_by_what_it_was_converted_from(
+    place: Store, tmp_path: Path
+) -> None:
+    place.task({"a": 3, "b": 2}, folder=tmp_path / "task")
+    of_task: dict[str, Any] = {"task": "target", "dataset": None, "kinds": ["sgd"]}
+    for changes in ({}, of_task):
+        computed(place, "float16", **changes)
+        computed(place, "int8", **changes)
+    convert(place, dataset="pool", dtype="int8")
+    convert(place, task="target", dtype="int8")
+    question = {"rows": [{"prompt": "why", "completion": "so"}], "dtype": "int8"}
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text('{"hidden_size": 24}')
+    trained = {"dataset": "pool", "task": "target", "model": str(model), "subsets": 3}
+    validating = Store.at(place.settings.data, allowed_roots=(tmp_path,))
+    with pytest.raises(Ambiguous) as several:
+        place.attributions.start(AttributionRequest.model_validate(question))
+    assert {parse_qs(urlsplit(choice).query)["converted_from"][0] for choice in several.value.choices} == {
+        "none",
+        "float16",
+    }
+    with pytest.raises(Ambiguous, match="converted_from"):
+        validating.validations.start(ValidationRequest.model_validate({**trained, "scores": [{"dtype": "int8"}]}))
+    for asked, wanted in (("none", None), ("float16", "float16")):
+        chosen = {"dtype": "int8", "converted_from": asked}
+        job, _ = place.attributions.start(AttributionRequest.model_validate({**question, **chosen}))
+        plan = place.jobs.plan(job.id)
+        assert AttributionRecipe.model_validate(plan["recipe"]).converted_from == wanted
+        used = [each for sets in plan["feature_sets"].values() for each in sets]
+        job, _ = validating.validations.start(ValidationRequest.model_validate({**trained, "scores": [chosen]}))
+        scores = place.jobs.plan(job.id)["scores"][0]
+        assert {place.features.get(each).converted_from for each in (*used, *scores["pool"], *scores["task"])} == {
+            wanted
+        }
 
 
 def test_a_conversion_is_resumed_where_it_was_cancelled(place: Store) -> None:

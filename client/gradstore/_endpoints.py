@@ -617,6 +617,7 @@ class AttributionFields(TypedDict, total=False):
     reduction: Reduction | None
     dim: int | None
     dtype: FeatureDtype | None
+    converted_from: FeatureDtype | Literal["none"] | None
     projection: ProjectionName | None
     seed: int | None
     template: TemplateName | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Query as Parameters
@@ -12,18 +12,13 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from gradstore.types import (
     FINISHED,
-    AdamForm,
     Aggregate,
     AnyJob,
     Combine,
     DedupeBy,
-    FeatureDtype,
-    FeatureKind,
+    FeatureChoice,
     Fraction,
     Named,
-    Precision,
-    Quantisation,
-    Reduction,
     Scores,
     ScoringJob,
     Selection,
@@ -32,10 +27,7 @@ from gradstore.types import (
     SelectionRecipe,
     StoredProjection,
     Strategy,
-    TemplateName,
-    Weights,
 )
-from gradstore.types import Request as RequestBody
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -57,30 +49,16 @@ _OF_THE_ANSWER = {"limit", "after", "wait", "format", "bins", "steps"}
 """Parameters that say what is shown and when, and nothing of the question."""
 
 
-class ScoresAsked(RequestBody):
+class ScoresAsked(FeatureChoice):
     """Whose scores are asked for; what is left out must be the only one there is."""
 
     task: list[Named] = Field([], max_length=100)
     dataset: list[Named] = Field([], max_length=100)
     run: Named | None = None
     checkpoint: list[Named] = Field([], max_length=1000)
-    weights: Weights | None = None
-    kind: FeatureKind | None = None
-    adam: AdamForm | None = None
-    reduction: Reduction | None = None
-    dim: int | None = Field(None, ge=1)
-    dtype: FeatureDtype | None = None
-    converted_from: FeatureDtype | Literal["none"] | None = None
-    """`none`: features that were computed with this dtype, or made of float32."""
     projection: StoredProjection | None = None
     projection_id: str | None = Field(None, min_length=1, max_length=200)
     """What imported features' projection is called."""
-    seed: int | None = Field(None, ge=0)
-    template: TemplateName | None = None
-    max_length: int | None = Field(None, ge=2)
-    precision: Precision | None = None
-    quantisation: Quantisation | Literal["none"] | None = None
-    """`none`: features of a base model that was not quantised."""
     method: SelectionMethod | None = None
     """What a row's score is: its `influence` on a task (the default), the cosine of hidden states (`rds`, RDS+) or of
     sentence embeddings (`embedding`), its words' match (`bm25`), or a number drawn for it (`random`)."""

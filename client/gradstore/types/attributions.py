@@ -17,10 +17,10 @@ from gradstore.types.base import (
     ProjectionName,
     Quantisation,
     Reduction,
-    Request,
     TemplateName,
     Weights,
 )
+from gradstore.types.gradients import FeatureChoice
 from gradstore.types.jobs import Job
 
 Search = Literal["auto", "exact"]
@@ -28,7 +28,7 @@ MAX_LISTED = 5000
 """Rows of an attribution times its k, at most."""
 
 
-class AttributionRequest(Request):
+class AttributionRequest(FeatureChoice):
     """Find the training examples that help a model most to say this, and those that oppose it most.
 
     Which features are searched is resolved as /select does: what is left out must be the only one there is.
@@ -48,21 +48,9 @@ class AttributionRequest(Request):
     """Whether the answer holds the beginning of each example's text."""
     run: Named | None = None
     checkpoints: list[Named] | None = Field(None, min_length=1)
-    weights: Weights | None = None
-    kind: FeatureKind | None = None
-    """Of the pool's features."""
     query_kind: Literal["sgd", "adam", "sign"] = "sgd"
     """Of the question's feature, where the pool's are gradients; beside hidden states it is one, too."""
-    adam: AdamForm | None = None
-    reduction: Reduction | None = None
-    dim: int | None = Field(None, ge=1)
-    dtype: FeatureDtype | None = None
     projection: ProjectionName | None = None
-    seed: int | None = Field(None, ge=0)
-    template: TemplateName | None = None
-    max_length: int | None = Field(None, ge=2)
-    precision: Precision | None = None
-    quantisation: Quantisation | Literal["none"] | None = None
     name: Name | None = None
 
     @model_validator(mode="after")
@@ -91,6 +79,7 @@ class AttributionRecipe(Body):
     seed: int | None
     dim: int
     dtype: FeatureDtype
+    converted_from: FeatureDtype | None = None
     template: TemplateName
     max_length: int
     precision: Precision

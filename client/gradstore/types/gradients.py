@@ -26,6 +26,27 @@ from gradstore.types.base import (
 from gradstore.types.jobs import Job
 
 
+class FeatureChoice(Request):
+    """Whose features are meant: what is left out must be the only one there is."""
+
+    weights: Weights | None = None
+    kind: FeatureKind | None = None
+    """Of the pool's features."""
+    adam: AdamForm | None = None
+    reduction: Reduction | None = None
+    dim: int | None = Field(None, ge=1)
+    dtype: FeatureDtype | None = None
+    converted_from: FeatureDtype | Literal["none"] | None = None
+    """`none`: features that were computed with this dtype, or made of float32."""
+    seed: int | None = Field(None, ge=0)
+    """Of the projection."""
+    template: TemplateName | None = None
+    max_length: int | None = Field(None, ge=2)
+    precision: Precision | None = None
+    quantisation: Quantisation | Literal["none"] | None = None
+    """`none`: features of a base model that was not quantised."""
+
+
 class GradientsRequest(Request):
     """Compute the projected gradient of every example of a dataset or of a task's validation rows.
 

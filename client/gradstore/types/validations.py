@@ -7,26 +7,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from gradstore.types.base import (
-    AdamForm,
     Aggregate,
     Basis,
     Body,
-    FeatureDtype,
-    FeatureKind,
     Fraction,
     Name,
     Named,
-    Precision,
     ProjectionName,
-    Quantisation,
-    Reduction,
     Request,
     Split,
-    TemplateName,
-    Weights,
 )
 from gradstore.types.evaluations import Interval
 from gradstore.types.finetunes import TrainingRecipe
+from gradstore.types.gradients import FeatureChoice
 from gradstore.types.jobs import Job
 from gradstore.types.selection import SelectionRecipe
 
@@ -35,7 +28,7 @@ ValidationTargets = Literal["rows", "subtasks"]
 Precondition = Literal["none", "trackstar"]
 
 
-class ValidatedRecipe(Request):
+class ValidatedRecipe(FeatureChoice):
     """Which scores are judged, as /scores asks for them: what is left out must be the only one there is."""
 
     label: str | None = Field(None, min_length=1, max_length=200)
@@ -44,19 +37,7 @@ class ValidatedRecipe(Request):
     """Scores of no meaning, drawn with the validation's `seed`, to compare the others with; they have no features."""
     run: Named | None = None
     checkpoints: list[Named] | None = None
-    weights: Weights | None = None
-    kind: FeatureKind | None = None
-    adam: AdamForm | None = None
-    reduction: Reduction | None = None
-    dim: int | None = Field(None, ge=1)
-    dtype: FeatureDtype | None = None
     projection: ProjectionName | None = None
-    seed: int | None = Field(None, ge=0)
-    """Seed of the projection."""
-    template: TemplateName | None = None
-    max_length: int | None = Field(None, ge=2)
-    precision: Precision | None = None
-    quantisation: Quantisation | Literal["none"] | None = None
     aggregate: Aggregate = "less"
     """`leave-top-k-out`: how a row's scores over the task become one."""
     precondition: Precondition = "none"
