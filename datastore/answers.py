@@ -27,7 +27,7 @@ from datastore.datasets import Datasets, Origins, RowLabels, joined
 from datastore.durable import replacing, sweep_files
 from datastore.errors import NotFound
 from datastore.identity import content_id
-from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores
+from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores, everywhere
 from datastore.recipes import Recipes, Sources
 from datastore.rows import Example
 from datastore.schema import SelectionRow
@@ -37,7 +37,7 @@ from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, Over
 from datastore.selection.features import PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
 from datastore.selection.rules import refused
-from datastore.selection.tasks import CombinedScores, combine, everywhere
+from datastore.selection.tasks import CombinedScores, combine
 from datastore.selection.top import candidates, wanted
 from datastore.selection.words import text_of
 from datastore.shapes import example
@@ -121,7 +121,7 @@ class Answers:
         """Choose rows by their scores and record the selection. Raises `Conflict` where no row can be chosen."""
         pool = self._pool(recipe)
         excluded = self._excluded(recipe, pool)
-        valid = everywhere(scores)
+        valid = everywhere([task.valid for task in scores])
         among = candidates(valid, excluded)
         material = self._material(recipe, sources, pool)
         k = len(material.lengths.wanted) if material.lengths is not None else None

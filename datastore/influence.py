@@ -64,7 +64,7 @@ def checkpoint_weights(learning_rates: Sequence[float]) -> list[float]:
 
 
 def everywhere(masks: Sequence[Mask]) -> Mask:
-    """Rows that are valid at every checkpoint (n,)."""
+    """Rows that are valid at every checkpoint, or for every task (n,)."""
     valid: Mask = np.logical_and.reduce(masks)
     return valid
 

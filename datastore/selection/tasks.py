@@ -17,7 +17,7 @@ import numpy as np
 from gradstore.types import Combine
 from numpy.typing import NDArray
 
-from datastore.influence import Floats, Mask, Subtasks, TaskScores
+from datastore.influence import Floats, Mask, Subtasks, TaskScores, everywhere
 from datastore.selection.top import ranking
 
 Pick = tuple[int, int]
@@ -51,14 +51,8 @@ def combine(scores: Sequence[TaskScores], how: Literal["max", "mean"]) -> Combin
         score=table[best, rows] if how == "max" else table.mean(axis=0, dtype=np.float64).astype(np.float32),
         task=best.astype(np.int16),
         subtask=subtasks[best, rows],
-        valid=everywhere(scores),
+        valid=everywhere([task.valid for task in scores]),
     )
-
-
-def everywhere(scores: Sequence[TaskScores]) -> Mask:
-    """Which rows have a score for every task (n,)."""
-    valid: Mask = np.logical_and.reduce([task.valid for task in scores])
-    return valid
 
 
 @dataclass(frozen=True)
