@@ -1,6 +1,6 @@
-"""A store worth looking at: a pool of four sources, three tasks, trainings, measurements, and jobs in every state.
+"""A store worth looking at: a pool of four origins, three tasks, trainings, measurements, and jobs in every state.
 
-The features are made-up numbers with a direction for each source, so that tasks prefer sources as real ones do; all of
+The features are made-up numbers with a direction for each origin, so that tasks prefer origins as real ones do; all of
 it is the same on every run. `large` is a store of many rows and few dims.
 """
 
@@ -38,7 +38,7 @@ LEANINGS = {
     "bbh": [0.5, 0.9, 0.1, 0.0],
     "gsm8k": [0.1, 0.9, 0.0, 0.3],
 }
-"""How much a task's gradients point where those of each source do."""
+"""How much a task's gradients point where those of each origin do."""
 MODEL = "Qwen/Qwen3-0.6B"
 
 
@@ -95,7 +95,7 @@ def large(folder: Path, rows: int) -> Store:
 
 
 def texts(rows: int) -> Iterator[dict[str, Any]]:
-    """So many rows with texts of the kind that their sources have."""
+    """So many rows with texts of the kind that their origins have."""
     random = np.random.default_rng(0)
     for row, origin in enumerate(random.choice(list(SHARES), rows, p=list(SHARES.values())).tolist()):
         one, other = random.integers(12, 90, 2).tolist()
@@ -152,7 +152,7 @@ def _task(store: Store, name: str, folder: Path) -> Task:
 
 
 def _directions() -> NDArray[np.float32]:
-    """A direction for each source (4, DIM)."""
+    """A direction for each origin (4, DIM)."""
     return np.random.default_rng(7).normal(size=(len(SHARES), DIM)).astype(np.float32)
 
 

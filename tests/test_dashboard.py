@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import numpy as np
@@ -324,15 +325,15 @@ def test_a_failed_job_shows_why_in_the_servers_words(visit: Visit, service: Serv
 # Datasets -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dataset_shows_its_sources_and_lengths(visit: Visit, service: Service) -> None:
+def test_a_dataset_shows_its_origins_and_lengths(visit: Visit, service: Service) -> None:
     opened(visit, service, "dataset")
     dataset = answer(service, "/datasets/tulu-sample")
-    sources = visit.page.get_by_role("table", name="Rows of each source").locator("tbody tr")
-    shown = [(row.locator("th").inner_text(), row.locator("td").nth(1).inner_text()) for row in sources.all()]
+    origins = visit.page.get_by_role("table", name="Rows of each origin").locator("tbody tr")
+    shown = [(row.locator("th").inner_text(), row.locator("td").nth(1).inner_text()) for row in origins.all()]
     assert dict(shown) == {name: str(count) for name, count in dataset["origins"].items()}
     lengths = answer(service, "/datasets/tulu-sample/lengths")["origins"]
     visit.page.get_by_text("The same as numbers").click()
-    table = visit.page.get_by_role("table", name="Bytes of a row by source").locator("tbody tr")
+    table = visit.page.get_by_role("table", name="Bytes of a row by origin").locator("tbody tr")
     for name, own in lengths.items():
         expect(table.filter(has_text=name)).to_contain_text(f"{own['shortest']} B")
 
@@ -348,7 +349,7 @@ def test_rows_are_searched_and_paged(visit: Visit, service: Service) -> None:
     expect(titles).to_have_text([f"Row {row['row']}" for row in found[10:]])
     visit.page.get_by_role("button", name="Previous").click()
     expect(titles).to_have_text([f"Row {row['row']}" for row in found[:10]])
-    visit.page.get_by_label("Source", exact=True).select_option("cot")
+    visit.page.get_by_label("Origin", exact=True).select_option("cot")
     expect(visit.page.get_by_text("No row is like this.")).to_be_visible()
     visit.page.get_by_label("Text", exact=True).fill("")
     visit.page.get_by_role("button", name="Search").click()
@@ -363,9 +364,9 @@ def test_rows_are_searched_and_paged(visit: Visit, service: Service) -> None:
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
-def sources_taken(visit: Visit) -> dict[str, int]:
-    """What the page says that the cut takes of each source."""
-    rows = visit.page.get_by_role("table", name="Rows of each source that the cut takes").locator("tbody tr")
+def origins_taken(visit: Visit) -> dict[str, int]:
+    """What the page says that the cut takes of each origin."""
+    rows = visit.page.get_by_role("table", name="Rows of each origin that the cut takes").locator("tbody tr")
     cells = [(row.locator("th").inner_text(), row.locator("td").nth(1).inner_text()) for row in rows.all()]
     return {name: int(count.replace(",", "")) for name, count in cells if count != "0"}
 
@@ -377,8 +378,8 @@ def check_cut(visit: Visit, service: Service, step: int) -> None:
     expect(slider).to_have_attribute("aria-valuenow", f"{step / 10:g}")
     rows = cuts["rows"][step - 1]
     expect(slider).to_have_attribute("aria-valuetext", re.compile(rf"^{step / 10:g} %: {rows:,} rows with a score of "))
-    assert sources_taken(visit) == {name: own[step - 1] for name, own in cuts["origins"].items() if own[step - 1]}
-    assert sum(sources_taken(visit).values()) == rows
+    assert origins_taken(visit) == {name: own[step - 1] for name, own in cuts["origins"].items() if own[step - 1]}
+    assert sum(origins_taken(visit).values()) == rows
     expect(visit.page.locator(".told")).to_contain_text(f"{rows:,} of ")
 
 
@@ -434,7 +435,7 @@ def test_what_the_cut_takes_is_selected(visit: Visit, service: Service) -> None:
     visit.page.get_by_role("button", name="Select these rows").click()
     chosen = answer(service, "/select", task="mmlu", pct=0.075, limit=0)
     visit.heading(chosen["id"])
-    rows = visit.page.get_by_role("table", name="Chosen rows of each source").locator("tbody tr")
+    rows = visit.page.get_by_role("table", name="Chosen rows of each origin").locator("tbody tr")
     shown = {row.locator("th").inner_text(): int(row.locator("td").nth(1).inner_text()) for row in rows.all()}
     assert {name: count for name, count in shown.items() if count} == chosen["origins"]
 
@@ -463,7 +464,7 @@ def test_chosen_rows_are_filtered_and_paged(visit: Visit, service: Service) -> N
     visit.page.get_by_role("button", name="Next").click()
     expect(titles).to_have_text([f"Rank {rank}" for rank in range(11, 21)])
     origin = next(iter(chosen["origins"]))
-    visit.page.get_by_label("Source", exact=True).select_option(origin)
+    visit.page.get_by_label("Origin", exact=True).select_option(origin)
     ranks = [row["rank"] for row in chosen["data"] if row["origin"] == origin][:10]
     expect(titles).to_have_text([f"Rank {rank}" for rank in ranks])
     visit.page.get_by_label("Text", exact=True).fill("nothing has this text")
@@ -479,6 +480,51 @@ def test_chosen_rows_are_saved_as_they_were_uploaded(visit: Visit, service: Serv
     expected = service.http.get(f"/selections/{chosen['id']}/content").content
     assert Path(download.value.path()).read_bytes() == expected
     assert download.value.suggested_filename == f"{chosen['id']}.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [({"method": "random", "selection_seed": 7}, "random"), ({"method": "bm25", "task": "mmlu"}, "bm25")],
+)
+def test_rows_chosen_without_features_are_shown_as_they_are(
+    visit: Visit, service: Service, asked: dict[str, Any], told: str
+) -> None:
+    chosen = answer(service, "/select", **asked, k=25, limit=25, wait=30)
+    visit.open(f"selections/{chosen['id']}", title=chosen["id"])
+    glance = visit.page.get_by_role("region", name="At a glance").locator("dl")
+    expect(glance).to_contain_text(f"method{told}")
+    expect(glance).to_contain_text("asked for25 rows")
+    expect(glance).not_to_contain_text("features")
+    titles = visit.page.locator(".row h3")
+    expect(titles).to_have_text([f"Rank {rank}" for rank in range(1, 11)])
+    for _ in range(2):
+        visit.page.get_by_role("button", name="Next").click()
+        expect(visit.page.locator(".loading")).to_have_count(0)
+    expect(titles).to_have_text([f"Rank {rank}" for rank in range(21, 26)])
+    expect(visit.page.get_by_role("button", name="Next")).to_be_disabled()
+    last = chosen["data"][-1]
+    row = answer(service, f"/datasets/{last['dataset']}/rows", after=last["row"], limit=1)["data"][0]
+    expect(visit.page.locator(".row").last).to_contain_text(row["turns"][0]["content"].splitlines()[0])
+
+
+def test_rows_drawn_to_match_are_as_many_as_those(visit: Visit, service: Service) -> None:
+    model = answer(service, "/select", task="mmlu", pct=0.05, limit=0)
+    drawn = answer(service, "/select", method="random", match=model["id"], limit=0)
+    visit.open(f"selections/{drawn['id']}", title=drawn["id"])
+    expect(visit.page.get_by_role("region", name="At a glance").locator("dl")).to_contain_text("as many as matched")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "random"), ("converted_from", "none"), ("projection_id", "theirs"), ("selection_seed", "7")],
+)
+def test_what_a_link_says_about_scores_is_asked(visit: Visit, name: str, value: str) -> None:
+    """The links of an ambiguous answer differ in what narrows scores."""
+    with visit.page.expect_request(lambda request: "/scores/distribution" in request.url) as asked:
+        visit.page.goto(f"{visit.url}/dashboard/#/scores?task=mmlu&{name}={value}")
+    assert parse_qs(urlsplit(asked.value.url).query)[name] == [value]
+    visit.page.wait_for_load_state("networkidle")
+    visit.complaints.clear()  # what the browser writes of an answer that is none
 
 
 # Overlap and training -----------------------------------------------------------------------------------------------
@@ -600,7 +646,7 @@ def test_two_hundred_thousand_scores_are_cut_and_explained(large_visit: Visit, l
     expect(slider).to_have_attribute("aria-valuetext", re.compile("^0.1 %: 200 rows"))
     slider.press("PageUp")
     expect(slider).to_have_attribute("aria-valuetext", re.compile("^1.1 %: 2,200 rows"))
-    assert sum(sources_taken(large_visit).values()) == 2_200
+    assert sum(origins_taken(large_visit).values()) == 2_200
     large_visit.page.get_by_label("Percent of the pool").fill("10")
     large_visit.page.get_by_label("Percent of the pool").press("Enter")
     expect(slider).to_have_attribute("aria-valuetext", re.compile("^10 %: 20,000 rows"))

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 
-const NAMES = ["task", "dataset", "run", "checkpoint", "weights", "kind", "adam", "reduction", "dim", "dtype", "projection", "seed", "template", "max_length", "precision", "quantisation", "aggregate", "combine"];
+const NAMES = ["task", "dataset", "run", "checkpoint", "weights", "kind", "adam", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "seed", "template", "max_length", "precision", "quantisation", "method", "aggregate", "combine", "selection_seed"];
 
 /** What the address says about the scores wanted. */
 export function question(params) {

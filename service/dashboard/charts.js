@@ -77,7 +77,7 @@ function ticks(low, high) {
 
 const round = (value) => String(Number(value.toPrecision(6)));
 
-/** A histogram of several sources, stacked, its highest values at the left. `counts` are lists of equal length. */
+/** A histogram of several origins, stacked, its highest values at the left. `counts` are lists of equal length. */
 export function stackedHistogram(counts, label) {
   const bins = counts[0]?.length ?? 0;
   const totals = Array.from({ length: bins }, (_, bin) => counts.reduce((sum, own) => sum + own[bin], 0));

@@ -8,6 +8,7 @@ import { badge, choice, empty, facts, failure, heading, loading, panel, table } 
 
 const NUMBERS = ["dim", "seed", "max_length"];
 const SEVERAL = { dataset: "datasets", checkpoint: "checkpoints", weights: "weights" };
+const UNASKED = ["task", "method", "aggregate", "combine", "projection_id", "selection_seed"]; // of scores only
 const LISTED = 20; // earlier ones
 
 /** Fill the page: the form and what was asked before, or the answer that the address names. */
@@ -58,7 +59,7 @@ async function showForm(main, context) {
 
 /** What the address says about the features, as the request takes it. */
 function asked(params) {
-  const fields = Object.entries(question(params)).filter(([name]) => !["task", "aggregate", "combine"].includes(name));
+  const fields = Object.entries(question(params)).filter(([name]) => !UNASKED.includes(name));
   return Object.fromEntries(fields.map(([name, values]) => {
     if (name in SEVERAL) return [SEVERAL[name], values];
     return [name, NUMBERS.includes(name) ? Number(values[0]) : values[0]];

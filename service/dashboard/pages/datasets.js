@@ -35,7 +35,7 @@ function list(datasets) {
     { title: "dataset", cell: (dataset) => named(dataset, `#/datasets/${dataset.id}`) },
     { title: "rows", number: true, cell: ({ rows }) => whole(rows) },
     { title: "size", number: true, cell: ({ bytes: size }) => bytes(size) },
-    { title: "sources", cell: ({ origins }) => makeUp(origins) },
+    { title: "origins", cell: ({ origins }) => makeUp(origins) },
     { title: "uploaded", cell: (dataset) => ago(dataset.created_at) },
   ], datasets);
 }
@@ -44,7 +44,7 @@ function makeUp(origins) {
   const sorted = ordered(origins);
   const picture = stack(sorted, sorted.map(([name, rows]) => `${name} ${whole(rows)}`).slice(0, 8).join(", "));
   picture.classList.add("small");
-  return h("span", { class: "named" }, picture, h("span", { class: "beside" }, plural(sorted.length, "source")));
+  return h("span", { class: "named" }, picture, h("span", { class: "beside" }, plural(sorted.length, "origin")));
 }
 
 const ordered = (origins) => Object.entries(origins).sort(([, one], [, other]) => other - one);
@@ -63,28 +63,28 @@ async function showOne(main, context) {
     panel("At a glance", facts([
       ["rows", whole(dataset.rows)],
       ["size", bytes(dataset.bytes)],
-      ["sources", whole(origins.length)],
+      ["origins", whole(origins.length)],
       ["uploaded", ago(dataset.created_at)],
       ["begins with", dataset.prefix && h("a", { href: `#/datasets/${dataset.prefix}` }, dataset.prefix)],
       ["files", dataset.sources.map(({ filename }) => filename).join(", ")],
     ])),
-    h("div", { class: "columns-2" }, panel("Sources", sources(origins, dataset.rows)), panel("Length of rows", pictures)),
+    h("div", { class: "columns-2" }, panel("Origins", originsTable(origins, dataset.rows)), panel("Length of rows", pictures)),
     rowsPanel(dataset, origins, context),
   );
   into(pictures, async () => lengths(await get(`datasets/${id}/lengths`, { bins: 30 }, context.signal)), context);
 }
 
-function sources(origins, total) {
+function originsTable(origins, total) {
   const numbered = origins.map(([name, rows], place) => ({ name, rows, place }));
-  const made = (items) => table("Rows of each source", [
-    { title: "source", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
+  const made = (items) => table("Rows of each origin", [
+    { title: "origin", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
     { title: "", cell: ({ rows, place }) => bar(rows / numbered[0].rows, place) },
     { title: "rows", number: true, cell: ({ rows }) => whole(rows) },
     { title: "share", number: true, cell: ({ rows }) => percent(rows / total) },
   ], items);
   if (numbered.length <= SHOWN) return made(numbered);
   const rest = numbered.slice(SHOWN);
-  return h("div", {}, made(numbered.slice(0, SHOWN)), h("details", {}, h("summary", {}, `${plural(rest.length, "more source")}`), made(rest)));
+  return h("div", {}, made(numbered.slice(0, SHOWN)), h("details", {}, h("summary", {}, `${plural(rest.length, "more origin")}`), made(rest)));
 }
 
 function lengths({ edges, origins }) {
@@ -95,8 +95,8 @@ function lengths({ edges, origins }) {
     const label = `${name}: half of its rows are shorter than ${bytes(median)}`;
     return h("div", {}, h("h3", {}, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name), columns(counts, label, place), axis());
   });
-  const numbers = table("Bytes of a row by source", [
-    { title: "source", cell: (name) => name },
+  const numbers = table("Bytes of a row by origin", [
+    { title: "origin", cell: (name) => name },
     { title: "shortest", number: true, cell: (name) => bytes(origins[name].shortest) },
     { title: "median", number: true, cell: (name) => bytes(origins[name].median) },
     { title: "longest", number: true, cell: (name) => bytes(origins[name].longest) },
@@ -143,7 +143,7 @@ function rowsPanel(dataset, origins, context) {
   const text = fresh("search"), jump = fresh("row");
   const searching = h("form", { class: "filters", role: "search", onsubmit: (event) => (event.preventDefault(), start({ q: event.target.elements.q.value })) },
     h("div", { class: "field wide" }, h("label", { for: text }, "Text"), h("input", { id: text, name: "q", type: "search", value: params.get("q") ?? "" })),
-    choice("Source", [["", "all sources"], ...origins.map(([name]) => [name, name])], params.get("origin") ?? "", (origin) => start({ origin })),
+    choice("Origin", [["", "all origins"], ...origins.map(([name]) => [name, name])], params.get("origin") ?? "", (origin) => start({ origin })),
     h("button", { type: "submit" }, "Search"));
   const jumping = h("form", { class: "pager", onsubmit: (event) => (event.preventDefault(), before.push(Number(params.get("after") ?? 0)), load(Number(event.target.elements.row.value))) },
     back, forth, note,

@@ -1,4 +1,4 @@
-// A task's scores: their histogram by source, and a cut that shows how many rows, and whose, a fraction takes.
+// A task's scores: their histogram by origin, and a cut that shows how many rows, and whose, a fraction takes.
 
 import { get, getScored } from "../api.js";
 import { allTasks, question } from "../asking.js";
@@ -10,7 +10,7 @@ import { choice, empty, heading, into, loading, panel, table } from "../parts.js
 
 const STEPS = 1000; // a tenth of a percent each
 const BINS = 60;
-const SHOWN = 8; // sources with a colour of their own
+const SHOWN = 8; // origins with a colour of their own
 
 /** Fill the page. */
 export async function show(main, context) {
@@ -40,7 +40,7 @@ async function distribution(context, place) {
   const picture = stackedHistogram(counts, `Histogram of ${whole(found.scored)} scores from ${decimal(found.edges.at(-1))} to ${decimal(found.edges[0])}, the best at the left`);
   const taken = h("div"), told = h("p", { class: "told", role: "status" });
   const shown = names.slice(0, SHOWN);
-  if (names.length > SHOWN) shown.push("other sources");
+  if (names.length > SHOWN) shown.push("other origins");
 
   const { cuts, edges } = found;
   const span = edges.at(-1) - edges[0];
@@ -55,7 +55,7 @@ async function distribution(context, place) {
       at = step;
       exact.value = String(stepPercent(step));
       fill(told, h("strong", {}, `${whole(cuts.rows[step])} of ${whole(found.rows)} rows`), ` (${stepPercent(step)} %) have a score of ${decimal(cuts.scores[step])} or more.`);
-      fill(taken, sources(found, names, step));
+      fill(taken, originsTable(found, names, step));
       context.remember({ pct: String(stepPercent(step)) });
     },
   });
@@ -81,15 +81,15 @@ function folded(counts) {
   return [...counts.slice(0, SHOWN), rest];
 }
 
-function sources({ cuts }, names, step) {
+function originsTable({ cuts }, names, step) {
   const total = cuts.rows[step];
   const all = names.reduce((sum, name) => sum + cuts.origins[name].at(-1), 0);
   const items = names.map((name, place) => {
     const own = cuts.origins[name];
     return { name, place, taken: own[step], share: own[step] / total, pool: own.at(-1) / all };
   });
-  return table("Rows of each source that the cut takes", [
-    { title: "source", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
+  return table("Rows of each origin that the cut takes", [
+    { title: "origin", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
     { title: "", cell: ({ share, place }) => bar(share, place) },
     { title: "rows taken", number: true, cell: ({ taken }) => whole(taken) },
     { title: "of those taken", number: true, cell: ({ share }) => percent(share) },

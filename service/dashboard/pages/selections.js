@@ -1,4 +1,4 @@
-// Selections: what was chosen, from which sources, and why: score per subtask and the nearest validation example.
+// Selections: what was chosen, from which origins, and why: score per subtask and the nearest validation example.
 
 import { get, save } from "../api.js";
 import { allTasks, taskNames } from "../asking.js";
@@ -15,7 +15,13 @@ export async function show(main, context) {
   await (context.parts[1] ? showOne(main, context) : showAll(main, context));
 }
 
-const amount = ({ pct, k }) => (pct === null ? plural(k, "row") : percent(pct));
+function amount({ pct, k }) {
+  if (pct !== null) return percent(pct);
+  return k === null ? "as many as matched" : plural(k, "row");
+}
+
+/** Whether rows can be explained: some methods read no features. */
+const hasFeatures = ({ recipe }) => recipe.kind !== null;
 
 // All selections
 
@@ -62,21 +68,22 @@ async function showOne(main, context) {
     panel("At a glance", facts([
       ["rows", `${whole(selection.count)} of ${whole(selection.pool)}`],
       ["asked for", amount(recipe)],
-      ["tasks", recipe.tasks.map((task) => names[task] ?? task).join(", ")],
+      ["method", recipe.method],
+      ["tasks", recipe.tasks.map((task) => names[task] ?? task).join(", ") || null],
       ["score", recipe.aggregate],
-      ["features", `${recipe.kind} × ${recipe.task_kind}, ${whole(recipe.dim)} dims`],
+      ["features", hasFeatures(selection) ? `${recipe.kind} × ${recipe.task_kind}, ${whole(recipe.dim)} dims` : null],
       ["made", ago(selection.created_at)],
     ]), h("p"), h("details", {}, h("summary", {}, "Recipe"), h("pre", {}, h("code", {}, JSON.stringify(recipe, null, 2))))),
-    panel("Sources", sources(selection)),
+    panel("Origins", originsTable(selection)),
     rowsPanel(selection, names, context),
   );
 }
 
-function sources({ origins, pool_origins: pool, count }) {
+function originsTable({ origins, pool_origins: pool, count }) {
   const total = Object.values(pool).reduce((sum, rows) => sum + rows, 0);
   const items = Object.entries(pool).sort(([, one], [, other]) => other - one).map(([name, rows], place) => ({ name, place, chosen: origins[name] ?? 0, share: (origins[name] ?? 0) / count, pool: rows / total }));
-  return table("Chosen rows of each source", [
-    { title: "source", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
+  return table("Chosen rows of each origin", [
+    { title: "origin", cell: ({ name, place }) => h("span", { class: "named" }, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name) },
     { title: "", cell: ({ share, place }) => bar(share, place) },
     { title: "rows chosen", number: true, cell: ({ chosen }) => whole(chosen) },
     { title: "of those chosen", number: true, cell: ({ share }) => percent(share) },
@@ -122,13 +129,16 @@ function rowsPanel(selection, names, context) {
   const origins = Object.keys(selection.origins).map((name) => [name, name]);
   const searching = h("form", { class: "filters", role: "search", onsubmit: (event) => (event.preventDefault(), start({ q: event.target.elements.q.value })) },
     h("div", { class: "field wide" }, h("label", { for: text }, "Text"), h("input", { id: text, name: "q", type: "search", value: params.get("q") ?? "" })),
-    choice("Source", [["", "all sources"], ...origins], params.get("origin") ?? "", (origin) => start({ origin })),
+    choice("Origin", [["", "all origins"], ...origins], params.get("origin") ?? "", (origin) => start({ origin })),
     h("button", { type: "submit" }, "Search"));
   load(Number(params.get("after") ?? 0));
-  return panel("Chosen rows", searching, place, h("div", { class: "pager" }, back, forth, note));
+  return panel("Chosen rows", hasFeatures(selection) && searching, place, h("div", { class: "pager" }, back, forth, note));
 }
 
-async function search({ id }, params, after, signal) {
+/** A page of chosen rows: explained and searched where there are features, else as they were chosen. */
+async function search(selection, params, after, signal) {
+  if (!hasFeatures(selection)) return plain(selection, after, signal);
+  const { id } = selection;
   const found = [];
   let next = after;
   do {
@@ -140,12 +150,21 @@ async function search({ id }, params, after, signal) {
   return { data: found, next };
 }
 
+async function plain({ id }, after, signal) {
+  const page = await get(`selections/${id}`, { after, limit: ROWS }, signal);
+  const data = await Promise.all(page.data.map(async (row) => {
+    const [{ turns }] = (await get(`datasets/${row.dataset}/rows`, { after: row.row, limit: 1 }, signal)).data;
+    return { ...row, turns };
+  }));
+  return { data, next: page.has_more ? data.at(-1).rank : null };
+}
+
 function explained(row, names) {
   const { nearest } = row;
   return h("li", { class: "row", "data-rank": row.rank },
     h("header", {}, h("h3", {}, `Rank ${whole(row.rank)}`), h("span", {}, `score ${decimal(row.score)}`), h("span", {}, row.origin), h("a", { href: `#/datasets/${row.dataset}?after=${row.row}` }, `row ${whole(row.row)}`), row.id !== null && h("span", { class: "id" }, row.id)),
     conversation(row.turns),
-    h("div", { class: "why" },
+    nearest && h("div", { class: "why" },
       h("div", {}, h("h4", {}, "Score per subtask"), subtaskScores(row, names)),
       h("div", {}, h("h4", {}, "Nearest validation example"), h("p", { class: "note" }, `${place(nearest, names)}, row ${whole(nearest.row)}, influence ${decimal(nearest.influence)}`), conversation(nearest.turns))));
 }
