@@ -28,6 +28,7 @@ from gradstore.types import (
     StoredProjection,
     Strategy,
 )
+from gradstore.types import Request as RequestBody
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -49,7 +50,7 @@ _OF_THE_ANSWER = {"limit", "after", "wait", "format", "bins", "steps"}
 """Parameters that say what is shown and when, and nothing of the question."""
 
 
-class ScoresAsked(FeatureChoice):
+class ScoresAsked(FeatureChoice, RequestBody):
     """Whose scores are asked for; what is left out must be the only one there is."""
 
     task: list[Named] = Field([], max_length=100)

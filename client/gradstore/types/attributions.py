@@ -17,6 +17,7 @@ from gradstore.types.base import (
     ProjectionName,
     Quantisation,
     Reduction,
+    Request,
     TemplateName,
     Weights,
 )
@@ -28,7 +29,7 @@ MAX_LISTED = 5000
 """Rows of an attribution times its k, at most."""
 
 
-class AttributionRequest(FeatureChoice):
+class AttributionRequest(FeatureChoice, Request):
     """Find the training examples that help a model most to say this, and those that oppose it most.
 
     Which features are searched is resolved as /select does: what is left out must be the only one there is.

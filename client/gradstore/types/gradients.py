@@ -26,7 +26,7 @@ from gradstore.types.base import (
 from gradstore.types.jobs import Job
 
 
-class FeatureChoice(Request):
+class FeatureChoice(Body):
     """Whose features are meant: what is left out must be the only one there is."""
 
     weights: Weights | None = None

@@ -28,7 +28,7 @@ ValidationTargets = Literal["rows", "subtasks"]
 Precondition = Literal["none", "trackstar"]
 
 
-class ValidatedRecipe(FeatureChoice):
+class ValidatedRecipe(FeatureChoice, Request):
     """Which scores are judged, as /scores asks for them: what is left out must be the only one there is."""
 
     label: str | None = Field(None, min_length=1, max_length=200)
