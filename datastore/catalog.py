@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -201,7 +202,7 @@ class Catalog:
         """A page of checkpoints, newest first."""
         with self.reading() as session:
             rows, has_more = _page(session, CheckpointRow, limit=limit, after=after)
-            return Page[Checkpoint](data=[_checkpoint(session, row) for row in rows], has_more=has_more)
+            return Page[Checkpoint](data=_checkpoints(session, rows), has_more=has_more)
 
     def add_run(self, *, id: str, checkpoints: Sequence[str], name: str | None, finetune: str | None = None) -> Run:
         """Record the checkpoints (ids) of one training, in order. Raises `Conflict` where their base models differ."""
@@ -221,14 +222,12 @@ class Catalog:
         """A page of runs, newest first."""
         with self.reading() as session:
             rows, has_more = _page(session, RunRow, limit=limit, after=after)
-            return Page[Run](data=[_run(session, row) for row in rows], has_more=has_more)
+            return Page[Run](data=_runs(session, rows), has_more=has_more)
 
     def all_runs(self) -> list[Run]:
         """Every run, oldest first."""
         with self.reading() as session:
-            return [
-                _run(session, row) for row in session.scalars(select(RunRow).order_by(RunRow.created_at, RunRow.id))
-            ]
+            return _runs(session, session.scalars(select(RunRow).order_by(RunRow.created_at, RunRow.id)).all())
 
     # Selections -----------------------------------------------------------------------------------------------------
 
@@ -547,19 +546,38 @@ def _task(row: TaskRow) -> Task:
 
 
 def _checkpoint(session: Session, row: CheckpointRow) -> Checkpoint:
-    run = session.scalar(select(RunCheckpointRow.run_id).where(RunCheckpointRow.checkpoint_id == row.id).limit(1))
-    return Checkpoint.model_validate({**_columns(row), "run": run})
+    return _checkpoints(session, [row])[0]
+
+
+def _checkpoints(session: Session, rows: Sequence[CheckpointRow]) -> list[Checkpoint]:
+    """Checkpoints, each with the run that it belongs to: of several the first by id."""
+    query = (
+        select(RunCheckpointRow.checkpoint_id, func.min(RunCheckpointRow.run_id))
+        .where(RunCheckpointRow.checkpoint_id.in_([row.id for row in rows]))
+        .group_by(RunCheckpointRow.checkpoint_id)
+    )
+    runs: dict[str, str] = dict(session.execute(query).tuples().all())
+    return [Checkpoint.model_validate({**_columns(row), "run": runs.get(row.id)}) for row in rows]
 
 
 def _run(session: Session, row: RunRow) -> Run:
+    return _runs(session, [row])[0]
+
+
+def _runs(session: Session, rows: Sequence[RunRow]) -> list[Run]:
+    """Runs with their checkpoints: two queries, however many there are."""
     query = (
-        select(CheckpointRow)
-        .join(RunCheckpointRow, RunCheckpointRow.checkpoint_id == CheckpointRow.id)
-        .where(RunCheckpointRow.run_id == row.id)
-        .order_by(RunCheckpointRow.position)
+        select(RunCheckpointRow.run_id, CheckpointRow)
+        .join(CheckpointRow, RunCheckpointRow.checkpoint_id == CheckpointRow.id)
+        .where(RunCheckpointRow.run_id.in_([row.id for row in rows]))
+        .order_by(RunCheckpointRow.run_id, RunCheckpointRow.position)
     )
-    checkpoints = [_checkpoint(session, checkpoint) for checkpoint in session.scalars(query)]
-    return Run.model_validate({**_columns(row), "checkpoints": checkpoints})
+    members = session.execute(query).all()
+    described = _checkpoints(session, [checkpoint for _, checkpoint in members])
+    of_run: dict[str, list[Checkpoint]] = defaultdict(list)
+    for (run, _), checkpoint in zip(members, described, strict=True):
+        of_run[run].append(checkpoint)
+    return [Run.model_validate({**_columns(row), "checkpoints": of_run[row.id]}) for row in rows]
 
 
 def _columns(row: Noun) -> dict[str, Any]:

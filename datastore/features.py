@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -26,8 +27,8 @@ from gradstore.types import (
     JobKind,
     ProblemItem,
 )
-from sqlalchemy import delete, exists, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Exists, delete, exists, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from datastore import encoders, models, shards
 from datastore.catalog import Catalog, utc_now
@@ -61,6 +62,7 @@ UNPROJECTED: frozenset[FeatureKind] = frozenset({"hidden", "rds", "embedding"})
 DEFAULT_MAX_LENGTH = 2048  # tokens
 USUAL_TOKEN_BUDGET = 8192  # tokens of a batch, padding included, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result
+KEPT = 4096  # records of feature sets that a process remembers
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Features:
     jobs: Jobs
     store: FeatureStore
     settings: Settings
+    _described: dict[tuple[str, datetime], FeatureSet] = field(default_factory=dict, repr=False, compare=False)
 
     def start(self, request: GradientsRequest) -> tuple[AnyJob, bool]:
         """Start the job that computes what is missing, or return the one that has; says whether there is work to do.
@@ -249,10 +252,20 @@ class Features:
 
     def complete(self, *, datasets: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[FeatureSet]:
         """The feature sets of these datasets and tasks whose rows are all there."""
-        query = select(FeatureSetRow).where(FeatureSetRow.dataset.in_(datasets) | FeatureSetRow.task.in_(tasks))
+        owned = FeatureSetRow.dataset.in_(datasets) | FeatureSetRow.task.in_(tasks)
+        query = select(FeatureSetRow).where(owned, ~_incomplete(FeatureSetRow.id))
         with self.catalog.reading() as session:
             rows = session.scalars(query.order_by(FeatureSetRow.created_at, FeatureSetRow.id))
-            return [described(session, row) for row in rows if _is_complete(session, row.id)]
+            return [self._described_once(session, row) for row in rows]
+
+    def _described_once(self, session: Session, row: FeatureSetRow) -> FeatureSet:
+        """A complete feature set's record, which never changes: its many chunks are counted at the first question."""
+        key = row.id, row.created_at
+        if key not in self._described:
+            if len(self._described) >= KEPT:
+                self._described.clear()
+            self._described[key] = described(session, row)
+        return self._described[key]
 
     def of_job(self, reference: str, feature_set: str | None, *, path: str) -> FeatureSet:
         """A feature set of a finished gradients job, by its id or as the only one there is.
@@ -623,12 +636,16 @@ def _prefix_segments(session: Session, owner: str, recipe: str) -> list[tuple[st
 
 
 def _is_complete(session: Session, feature_set: str) -> bool:
-    missing = exists().where(
+    return not session.scalar(select(_incomplete(feature_set)))
+
+
+def _incomplete(feature_set: str | InstrumentedAttribute[str]) -> Exists:
+    """Whether a segment of a feature set (an id, or the column of ids) has rows that are not there yet."""
+    return exists().where(
         FeatureSegmentRow.feature_set_id == feature_set,
         SegmentRow.id == FeatureSegmentRow.segment_id,
         SegmentRow.complete.is_(False),
     )
-    return not session.scalar(select(missing))
 
 
 def _chunk_exists(session: Session, segment: str, start: int) -> bool:

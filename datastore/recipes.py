@@ -375,7 +375,11 @@ class Recipes:
 
     def _weights(self, candidate: _Candidate) -> list[float]:
         """Mean learning rate of each checkpoint over their sum (LESS, eq. 3)."""
-        rates = [self.catalog.checkpoint(checkpoint).learning_rate for checkpoint in candidate.checkpoints]
+        members = candidate.run.checkpoints if candidate.run else []
+        of_run = {checkpoint.id: checkpoint.learning_rate for checkpoint in members}
+        rates = [
+            of_run[id] if id in of_run else self.catalog.checkpoint(id).learning_rate for id in candidate.checkpoints
+        ]
         known = [rate for rate in rates if rate is not None]
         if len(known) < len(rates) and len(rates) > 1:
             raise InvalidInput(
