@@ -147,7 +147,8 @@ class Answers:
     ) -> list[ScoredRow]:
         """Rows `start:stop` of the score vector, in the order of the pool."""
         combined = vector(scores, recipe)
-        rows = np.arange(start, min(stop, len(combined.score)))
+        size = len(combined.score)
+        rows = np.arange(min(start, size), min(stop, size))
         table = _table(self._pool(recipe), chosen_from(combined, rows), self._names(recipe, sources))
         found = []
         for row, valid in zip(table.to_pylist(), combined.valid[rows].tolist(), strict=True):
@@ -294,7 +295,8 @@ class Answers:
         if not found.tasks:
             return None
         kept = [(row, overlap) for row in chosen.rows.tolist() if (overlap := found.of(row)) is not None]
-        dropped = [pair for pair in found.found() if pair[0] not in {row for row, _ in kept}]
+        rows = {row for row, _ in kept}
+        dropped = [pair for pair in found.found() if pair[0] not in rows]
         return types.Contamination(
             tasks=[task.task for task in found.tasks],
             ngram=recipe.ngram or DEFAULT_NGRAM,

@@ -43,6 +43,7 @@ from datastore.schema import JobRow
 from datastore.search import Ends, Extreme, Pool, exact
 from datastore.segments import FeatureView
 from datastore.shapes import BadRow, example
+from datastore.strict_json import NotJson, canonical, parse
 
 QUESTION = "question"
 """Origin of a row that says none; it names nothing."""
@@ -296,8 +297,8 @@ def _examples(request: AttributionRequest) -> list[Example]:
     found, problems = [], []
     for number, row in enumerate(request.rows):
         try:
-            found.append(question(row))
-        except BadRow as error:
+            found.append(question(parse(canonical(row))))
+        except (BadRow, NotJson) as error:
             problems.append(ProblemItem(pointer=f"/rows/{number}", detail=str(error)))
     if problems:
         first = problems[0]

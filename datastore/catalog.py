@@ -552,11 +552,11 @@ def _checkpoint(session: Session, row: CheckpointRow) -> Checkpoint:
 def _checkpoints(session: Session, rows: Sequence[CheckpointRow]) -> list[Checkpoint]:
     """Checkpoints, each with the run that it belongs to: of several the first by id."""
     query = (
-        select(RunCheckpointRow.checkpoint_id, func.min(RunCheckpointRow.run_id))
+        select(RunCheckpointRow.checkpoint_id, func.min(RunCheckpointRow.run_id).label("run"))
         .where(RunCheckpointRow.checkpoint_id.in_([row.id for row in rows]))
         .group_by(RunCheckpointRow.checkpoint_id)
     )
-    runs: dict[str, str] = dict(session.execute(query).tuples().all())
+    runs = {found.checkpoint_id: found.run for found in session.execute(query)}
     return [Checkpoint.model_validate({**_columns(row), "run": runs.get(row.id)}) for row in rows]
 
 

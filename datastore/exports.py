@@ -62,7 +62,7 @@ def table_csv(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
     names = list(columns | dict.fromkeys(name for _, line in rows() for name in parse(line)))
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow([_safe(name) for name in names])
+    writer.writerow([uncalculated(name) for name in names])
     for row, line in rows():
         values = _with_scores(row, line) if scores else parse(line)
         writer.writerow([_cell(values.get(name)) for name in names])
@@ -111,13 +111,13 @@ def _groups(rows: Chosen, kinds: _Kinds, *, scores: bool) -> Iterator[list[dict[
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return _safe(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return uncalculated(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _safe(text: str) -> str:
+def uncalculated(text: str) -> str:
     """A text that no spreadsheet calculates.
 
-    >>> _safe("=1+1"), _safe("two")
+    >>> uncalculated("=1+1"), uncalculated("two")
     ("'=1+1", 'two')
     """
     return f"'{text}" if text.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text

@@ -271,6 +271,8 @@ class Recipes:
         """The pools that fit a query, whatever its tasks have. Raises `NotFound` and `GradientsMissing`."""
         datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
         checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
+        if len(set(checkpoints)) < len(checkpoints):
+            raise rules.refused("checkpoint", "a checkpoint is named twice, and would count twice")
         run = self.catalog.run(query.run) if query.run else None
         near = self._pool_candidates(query, datasets, run, checkpoints)
         found = [candidate for candidate in near if len(candidate.pools) == max(1, len(datasets))]

@@ -169,6 +169,20 @@ def test_rows_that_are_none_are_named(pool: Store) -> None:
     assert [each.pointer for each in caught.value.errors] == ["/rows/1", "/rows/3"]
 
 
+def _deep(levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("extra", ["\ud800", float("nan"), _deep(200)], ids=["half a pair", "nan", "deep"])
+def test_what_no_job_could_be_listed_with_is_refused(pool: Store, extra: object) -> None:
+    with pytest.raises(InvalidInput, match="/rows/0"):
+        pool.attributions.start(asked(rows=[{**ROW, "note": extra}]))
+    assert pool.jobs.page(kind="attribution", limit=5).data == []
+
+
 def test_origins_that_nothing_has_are_named(pool: Store) -> None:
     with pytest.raises(InvalidInput, match="'origin0', 'origin1', 'origin2'") as caught:
         pool.attributions.start(asked(origins=["origin1", "elsewhere"]))

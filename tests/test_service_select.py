@@ -106,6 +106,20 @@ def test_a_selection_comes_as_rows_and_as_a_table(ready: Service) -> None:
     assert [line.split(",")[:2] for line in table[1:]] == [["pool", str(row)] for row in range(3)]
 
 
+def test_a_table_has_no_cell_that_a_spreadsheet_calculates(service: Service) -> None:
+    row = {"id": "=1+1", "dataset": "=HYPERLINK(A1)", "prompt": "a", "completion": "b"}
+    service.upload((json.dumps(row) + "\n").encode(), name="pool")
+    asked = {"dataset": "pool", "method": "random", "k": 1}
+    table = service.http.get("/select", params=asked, headers={"Accept": "text/csv"}).text
+    assert table.splitlines()[1].split(",")[2:4] == ["'=1+1", "'=HYPERLINK(A1)"]
+
+
+def test_a_checkpoint_that_is_named_twice_is_refused(ready: Service) -> None:
+    checkpoint = ready.http.get("/checkpoints").json()["data"][0]["id"]
+    asked = {"task": "target", "k": 3, "checkpoint": [checkpoint, checkpoint]}
+    assert problem_of(ready.http.get("/select", params=asked), 422).errors[0].parameter == "checkpoint"
+
+
 def test_a_percentage_is_told_its_fraction(ready: Service) -> None:
     problem = problem_of(ready.http.get("/select", params={"task": "target", "pct": 5}), 422)
     assert [(item.parameter, "5 % is 0.05" in item.detail) for item in problem.errors] == [("pct", True)]
@@ -172,6 +186,7 @@ def test_the_whole_score_vector_in_three_forms(ready: Service) -> None:
     params = {"task": "target"}
     page = ready.http.get("/scores", params={**params, "limit": 40}).json()
     assert (page["rows"], page["has_more"]) == (40, False)
+    assert ready.http.get("/scores", params={**params, "after": 2**63 - 1}).json()["data"] == []
     expected = [row["score"] for row in page["data"]]
     assert expected == sorted(expected, reverse=True)
     array = np.load(io.BytesIO(ready.http.get("/scores", params={**params, "format": "npy"}).content))

@@ -13,6 +13,7 @@ from gradstore.types import Explanations, Page, Rename, Selection
 from gradstore.types import Request as RequestBody
 from pydantic import ConfigDict, Field
 
+from datastore.exports import uncalculated
 from datastore.schema import SelectionRow
 from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.files import wanted_type
@@ -103,7 +104,9 @@ def _csv_lines(backend: Backend, selection: Selection) -> Iterator[bytes]:
     writer = csv.writer(buffer)
     writer.writerow(["file", "row", "id", "origin", "score", "task", "subtask"])
     for row in backend.answers.rows(selection.id):
-        writer.writerow([files[row.dataset], row.row, row.id, row.origin, repr(row.score), row.task, row.subtask])
+        texts = (files[row.dataset], row.id, row.origin, row.task, row.subtask)
+        file, id, origin, task, subtask = (text and uncalculated(text) for text in texts)
+        writer.writerow([file, row.row, id, origin, repr(row.score), task, subtask])
         yield buffer.getvalue().encode()
         buffer.seek(0)
         buffer.truncate()
