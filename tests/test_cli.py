@@ -699,7 +699,7 @@ def test_less_is_the_whole_flow_in_one_command(run: Run) -> None:
     warmup, of_pool, of_task, tuned, evaluation = (body for _, body in posts)
     training = {"model": "tiny", "epochs": 2}
     assert warmup == {**training, "dataset": "ds_pool", "fraction": 0.05}
-    features = {"run": "run_1", "dims": [64], "dtype": "float16"}
+    features = {"run": "run_1", "dims": [64], "dtype": "int8"}
     assert of_pool == {**features, "dataset": "ds_pool", "kinds": ["adam"]}
     assert of_task == {**features, "task": "task_mmlu", "kinds": ["sgd"]}
     assert tuned == {**training, "selection": "sel_1"}
