@@ -26,9 +26,10 @@ from worker.projection import ProjectionName
 DIMS = [40, 280]  # less and more than most parameters have
 SEED = 5
 
-PRECISIONS = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.2}
+PRECISIONS = {"float32": 1e-5, "float16": 0.1, "bfloat16": 0.2}
 """The largest relative error of a feature that rounding may make: 10⁻⁵ for float32, and for the others more than was
-measured, 0.030 and 0.12 (the cosines were then 0.9996 and 0.993). An error of e leaves a cosine of √(1 − e²) or more.
+measured, 0.061 (0.030 on a CPU with AVX512) and 0.12 (the cosines were then 0.998 and 0.993). An error of e leaves a
+cosine of √(1 − e²) or more.
 """
 
 everything = pytest.mark.parametrize(
