@@ -472,10 +472,10 @@ def test_a_pattern_that_never_ends_is_refused_and_holds_nobody_up(tmp_path: Path
 def test_a_pattern_as_large_as_the_memory_is_refused(tmp_path: Path) -> None:
     large = {"prompt": "Q", "completion": "a", "pattern": "(?:(?:(?:a{1000}){1000}){1000}){1000}"}
     error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(large)}))
-    assert "finds nothing in the row's own answer" in str(error)
+    # on a machine that is busy or slow its second is over before anything is found
+    assert re.search("finds nothing in the row's own answer|takes too (much memory|long)", str(error))
     hungry = {"prompt": "Q", "completion": "ab" * 5_000_000, "pattern": "(?:a|b|(c))*z"}
     error = refused("jsonl", write(tmp_path, {"validation.jsonl": lines(hungry)}))
-    # on a machine that is busy or slow its second is over before the memory is
     assert re.search("takes too (much memory|long) on a text of 10,000,000 characters", str(error))
 
 
