@@ -270,7 +270,9 @@ def test_pool_and_task_have_one_reduction(store: Store, tmp_path: Path) -> None:
     recipe, sources = store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
     assert (recipe.reduction, sources.tasks[recipe.tasks[0]][0].reduction) == ("mean", "mean")
     pool = recipe.datasets[0]
-    assert answered(store, Query(tasks=["target"], reduction="sum", datasets=["pool"], dim=DIM, k=1)) == [pool]
+    assert answered(
+        store, Query(tasks=["target"], reduction="sum", datasets=["pool"], dim=DIM, dtype="float16", k=1)
+    ) == [pool]
 
 
 # Ways of choosing ---------------------------------------------------------------------------------------------------
