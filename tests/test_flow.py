@@ -313,7 +313,7 @@ def test_what_was_selected_trains_a_model_that_is_better_at_the_task_and_downloa
 def test_the_whole_flow_as_one_call_finds_what_exists(world: World) -> None:
     done = recipes.less(
         world.store, pool="pool", task="target", model=str(world.model), warmup_fraction=0.5, dim=1024, pct=0.2,
-        **TRAINING,
+        dtype="float16", **TRAINING,
     )  # fmt: skip
     assert done.warmup.result.run == world.warmup.run
     assert done.selection.id == world.select().id
@@ -321,7 +321,7 @@ def test_the_whole_flow_as_one_call_finds_what_exists(world: World) -> None:
     before = {job.id for job in world.store.jobs.list()}
     again = recipes.less(
         world.store, pool="pool", task="target", model=str(world.model), warmup_fraction=0.5, dim=1024, pct=0.2,
-        **TRAINING,
+        dtype="float16", **TRAINING,
     )  # fmt: skip
     assert again.evaluation == done.evaluation
     assert {job.id for job in world.store.jobs.list()} == before
@@ -348,7 +348,8 @@ def test_asking_again_answers_at_once_with_the_same_job(world: World) -> None:
 
 
 def test_a_cost_is_told_beforehand_and_comes_true(world: World) -> None:
-    asked: dict[str, Any] = {"dataset": "pool", "run": "warm-up", "dims": [64], "projection": "rademacher"}
+    asked: dict[str, Any] = {"dataset": "pool", "run": "warm-up", "dims": [64], "dtype": "float16"}
+    asked["projection"] = "rademacher"
     before = world.store.gradients.estimate(**asked)
     assert (before.rows, before.reused_rows) == (2 * (ROWS + 1), 0)
     assert before.seconds is not None
@@ -371,7 +372,7 @@ def test_a_dataset_grown_by_a_tenth_computes_a_tenth(world: World) -> None:
     (world.folder / "more.jsonl").write_bytes(b"\n".join(pool_lines(ROWS, GROWN)))
     grown = world.store.datasets.upload(world.folder / "more.jsonl", append_to="pool", name="grown")
     assert (grown.rows, grown.prefix) == (GROWN + 1, world.pool.id)
-    cost = world.store.gradients.estimate(dataset="grown", run="warm-up", dims=[256, 1024])
+    cost = world.store.gradients.estimate(dataset="grown", run="warm-up", dims=[256, 1024], dtype="float16")
     assert (cost.rows, cost.reused_rows) == (2 * 4, 2 * (ROWS + 1))
     result = world.gradients(dataset="grown", dims=[256, 1024])
     assert result.computed_rows == 2 * 4
