@@ -43,7 +43,7 @@ from datastore.schema import JobRow
 from datastore.search import Ends, Extreme, Pool, exact
 from datastore.segments import FeatureView
 from datastore.shapes import BadRow, example
-from datastore.strict_json import NotJson, canonical, parse
+from datastore.strict_json import canonical, parse
 
 QUESTION = "question"
 """Origin of a row that says none; it names nothing."""
@@ -298,7 +298,7 @@ def _examples(request: AttributionRequest) -> list[Example]:
     for number, row in enumerate(request.rows):
         try:
             found.append(question(parse(canonical(row))))
-        except (BadRow, NotJson) as error:
+        except (BadRow, ValueError) as error:  # not JSON: numbers that are none, half a surrogate pair, too deep
             problems.append(ProblemItem(pointer=f"/rows/{number}", detail=str(error)))
     if problems:
         first = problems[0]
