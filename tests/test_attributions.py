@@ -226,7 +226,8 @@ def test_attributions_are_asked_listed_named_and_deleted_over_http(service: Serv
     service.http.post("/runs", json={"checkpoints": [service.checkpoint()["id"]], "name": "run"})
     body = {"rows": [ROW]}
     assert problem_of(service.http.post("/attributions", json=body), 409).type == "gradients-missing"
-    service.http.post("/gradients", json={"run": "run", "dims": [DIM], "dataset": "pool"})
+    made = service.http.post("/gradients", json={"run": "run", "dims": [DIM], "dataset": "pool", "kinds": ["sgd"]})
+    assert made.status_code == 202, made.text
     Store(**{part.name: getattr(service.backend, part.name) for part in fields(OpenStore)}).work(numbers)
     bad = problem_of(service.http.post("/attributions", json={"rows": [ROW, {"prompt": 1}]}), 422)
     assert [each.pointer for each in bad.errors] == ["/rows/1"]
