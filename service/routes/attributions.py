@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import Response
+from gradstore.types import AttributionJob, AttributionRequest
 
-from fastapi import Query, Response
-from gradstore.types import AttributionJob, AttributionRequest, Page, Rename
-
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.openapi import starting
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("attributions")
@@ -25,22 +23,7 @@ def create_attribution(backend: BackendDep, body: AttributionRequest, response: 
     return started(backend, job, response, model=AttributionJob)
 
 
-@router.get("")
-def list_attributions(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[AttributionJob]:
-    """A page of attributions, newest first."""
-    return typed_page(backend.jobs.page(kind="attribution", limit=paging.limit, after=paging.after), AttributionJob)
-
-
-@router.get("/{reference}")
-def get_attribution(backend: BackendDep, reference: Reference) -> AttributionJob:
-    """An attribution and what was found."""
-    return typed(backend.jobs.get(reference, kind="attribution"), AttributionJob)
-
-
-@router.patch("/{reference}")
-def rename_attribution(backend: BackendDep, reference: Reference, body: Rename) -> AttributionJob:
-    """Give an attribution another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="attribution"), AttributionJob)
+look_and_name(router, kind="attribution", model=AttributionJob, one="An attribution and what was found.")
 
 
 @router.delete("/{reference}", status_code=204)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import Response
+from gradstore.types import ConversionJob, ConversionRequest
 
-from fastapi import Query, Response
-from gradstore.types import ConversionJob, ConversionRequest, Page, Rename
-
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.openapi import starting
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("conversions")
@@ -22,22 +20,7 @@ def create_conversion(backend: BackendDep, body: ConversionRequest, response: Re
     return started(backend, job, response, model=ConversionJob)
 
 
-@router.get("")
-def list_conversions(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[ConversionJob]:
-    """A page of conversions, newest first."""
-    return typed_page(backend.jobs.page(kind="conversion", limit=paging.limit, after=paging.after), ConversionJob)
-
-
-@router.get("/{reference}")
-def get_conversion(backend: BackendDep, reference: Reference) -> ConversionJob:
-    """A conversion, and what it left in the store."""
-    return typed(backend.jobs.get(reference, kind="conversion"), ConversionJob)
-
-
-@router.patch("/{reference}")
-def rename_conversion(backend: BackendDep, reference: Reference, body: Rename) -> ConversionJob:
-    """Give a conversion another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="conversion"), ConversionJob)
+look_and_name(router, kind="conversion", model=ConversionJob, one="A conversion, and what it left in the store.")
 
 
 @router.delete("/{reference}", status_code=204)

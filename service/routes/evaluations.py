@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import Response
+from gradstore.types import EvaluationJob, EvaluationRequest
 
-from fastapi import Query, Response
-from gradstore.types import EvaluationJob, EvaluationRequest, Page, Rename
-
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.openapi import starting
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("evaluations")
@@ -22,22 +20,7 @@ def create_evaluation(backend: BackendDep, body: EvaluationRequest, response: Re
     return started(backend, job, response, model=EvaluationJob)
 
 
-@router.get("")
-def list_evaluations(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[EvaluationJob]:
-    """A page of evaluations, newest first."""
-    return typed_page(backend.jobs.page(kind="evaluation", limit=paging.limit, after=paging.after), EvaluationJob)
-
-
-@router.get("/{reference}")
-def get_evaluation(backend: BackendDep, reference: Reference) -> EvaluationJob:
-    """An evaluation and what was measured."""
-    return typed(backend.jobs.get(reference, kind="evaluation"), EvaluationJob)
-
-
-@router.patch("/{reference}")
-def rename_evaluation(backend: BackendDep, reference: Reference, body: Rename) -> EvaluationJob:
-    """Give an evaluation another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="evaluation"), EvaluationJob)
+look_and_name(router, kind="evaluation", model=EvaluationJob, one="An evaluation and what was measured.")
 
 
 @router.delete("/{reference}", status_code=204)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import Query, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from gradstore.types import FinetuneJob, FinetuneRequest, Page, Rename
+from gradstore.types import FinetuneJob, FinetuneRequest
 
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.estimates import of_finetune
 from service.openapi import starting
 from service.routes.checkpoints import ZIP, weights
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("finetunes")
@@ -27,28 +25,13 @@ def create_finetune(backend: BackendDep, body: FinetuneRequest, response: Respon
     return started(backend, job, response, model=FinetuneJob)
 
 
-@router.get("")
-def list_finetunes(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[FinetuneJob]:
-    """A page of fine-tunes, newest first."""
-    return typed_page(backend.jobs.page(kind="finetune", limit=paging.limit, after=paging.after), FinetuneJob)
-
-
-@router.get("/{reference}")
-def get_finetune(backend: BackendDep, reference: Reference) -> FinetuneJob:
-    """A fine-tune, its loss curve and its checkpoints."""
-    return typed(backend.jobs.get(reference, kind="finetune"), FinetuneJob)
+look_and_name(router, kind="finetune", model=FinetuneJob, one="A fine-tune, its loss curve and its checkpoints.")
 
 
 @router.get("/{reference}/content", response_class=StreamingResponse, responses=ZIP)
 def get_finetune_content(backend: BackendDep, reference: Reference) -> StreamingResponse:
     """The last checkpoint as a zip of a PEFT folder; of a full fine-tune, the model. 409 before it has succeeded."""
     return weights(backend, backend.finetunes.last_checkpoint(reference))
-
-
-@router.patch("/{reference}")
-def rename_finetune(backend: BackendDep, reference: Reference, body: Rename) -> FinetuneJob:
-    """Give a fine-tune another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="finetune"), FinetuneJob)
 
 
 @router.delete("/{reference}", status_code=204)

@@ -7,16 +7,16 @@ from typing import Annotated
 import numpy as np
 from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
-from gradstore.types import FeatureRows, GradientsJob, GradientsRequest, Page, Rename
+from gradstore.types import FeatureRows, GradientsJob, GradientsRequest
 from gradstore.types import Request as RequestBody
 from pydantic import Field
 
 from datastore import feature_rows
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.estimates import of_gradients
 from service.files import NPY, PARQUET, SAFETENSORS, Format, npy, parquet, safetensors, wanted_format
 from service.openapi import starting
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("gradients")
@@ -34,16 +34,7 @@ def create_gradients(backend: BackendDep, body: GradientsRequest, response: Resp
     return started(backend, job, response, model=GradientsJob)
 
 
-@router.get("")
-def list_gradients(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[GradientsJob]:
-    """A page of gradients jobs, newest first."""
-    return typed_page(backend.jobs.page(kind="gradients", limit=paging.limit, after=paging.after), GradientsJob)
-
-
-@router.get("/{reference}")
-def get_gradients(backend: BackendDep, reference: Reference) -> GradientsJob:
-    """A gradients job, and what it left in the store."""
-    return typed(backend.jobs.get(reference, kind="gradients"), GradientsJob)
+look_and_name(router, kind="gradients", model=GradientsJob, one="A gradients job, and what it left in the store.")
 
 
 class RowsQuery(RequestBody):
@@ -86,12 +77,6 @@ def gradients_rows(
     data = feature_rows.page(view, start, stop)
     rows = FeatureRows(feature_set=feature_set, data=data, has_more=start + len(data) < view.rows)
     return JSONResponse(rows.model_dump(mode="json"))
-
-
-@router.patch("/{reference}")
-def rename_gradients(backend: BackendDep, reference: Reference, body: Rename) -> GradientsJob:
-    """Give a gradients job another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="gradients"), GradientsJob)
 
 
 @router.delete("/{reference}", status_code=204)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Query, Response
-from gradstore.types import ImportJob, ImportRequest, Page, ProblemItem, Rename
+from fastapi import Depends, Response
+from gradstore.types import ImportJob, ImportRequest, ProblemItem
 
 from datastore.archives import allowed_folder
 from datastore.errors import InvalidInput
 from datastore.imports import fingerprint
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.forms import Form, form_or_json
 from service.openapi import starting, upload
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("imports")
@@ -49,22 +49,7 @@ def create_import(backend: BackendDep, sent: Sent, response: Response) -> Import
     return started(backend, job, response, model=ImportJob)
 
 
-@router.get("")
-def list_imports(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[ImportJob]:
-    """A page of imports, newest first."""
-    return typed_page(backend.jobs.page(kind="import", limit=paging.limit, after=paging.after), ImportJob)
-
-
-@router.get("/{reference}")
-def get_import(backend: BackendDep, reference: Reference) -> ImportJob:
-    """An import, and what was found in its files."""
-    return typed(backend.jobs.get(reference, kind="import"), ImportJob)
-
-
-@router.patch("/{reference}")
-def rename_import(backend: BackendDep, reference: Reference, body: Rename) -> ImportJob:
-    """Give an import another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="import"), ImportJob)
+look_and_name(router, kind="import", model=ImportJob, one="An import, and what was found in its files.")
 
 
 @router.delete("/{reference}", status_code=204)

@@ -7,14 +7,14 @@ from typing import Annotated, TypeVar
 from anyio.to_thread import run_sync
 from fastapi import Query, Response
 from fastapi.responses import StreamingResponse
-from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page
+from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page, Rename
 
 from datastore.errors import Conflict
 from datastore.leases import collection
 from service import events
 from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.openapi import starting
-from service.routing import noun
+from service.routing import Router, noun
 
 router = noun("jobs")
 JobT = TypeVar("JobT", bound=Job)  # type: ignore[type-arg]  # of any kind
@@ -50,6 +50,33 @@ def typed(job: AnyJob, model: type[JobT]) -> JobT:
 def typed_page(page: Page[AnyJob], model: type[JobT]) -> Page[JobT]:
     """A page of jobs of one kind."""
     return Page[model](data=[typed(job, model) for job in page.data], has_more=page.has_more)  # type: ignore[valid-type]
+
+
+def look_and_name(router: Router, *, kind: JobKind, model: type[JobT], one: str) -> None:
+    """Add the routes that every noun of jobs has alike: list, get and rename; `one` describes what get answers."""
+    plural = router.prefix.removeprefix("/")
+
+    @router.get(
+        "",
+        name=f"list_{plural}",
+        response_model=Page[model],  # type: ignore[valid-type]
+        description=f"A page of {plural}, newest first.",
+    )
+    def list_all(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[JobT]:
+        return typed_page(backend.jobs.page(kind=kind, limit=paging.limit, after=paging.after), model)
+
+    @router.get("/{reference}", name=f"get_{kind}", response_model=model, description=one)
+    def get(backend: BackendDep, reference: Reference) -> JobT:
+        return typed(backend.jobs.get(reference, kind=kind), model)
+
+    @router.patch(
+        "/{reference}",
+        name=f"rename_{kind}",
+        response_model=model,
+        description="Give it another name, or none.",
+    )
+    def rename(backend: BackendDep, reference: Reference, body: Rename) -> JobT:
+        return typed(backend.jobs.rename(reference, body.name, kind=kind), model)
 
 
 @router.get("")

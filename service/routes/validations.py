@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import Query, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse
-from gradstore.types import Page, Rename, ValidationEstimate, ValidationJob, ValidationRequest
+from gradstore.types import ValidationEstimate, ValidationJob, ValidationRequest
 
-from service.dependencies import BackendDep, Paging, Reference
+from service.dependencies import BackendDep, Reference
 from service.estimates import of_validation
 from service.openapi import starting
-from service.routes.jobs import started, typed, typed_page
+from service.routes.jobs import look_and_name, started
 from service.routing import noun
 
 router = noun("validations")
@@ -28,22 +26,7 @@ def create_validation(backend: BackendDep, body: ValidationRequest, response: Re
     return started(backend, job, response, model=ValidationJob)
 
 
-@router.get("")
-def list_validations(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[ValidationJob]:
-    """A page of validations, newest first."""
-    return typed_page(backend.jobs.page(kind="validation", limit=paging.limit, after=paging.after), ValidationJob)
-
-
-@router.get("/{reference}")
-def get_validation(backend: BackendDep, reference: Reference) -> ValidationJob:
-    """A validation and what it has found."""
-    return typed(backend.jobs.get(reference, kind="validation"), ValidationJob)
-
-
-@router.patch("/{reference}")
-def rename_validation(backend: BackendDep, reference: Reference, body: Rename) -> ValidationJob:
-    """Give a validation another name, or none."""
-    return typed(backend.jobs.rename(reference, body.name, kind="validation"), ValidationJob)
+look_and_name(router, kind="validation", model=ValidationJob, one="A validation and what it has found.")
 
 
 @router.delete("/{reference}", status_code=204)
