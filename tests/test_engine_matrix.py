@@ -26,11 +26,20 @@ from worker.projection import ProjectionName
 DIMS = [40, 280]  # less and more than most parameters have
 SEED = 5
 
-PRECISIONS = {"float32": 1e-5, "float16": 0.1, "bfloat16": 0.2}
+PRECISIONS = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.2}
 """The largest relative error of a feature that rounding may make: 10⁻⁵ for float32, and for the others more than was
-measured, 0.061 (0.030 on a CPU with AVX512) and 0.12 (the cosines were then 0.998 and 0.993). An error of e leaves a
-cosine of √(1 − e²) or more.
+measured, 0.030 and 0.12 (the cosines were then 0.9996 and 0.993). An error of e leaves a cosine of √(1 − e²) or more.
 """
+SWITCHED = {("opt", "float16"): 0.15}
+"""OPT's units are ReLUs, and rounding may switch one that is nearly zero. Where a CPU's float16 products sum in another
+order one does: autograd of the plain model, one example alone, is then off by 0.118 in the same row, as the engine is.
+"""
+
+
+def allowed(name: str, precision: str) -> float:
+    """The largest relative error of a model's features."""
+    return SWITCHED.get((name, precision), PRECISIONS[precision])
+
 
 everything = pytest.mark.parametrize(
     ("name", "precision"), [(name, precision) for name in ADAPTERS for precision in PRECISIONS]
@@ -64,7 +73,7 @@ def matrix(name: str, projection: str, dim: int) -> NDArray[np.float64]:
 def test_without_a_projection_a_feature_is_made_of_the_float64_gradient_of_its_example_alone(
     name: str, precision: str
 ) -> None:
-    error = PRECISIONS[precision]
+    error = allowed(name, precision)
     _, moments, truth = trained(name, getattr(torch, precision))
     found = unprojected(name, precision)
     assert list(found) == KINDS
