@@ -29,9 +29,8 @@ from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets
-from datastore.errors import Conflict, InvalidInput
+from datastore.errors import InvalidInput
 from datastore.features import UNPROJECTED, Features
-from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.index import INDEX_ROWS, Index, Indexes, available
 from datastore.influence import Mask, everywhere
@@ -68,7 +67,6 @@ class Attributions:
     datasets: Datasets
     recipes: Recipes
     features: Features
-    store: FeatureStore
     questions: Questions
     indexes: Indexes
 
@@ -132,7 +130,7 @@ class Attributions:
         done = 0
         for dataset, sets in plan["feature_sets"].items() if len(unit) else ():
             began = time.monotonic()
-            views = self._views(dataset, sets)
+            views = self.features.views(sets)
             heard = _counted(on_rows, before=done, times=len(sets))
             index = self._index(views, recipe, unit, heard) if request.search == "auto" else None
             valid = everywhere([view.valid for view in views]) if index is None else index.valid
@@ -211,16 +209,6 @@ class Attributions:
             return np.True_
         origins = set(recipe.origins)
         return np.fromiter((label.origin in origins for label in self.datasets.labels(dataset)), bool)
-
-    def _views(self, dataset: str, sets: Sequence[str]) -> list[FeatureView]:
-        """The features of a dataset at each checkpoint. Raises `Conflict` where they have been deleted."""
-        segments = [self.features.segments(each) for each in sets]
-        if not all(segments):
-            raise Conflict(
-                f"features of {dataset} have been deleted since this was asked: POST /gradients computes them again, "
-                "then retry the job"
-            )
-        return [self.store.view(own) for own in segments]
 
     def _attribution(self, answered: Answered, found: _Found | None, k: int, *, text: bool) -> Attribution:
         last = answered.features[-1] if answered.features else None

@@ -105,7 +105,7 @@ class Explaining:
         if not found:
             return []
         features = self._features_of(recipe, sources, [row for row, _ in found])
-        views = {task: [self.features.view(each) for each in sets] for task, sets in sources.tasks.items()}
+        views = {task: self.features.views([each.id for each in sets]) for task, sets in sources.tasks.items()}
         targets = [self._target(task, own) for task, own in views.items()]
         tables = [influences(features, target.features, recipe.checkpoint_weights) for target in targets]
         explained = []
@@ -123,7 +123,7 @@ class Explaining:
 
     def _features_of(self, recipe: SelectionRecipe, sources: Sources, rows: Sequence[SelectedRow]) -> list[Floats]:
         """The features of some rows of the pools, (n, dim) of each checkpoint."""
-        views = {dataset: [self.features.view(each) for each in sets] for dataset, sets in sources.datasets.items()}
+        views = {id: self.features.views([each.id for each in sets]) for id, sets in sources.datasets.items()}
         return [
             np.concatenate([views[row.dataset][number].features(row.row, row.row + 1) for row in rows])
             for number in range(len(recipe.checkpoints))

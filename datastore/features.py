@@ -297,6 +297,16 @@ class Features:
         """The rows of a feature set."""
         return self.store.view(self.segments(feature_set.id))
 
+    def views(self, feature_sets: Sequence[str]) -> list[FeatureView]:
+        """The rows of several feature sets (ids), which share theirs. Raises `Conflict` where one has been deleted."""
+        segments = [self.segments(id) for id in feature_sets]
+        if not all(segments):
+            raise Conflict(
+                "features have been deleted since this was asked: POST /gradients computes them again, then ask, or "
+                "retry the job, again"
+            )
+        return [self.store.view(own) for own in segments]
+
     def segments(self, feature_set: str) -> list[str]:
         """The segments of a feature set, in order of rows."""
         with self.catalog.reading() as session:

@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from datastore import scores
 from datastore.catalog import Catalog
 from datastore.features import Features
-from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.influence import TaskScores
 from datastore.leases import Claim, Jobs, NewShard
@@ -39,7 +38,6 @@ class Scoring:
     catalog: Catalog
     jobs: Jobs
     features: Features
-    store: FeatureStore
     tasks: Tasks
     cache: ScoreCache
     texts: TextScoring
@@ -170,7 +168,7 @@ class Scoring:
         return [self.features.get(id) for id in ids]
 
     def _views(self, sets: Sequence[FeatureSet]) -> list[FeatureView]:
-        return [self.store.view(self.features.segments(feature.id)) for feature in sets]
+        return self.features.views([each.id for each in sets])
 
     def _targets(self, sources: Sources) -> list[Target]:
         return [

@@ -72,7 +72,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     recipes = Recipes(catalog, features)
     cache = ScoreCache(settings.scores)
     texts = TextScoring(catalog, datasets, tasks, cache)
-    scoring = Scoring(catalog, jobs, features, store, tasks, cache, texts)
+    scoring = Scoring(catalog, jobs, features, tasks, cache, texts)
     jobs.results["scoring"] = scoring.result
     answers = Answers(catalog, datasets, recipes, scoring, RunIndex(tasks, settings.ngrams), settings.selections)
     return OpenStore(
@@ -94,7 +94,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         cards=Cards(catalog, jobs),
         validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
         attributions=Attributions(
-            catalog, jobs, datasets, recipes, features, store, Questions(settings.questions), Indexes(settings.indexes)
+            catalog, jobs, datasets, recipes, features, Questions(settings.questions), Indexes(settings.indexes)
         ),
         explaining=Explaining(answers, datasets, features, recipes, tasks),
     )

@@ -422,7 +422,7 @@ class Validations:
 
     def _views(self, scores: dict[str, Any]) -> _Views:
         """The features of pool and task that scores are made from, one view a checkpoint; none of a control."""
-        pool, task = ([self.features.view(self.features.get(id)) for id in scores[side]] for side in ("pool", "task"))
+        pool, task = (self.features.views(scores[side]) for side in ("pool", "task"))
         return pool, task
 
     def _payloads(self, claim: Claim, key: str) -> list[dict[str, Any]]:
