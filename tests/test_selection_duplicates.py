@@ -90,10 +90,10 @@ def test_near_one_few_rows_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> No
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=14).map(" ".join)
 
 
-@given(st.lists(WORDS, min_size=1, max_size=14), st.sampled_from([0.2, 0.5, 0.75, 0.9, 1.0]))
+@given(st.lists(WORDS, min_size=1, max_size=14), st.sampled_from([0.2, 0.5, 0.75, 0.9, 1.0]), st.integers(0, 14))
 @settings(deadline=None)
-def test_by_text_what_is_kept_is_what_every_pair_says(texts: list[str], tau: float) -> None:
-    found = TextDuplicates(lambda row: texts[row], tau)
+def test_by_text_what_is_kept_is_what_every_pair_says(texts: list[str], tau: float, sample: int) -> None:
+    found = TextDuplicates(lambda row: texts[row], tau, first=range(min(sample, len(texts))))
     runs = [
         {tuple(words[place : place + 5]) for place in range(max(1, len(words) - 4))} for words in map(str.split, texts)
     ]
@@ -104,6 +104,22 @@ def test_by_text_what_is_kept_is_what_every_pair_says(texts: list[str], tau: flo
         if not near or max(near) < tau:
             kept.append(row)
     assert [row for row in range(len(texts)) if found.keep(row)] == kept
+
+
+def test_rows_that_share_a_long_prompt_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    def counted(one: np.ndarray, other: np.ndarray) -> float:
+        nonlocal compared
+        compared += 1
+        return jaccard(one, other)
+
+    monkeypatch.setattr(duplicates, "jaccard", counted)
+    prompt = " ".join(f"word{number}" for number in range(100))
+    texts = [f"{prompt} " + " ".join(f"own{row}x{number}" for number in range(60)) for row in range(100)]
+    found = TextDuplicates(lambda row: texts[row], 0.75, first=range(64))
+    assert all(found.keep(row) for row in range(100))
+    assert compared == 0
 
 
 def test_case_and_punctuation_do_not_part_two_texts() -> None:

@@ -23,7 +23,7 @@ from datastore.selection import diversity, quotas
 from datastore.selection.contamination import Contamination
 from datastore.selection.diversity import Reader
 from datastore.selection.draws import matched
-from datastore.selection.duplicates import FeatureDuplicates, TextDuplicates
+from datastore.selection.duplicates import SAMPLE, FeatureDuplicates, TextDuplicates
 from datastore.selection.make_up import Labelled
 from datastore.selection.rules import refused
 from datastore.selection.tasks import CombinedScores, Filter, Pick, Walks
@@ -136,10 +136,10 @@ def _filter(recipe: SelectionRecipe, walks: Walks, material: Material, k: int) -
     filters: list[Filter] = []
     if recipe.exclude_contaminated:
         filters.append(lambda row: material.contamination.of(row) is None)
+    ahead = (row for row, _ in walks.accepted(walks.among, (), _everything))
     if recipe.dedupe is not None and recipe.dedupe_by == "text":
-        filters.append(TextDuplicates(material.text, recipe.dedupe).keep)
+        filters.append(TextDuplicates(material.text, recipe.dedupe, first=islice(ahead, SAMPLE)).keep)
     elif recipe.dedupe is not None:
-        ahead = (row for row, _ in walks.accepted(walks.among, (), _everything))
         filters.append(FeatureDuplicates(material.features, recipe.dedupe, ahead, rows=k).keep)
     if not filters:
         return _everything
