@@ -30,7 +30,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,9 @@ from numpy.typing import NDArray
 
 from datastore.durable import place, sweep, unfinished, write_file
 from datastore.identity import content_id
-from datastore.influence import Floats, Mask
+from datastore.influence import Floats, Mask, normalise
 from datastore.search import Ends, Places, Pool, best_of, blocks, directions
-from datastore.segments import Rows
+from datastore.segments import Rows, ranges
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +223,7 @@ class _Build:
     def __init__(self, folder: Path, pool: Pool, beginning: Path | None) -> None:
         self._folder = folder
         self._pool = pool
-        self._ranges = _ranges(pool.views)
+        self._ranges = ranges(pool.views)
         self._done = 0
         """Ranges whose parts exist."""
         self._kept: dict[str, Any] | None = None
@@ -299,7 +298,7 @@ def _probes(pool: Pool, asked: NDArray[np.floating]) -> tuple[NDArray[np.floatin
     """Vectors that the index is measured with (n, checkpoints, dim), and which rows of the pool they are, if any."""
     valid = np.flatnonzero(pool.wanted)
     rows = np.sort(np.random.default_rng(1).choice(valid, min(PROBES, len(valid)), replace=False))
-    own = np.stack([_unit(view.take(rows)) for view in pool.views], axis=1)
+    own = np.stack([normalise(view.take(rows)) for view in pool.views], axis=1)
     return np.concatenate([asked, own]).astype(np.float32), [*[None] * len(asked), *rows.tolist()]
 
 
@@ -357,7 +356,7 @@ def _fitted(pool: Pool) -> tuple[Floats, Floats]:
     rows = np.sort(rng.choice(valid, number, replace=False))
     sample = np.concatenate(
         [
-            np.float32(np.sqrt(weight)) * _unit(view.take(rows))
+            np.float32(np.sqrt(weight)) * normalise(view.take(rows))
             for view, weight in zip(pool.views, pool.weights, strict=True)
         ],
         axis=1,
@@ -371,12 +370,6 @@ def _fitted(pool: Pool) -> tuple[Floats, Floats]:
     _, _, axes = np.linalg.svd(sample @ basis, full_matrices=False)
     basis = np.ascontiguousarray(basis @ axes[:reduced].T, np.float32)
     return np.concatenate([(mean @ basis)[None], basis]), sample @ basis
-
-
-def _unit(rows: Floats) -> Floats:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    found: Floats = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
-    return found
 
 
 def _parts(projection: Floats, pool: Pool) -> list[Floats]:
@@ -393,27 +386,9 @@ def _id(views: Sequence[Rows], weights: Sequence[float]) -> str:
     return content_id("index", content)
 
 
-def _ranges(views: Sequence[Rows]) -> list[tuple[int, int]]:
-    """Ranges of rows that lie in one segment at every checkpoint."""
-    borders = {0}
-    for view in views:
-        borders.update(np.cumsum([rows for _, rows in view.names]).tolist())
-    return list(pairwise(sorted(borders)))
-
-
 def _pieces(views: Sequence[Rows]) -> list[list[list[Any]]]:
-    """The segments of each range at each checkpoint, and where in them it lies."""
-    found = []
-    for start, stop in _ranges(views):
-        piece = []
-        for view in views:
-            first = 0
-            for name, rows in view.names:
-                if first <= start and stop <= first + rows:
-                    piece.append([name, start - first, stop - first])
-                first += rows
-        found.append(piece)
-    return found
+    """The segments of each range at each checkpoint, and where in them it lies: as a manifest's JSON has them."""
+    return [[list(view.place(*each)) for view in views] for each in ranges(views)]
 
 
 def _segments(manifest: dict[str, Any]) -> set[str]:

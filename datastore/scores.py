@@ -50,7 +50,7 @@ from datastore.influence import (
     usable_rows,
 )
 from datastore.products import NUMPY, Kernel
-from datastore.segments import VALID, Rows
+from datastore.segments import VALID, Rows, ranges
 from datastore.shards import CHUNK_ROWS
 
 log = logging.getLogger(__name__)
@@ -183,12 +183,7 @@ class _Plan:
     @property
     def pieces(self) -> list[tuple[int, int]]:
         """Ranges of at most `PIECE_ROWS` rows between the segments' borders of all checkpoints."""
-        borders = {0}
-        for view in self.pool:
-            starts = np.cumsum([0, *(rows for _, rows in view.names)]).tolist()
-            borders.update(starts)
-            borders.update(cut for start, stop in pairwise(starts) for cut in range(start, stop, PIECE_ROWS))
-        return list(pairwise(sorted(borders)))
+        return ranges(self.pool, most=PIECE_ROWS)
 
     def score(
         self, start: int, stop: int, cache: ScoreCache, kernel: Kernel, on_rows: Callable[[int], None] | None
@@ -210,7 +205,7 @@ class _Plan:
         """All that the scores of a piece depend on."""
         return {
             "version": SCORES_VERSION,
-            "rows": [_place_of(view, start, stop) for view in self.pool],
+            "rows": [view.place(start, stop) for view in self.pool],
             "target": target.key,
             "target_segments": [name for view in target.views for name, _ in view.names],
             "weights": list(self.weights),
@@ -249,7 +244,7 @@ class _Plan:
             if on_rows is not None:
                 on_rows(reached)
         if not all(np.isfinite(scores[valid]).all() for scores, _ in results):
-            raise Damaged(f"features of {_place_of(self.pool[0], start, stop)} are not finite: compute them again")
+            raise Damaged(f"features of {self.pool[0].place(start, stop)} are not finite: compute them again")
         return [masked(scores, subtasks, valid) for scores, subtasks in results]
 
 
@@ -320,16 +315,6 @@ def _unit_rows(view: Rows, usable: NDArray[np.bool_]) -> Floats:
         filled += len(chosen)
     rows /= view.lengths[usable, None]
     return rows
-
-
-def _place_of(view: Rows, start: int, stop: int) -> list[Any]:
-    """Segment, first and last row of a range that lies within one segment."""
-    first = 0
-    for name, rows in view.names:
-        if first <= start and stop <= first + rows:
-            return [name, start - first, stop - first]
-        first += rows
-    raise IndexError(f"rows {start}:{stop} do not lie in one segment of {view.names}")
 
 
 class ScoreCache:

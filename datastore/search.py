@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 
 from datastore.errors import Damaged
 from datastore.influence import Floats, Mask
-from datastore.segments import Rows
+from datastore.segments import BLOCK_BYTES, Rows
 
-BLOCK_BYTES = 8 << 20
-"""Float32 bytes of the rows that are multiplied at once: about what a core's caches hold."""
 SCORES_BYTES = 256 << 20
 """Of the scores of all rows for the questions that are asked in one pass."""
 ROUNDING = 1e-5

@@ -143,6 +143,15 @@ class Rows(ABC):
     def names(self) -> list[tuple[str, int]]:
         """Segments and their rows, in order."""
 
+    def place(self, start: int, stop: int) -> tuple[str, int, int]:
+        """The segment that rows `start:stop` lie in, with the first of them there and the one after the last."""
+        first = 0
+        for name, rows in self.names:
+            if first <= start and stop <= first + rows:
+                return name, start - first, stop - first
+            first += rows
+        raise IndexError(f"rows {start}:{stop} do not lie in one segment of {self.names}")
+
     def features(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start:stop` as they were computed, up to the rounding of the stored dtype: float32 (n, dim)."""
         return self.decoded(start, stop, check=True) * self.scales[start:stop, None]
@@ -203,6 +212,17 @@ class Rows(ABC):
     def valid(self) -> NDArray[np.bool_]:
         """Which rows have a feature (n,)."""
         return cast("NDArray[np.bool_]", self.column("reason") == VALID)
+
+
+def ranges(views: Sequence[Rows], *, most: int | None = None) -> list[tuple[int, int]]:
+    """Ranges of rows, of at most so many, that lie in one segment of each of the views, which share their rows."""
+    borders = {0}
+    for view in views:
+        starts = np.cumsum([0, *(rows for _, rows in view.names)]).tolist()
+        borders.update(starts)
+        if most is not None:
+            borders.update(cut for start, stop in pairwise(starts) for cut in range(start, stop, most))
+    return list(pairwise(sorted(borders)))
 
 
 class Segment(Rows):

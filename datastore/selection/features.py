@@ -32,9 +32,12 @@ class PoolFeatures:
         The product of two of them is their cosine, weighted over the checkpoints: Σ_i w_i cos_i.
         """
         found = np.empty((len(rows), self.dim), np.float32)
-        for place, (pool, row) in enumerate(locate(rows, self._sizes)):
-            for number, view in enumerate(self._pools[pool]):
-                found[place, self._ends[number] : self._ends[number + 1]] = view.decoded(row, row + 1)[0]
+        places = np.array(locate(rows, self._sizes), np.int64).reshape(-1, 2)
+        for pool, views in enumerate(self._pools):
+            mine = np.flatnonzero(places[:, 0] == pool)
+            ascending = mine[np.argsort(places[mine, 1], kind="stable")]
+            for number, view in enumerate(views):
+                found[ascending, self._ends[number] : self._ends[number + 1]] = view.take(places[ascending, 1])
         for number, root in enumerate(self._roots):
             part = found[:, self._ends[number] : self._ends[number + 1]]
             part *= root / np.linalg.norm(part, axis=1, keepdims=True)
