@@ -1,31 +1,24 @@
-"""Answers of /select and /scores: scores turned into rows with their origins, and kept under the recipe's hash.
-
-A selection's rows are one Parquet file, written once: any page of them, and any line, is read back without scoring.
-"""
+"""Answers of /select and /scores: scores turned into rows with their origins, and kept under the recipe's hash."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from gradstore import types
 from gradstore.types import ScoredRow, SelectedRow, Selection, SelectionRecipe
 from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets, Origins, RowLabels, joined
-from datastore.durable import replacing, sweep_files
-from datastore.errors import NotFound
+from datastore.errors import Damaged, NotFound
 from datastore.identity import content_id
 from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores, everywhere
 from datastore.recipes import Recipes, Sources
@@ -40,28 +33,13 @@ from datastore.selection.rules import refused
 from datastore.selection.tasks import CombinedScores, combine
 from datastore.selection.top import candidates, wanted
 from datastore.selection.words import text_of
+from datastore.selection_files import SCHEMA, SelectionFiles
 from datastore.shapes import example
 from datastore.strict_json import parse
 
-BATCH = 1024  # rows of a selection read at a time
-
-GROUP_ROWS = 1024
-"""Rows of a group of the Parquet file: a page reads those groups that it lies in."""
 REPORTED = 20
 """Overlaps with tasks' rows that an answer tells."""
 _Names = Sequence[tuple[str | None, tuple[str, ...]]]
-_SCHEMA = pa.schema(
-    [
-        ("rank", pa.int64()),
-        ("dataset", pa.string()),
-        ("row", pa.int64()),
-        ("id", pa.string()),
-        ("origin", pa.string()),
-        ("score", pa.float32()),
-        ("task", pa.string()),
-        ("subtask", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -97,13 +75,13 @@ class Answers:
     recipes: Recipes
     scoring: Scoring
     runs: RunIndex
-    root: Path
+    files: SelectionFiles
 
     def find(self, recipe: SelectionRecipe, *, limit: int, after: int = 0) -> Selection | None:
-        """The selection that this recipe has given before; None where there is none."""
+        """The selection that this recipe has given before; None where there is none, or its rows are lost."""
         try:
             return self.read(selection_id(recipe), limit=limit, after=after)
-        except NotFound:
+        except (NotFound, Damaged):
             return None
 
     def read(self, reference: str, *, limit: int, after: int = 0) -> Selection:
@@ -138,7 +116,7 @@ class Answers:
             "notes": [*self.scoring.notes(sources), *chosen.notes],
         }
         id = selection_id(recipe)
-        _write_table(self._path(id), _table(pool, chosen, self._names(recipe, sources)))
+        self.files.write(id, _table(pool, chosen, self._names(recipe, sources)))
         row = self.catalog.add_selection(id=id, recipe=recipe.model_dump(mode="json"), summary=summary)
         return self._answer(row, limit=limit, after=after)
 
@@ -166,7 +144,7 @@ class Answers:
 
     def chosen(self, selection: str) -> pa.Table:
         """All rows of a selection as a table, best first. Raises `NotFound`."""
-        return pq.read_table(self._path(self.catalog.selection(selection).id), memory_map=True)
+        return self.files.table(self.catalog.selection(selection).id)
 
     def origins(self, recipe: SelectionRecipe) -> Origins:
         """The origin of every row of a recipe's pool."""
@@ -174,9 +152,7 @@ class Answers:
 
     def rows(self, selection: str) -> Iterator[SelectedRow]:
         """All rows of a selection, best first."""
-        for batch in pq.ParquetFile(self._path(self.catalog.selection(selection).id)).iter_batches(BATCH):
-            for row in batch.to_pylist():
-                yield SelectedRow.model_validate(row)
+        return self.files.rows(self.catalog.selection(selection).id)
 
     def lines(self, selection: str) -> Iterator[bytes]:
         """The original rows of a selection, best first, each as one line without its end."""
@@ -198,20 +174,18 @@ class Answers:
 
     def table(self, selection: str) -> Path:
         """The Parquet file of a selection's rows: their places and scores."""
-        return self._path(self.catalog.selection(selection).id)
+        return self.files.path(self.catalog.selection(selection).id)
 
     def remove(self, reference: str) -> str:
         """Delete a selection and return its id. Raises `NotFound`, `InUse`."""
-        return self.catalog.remove(
-            SelectionRow, reference, delete_files=lambda gone: self._path(gone).unlink(missing_ok=True)
-        )
+        return self.catalog.remove(SelectionRow, reference, delete_files=self.files.remove)
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
-        return sweep_files(self.root, older_than=older_than) + self.runs.sweep(older_than=older_than)
+        return self.files.sweep(older_than=older_than) + self.runs.sweep(older_than=older_than)
 
     def _answer(self, row: SelectionRow, *, limit: int, after: int) -> Selection:
-        data = self._page(row.id, after, limit) if limit else []
+        data = self.files.page(row.id, limit=limit, after=after) if limit else []
         return Selection.model_validate(
             {
                 "id": row.id,
@@ -223,18 +197,6 @@ class Answers:
                 "created_at": row.created_at,
             }
         )
-
-    def _page(self, id: str, after: int, limit: int) -> list[dict[str, Any]]:
-        with pq.ParquetFile(self._path(id), memory_map=True) as file:
-            first, last = after // GROUP_ROWS, min(-(-(after + limit) // GROUP_ROWS), file.num_row_groups)
-            if first >= last:
-                return []
-            groups = file.read_row_groups(list(range(first, last)))
-        found: list[dict[str, Any]] = groups.slice(after - first * GROUP_ROWS, limit).to_pylist()
-        return found
-
-    def _path(self, id: str) -> Path:
-        return self.root / f"{id}.parquet"
 
     def _pool(self, recipe: SelectionRecipe) -> Pool:
         return Pool(recipe.datasets, [self.datasets.label_columns(dataset) for dataset in recipe.datasets])
@@ -262,7 +224,7 @@ class Answers:
         """A key of the text of each example of a dataset or selection (n,)."""
         if not reference.startswith("sel_"):
             return self.datasets.text_keys(reference)
-        places = pq.read_table(self._path(reference), columns=["dataset", "row"])
+        places = self.files.table(reference, columns=["dataset", "row"])
         keys = [np.empty(0, np.uint64)]
         for dataset in pc.unique(places["dataset"]).to_pylist():
             rows = places.filter(pc.equal(places["dataset"], dataset))["row"].to_numpy()
@@ -329,7 +291,7 @@ class Answers:
             raise refused("match", f"{recipe.match} was chosen without features, so the lengths of rows are not known")
         sources = self.recipes.sources(model)
         known = np.concatenate([views[0].tokens for views in self.scoring.rows(sources)])
-        places = pq.read_table(self._path(recipe.match), columns=["dataset", "row"]).to_pydict()
+        places = self.files.table(recipe.match, columns=["dataset", "row"]).to_pydict()
         sizes = [len(views[0].tokens) for views in self.scoring.rows(sources)]
         starts = dict(zip(recipe.datasets, accumulate(sizes, initial=0), strict=False))
         rows = [starts[dataset] + row for dataset, row in zip(places["dataset"], places["row"], strict=True)]
@@ -370,13 +332,5 @@ def _table(pool: Pool, chosen: Chosen, names: _Names) -> pa.Table:
                 for task, number in zip(tasks, chosen.subtask.tolist(), strict=True)
             ],
         },
-        schema=_SCHEMA,
+        schema=SCHEMA,
     )
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file whole or not at all."""
-    with replacing(path) as partial, partial.open("wb") as file:
-        pq.write_table(table, file, row_group_size=GROUP_ROWS)
-        file.flush()
-        os.fsync(file.fileno())

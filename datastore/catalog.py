@@ -470,11 +470,16 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
     row = None
-    if "\0" not in reference:  # PostgreSQL takes no text with one
+    if "\0" not in reference and _is_text(reference):  # what no database takes is no name of anything
         row = session.get(noun, reference) or session.scalar(select(noun).where(noun.name == reference))
     if row is None:
         raise NotFound(_noun_name(noun), reference, collection=f"/{noun.__tablename__}")
     return row
+
+
+def _is_text(reference: str) -> bool:
+    """Whether a text has no lone surrogates, half of a pair that JSON can hold."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in reference)
 
 
 def _bridge(session: Session, row: DatasetRow) -> None:

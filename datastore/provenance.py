@@ -30,13 +30,17 @@ from gradstore.types import (
 
 from datastore.catalog import Catalog
 from datastore.errors import NotFound
+from datastore.features import UNPROJECTED
 from datastore.leases import Jobs
+from datastore.recipes import OF_GRADIENTS
 
 _NAMES = {"datasets": "dataset", "tasks": "task", "checkpoints": "checkpoint"}
 """Fields of a recipe that /select has under another name."""
+_OPTIONS = {"exclude_ids": "exclude-id"}
+"""Parameters of /select that the command line has under another name."""
 _NONE = frozenset({"quantisation", "converted_from"})
 """Fields of a recipe whose absence /select knows as `none`."""
-_FOLLOWS = frozenset({"checkpoint_weights", "task_kind", "projection_version"})
+_FOLLOWS = frozenset({"checkpoint_weights", "task_kind", "task_adam", "projection_version", "bm25_version"})
 """Fields of a recipe that /select finds out from the others."""
 FoundT = TypeVar("FoundT")
 
@@ -181,19 +185,25 @@ def _parameters(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     That a base model was not quantised, and features not converted, is said where there were some: with a precision.
     """
     left_out = _FOLLOWS | ({"checkpoints"} if recipe["run"] else set())
+    left_out |= set(OF_GRADIENTS) if recipe["kind"] in UNPROJECTED else set()
     found: list[tuple[str, str]] = []
     for name, value in recipe.items():
         said = value is not None or (name in _NONE and recipe["precision"] is not None)
         if name in left_out or not said:
             continue
         items = value if isinstance(value, list) else ["none" if value is None else value]
+        if isinstance(value, dict):
+            items = [f"{origin}:{share!r}" for origin, share in value.items()]
         found += [(_NAMES.get(name, name), _plain(item)) for item in items]
     return found
 
 
 def _command(recipe: Mapping[str, Any]) -> str:
     return " ".join(
-        ["gradstore select", *(_option(name.replace("_", "-"), text) for name, text in _parameters(recipe))]
+        [
+            "gradstore select",
+            *(_option(_OPTIONS.get(name, name.replace("_", "-")), text) for name, text in _parameters(recipe)),
+        ]
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from gradstore.types import (
     AdamForm,
     Aggregate,
     Combine,
+    Dataset,
     DedupeBy,
     FeatureDtype,
     FeatureKind,
@@ -36,8 +38,9 @@ from gradstore.types import (
 
 from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
-from datastore.errors import Ambiguous, Conflict, ForeignProjection, GradientsMissing, InvalidInput
+from datastore.errors import Ambiguous, Conflict, ForeignProjection, GradientsMissing, InvalidInput, NotFound
 from datastore.features import UNPROJECTED, Features
+from datastore.schema import SelectionRow
 from datastore.selection import rules
 from datastore.selection.contamination import DEFAULT_NGRAM
 
@@ -118,7 +121,7 @@ _ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version
 """Parameters that a query can name."""
 _NONE = ("quantisation", "converted_from")
 """Parameters whose absence can be asked for, as `none`."""
-_OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
+OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
 _OWN_KINDS: tuple[Literal["rds", "embedding"], ...] = ("rds", "embedding")
 """Methods that compare the features of the kind of their name, which no other method takes."""
@@ -179,17 +182,16 @@ class Recipes:
 
     def sources(self, recipe: SelectionRecipe) -> Sources:
         """The features that a recipe reads. Raises `NotFound`, `InvalidInput` and `GradientsMissing`."""
+        if not recipe.tasks and recipe.method not in _WITHOUT_TASKS:
+            raise rules.refused("tasks", f"method={recipe.method} selects for a task: a recipe of it has one")
         rules.check(recipe)
-        for dataset in recipe.datasets:
-            self.catalog.dataset(dataset)
-        for task in (*recipe.tasks, *recipe.decontaminate):
-            self.catalog.task(task)
-        if recipe.method == "bm25":
-            _refuse_other_words(recipe)
+        self._find_all(recipe)
+        if recipe.method == "bm25" and recipe.bm25_version != BM25_VERSION:
+            raise rules.refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
         if recipe.method in rules.WITHOUT_FEATURES:
             return Sources(datasets={}, tasks={})
-        if len(recipe.checkpoints) != len(recipe.checkpoint_weights) or not recipe.checkpoints:
-            raise rules.refused("checkpoint_weights", "a recipe has checkpoints, and a weight for each")
+        if not recipe.checkpoints:
+            raise rules.refused("checkpoints", f"method={recipe.method} compares features: a recipe has checkpoints")
         shared = {name: getattr(recipe, name) for name in _SHARED}
         own = {name: getattr(recipe, name) for name in _OWN}
         known = _TASK_KINDS if recipe.task_kind not in UNPROJECTED else ((recipe.task_kind, None),)
@@ -200,6 +202,25 @@ class Recipes:
             for task in recipe.tasks
         }
         return Sources(datasets=pools, tasks=tasks)
+
+    def _find_all(self, recipe: SelectionRecipe) -> None:
+        """Raise `NotFound` where the recipe names what is not there, `InvalidInput` where by anything but its id."""
+        looks: list[tuple[str, Sequence[str], Callable[[str], Dataset | Task | SelectionRow]]] = [
+            ("datasets", recipe.datasets, self.catalog.dataset),
+            ("tasks", recipe.tasks, self.catalog.task),
+            ("decontaminate", recipe.decontaminate, self.catalog.task),
+            ("exclude", recipe.exclude, self._excluded),
+            ("match", [] if recipe.match is None else [recipe.match], self.catalog.selection),
+        ]
+        for parameter, references, look in looks:
+            for reference in references:
+                if (id := look(reference).id) != reference:
+                    raise rules.refused(parameter, f"a recipe holds ids, and {reference!r} is the name of {id}")
+        if isinstance(recipe.quota, dict):
+            rules.check_shares(recipe.quota, self._origins(recipe.datasets))
+
+    def _origins(self, datasets: Iterable[str]) -> set[str]:
+        return {origin for dataset in datasets for origin in self.catalog.dataset(dataset).origins}
 
     def _plain(self, query: Query, path: str) -> SelectionRecipe:
         """The recipe of a method that reads no features."""
@@ -232,17 +253,16 @@ class Recipes:
 
     def _resolved(self, query: Query, datasets: Sequence[str]) -> dict[str, Any]:
         """What a query says about the choice, resolved to ids. Raises `NotFound`, `InvalidInput`."""
-        origins = {origin for dataset in datasets for origin in self.catalog.dataset(dataset).origins}
         return {
             "pct": query.pct,
             "k": query.k,
-            "exclude": [self._excluded(reference) for reference in dict.fromkeys(query.exclude)],
+            "exclude": list(dict.fromkeys(self._excluded(reference).id for reference in query.exclude)),
             "exclude_ids": sorted(set(query.exclude_ids)),
             "strategy": query.strategy or "top",
             "among": query.among,
             "clusters": query.clusters,
             "selection_seed": (query.selection_seed or 0) if rules.is_drawn(query) else None,
-            "quota": rules.quota(query.quota, origins) if query.quota else None,
+            "quota": rules.quota(query.quota, self._origins(datasets)) if query.quota else None,
             "dedupe": query.dedupe,
             "dedupe_by": rules.dedupe_by(query),
             "match": None if query.match is None else self.catalog.selection(query.match).id,
@@ -391,10 +411,18 @@ class Recipes:
         total = sum(known)
         return [rate / total for rate in known] if total > 0 else [1 / len(rates)] * len(rates)
 
-    def _excluded(self, reference: str) -> str:
-        if reference.startswith("sel_"):
-            return self.catalog.selection(reference).id
-        return self.catalog.dataset(reference).id
+    def _excluded(self, reference: str) -> Dataset | SelectionRow:
+        """A dataset or selection by id or name. Raises `NotFound`, and `InvalidInput` where a name is both's."""
+        found: list[Dataset | SelectionRow] = []
+        for look in (self.catalog.dataset, self.catalog.selection):
+            with suppress(NotFound):
+                found.append(look(reference))
+        if not found:
+            raise NotFound("dataset or selection", reference, collection="/datasets and GET /selections")
+        if len(found) > 1:
+            ids = " and ".join(one.id for one in found)
+            raise rules.refused("exclude", f"{reference!r} is the name of {ids}: say which by its id")
+        return found[0]
 
     def _missing_task(
         self, found: Sequence[tuple[_Candidate, dict[str, list[FeatureSet]]]], tasks: Sequence[Task]
@@ -448,13 +476,6 @@ class Recipes:
         return GradientsMissing(detail, body=body)
 
 
-def _refuse_other_words(recipe: SelectionRecipe) -> None:
-    if not recipe.tasks:
-        raise rules.refused("tasks", "method=bm25 compares words with a task's: a recipe of it has one")
-    if recipe.bm25_version != BM25_VERSION:
-        raise rules.refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
-
-
 def _with_method(query: Query) -> Query:
     """The query with its method, and how this takes rows and tasks together where nothing else is asked for.
 
@@ -492,7 +513,7 @@ def _refuse_idle(query: Query) -> None:
             detail, errors=[ProblemItem(detail=detail, parameter=parameters.get(name, name)) for name in unused]
         )
     own: dict[str, tuple[str, ...]] = {
-        **dict.fromkeys(UNPROJECTED, _OF_GRADIENTS),
+        **dict.fromkeys(UNPROJECTED, OF_GRADIENTS),
         "sgd": ("adam",),
         "sign": ("adam",),
     }
@@ -578,7 +599,7 @@ def _posts(body: dict[str, object], parameters: dict[str, Any]) -> str:
 def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters without those that say nothing about their kind."""
     hidden = parameters.get("kind") in UNPROJECTED
-    return {name: value for name, value in parameters.items() if not (hidden and name in _OF_GRADIENTS)}
+    return {name: value for name, value in parameters.items() if not (hidden and name in OF_GRADIENTS)}
 
 
 def _said(name: str, value: Any) -> Any:

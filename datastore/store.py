@@ -25,6 +25,7 @@ from datastore.recipes import Recipes
 from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
 from datastore.selection.contamination import RunIndex
+from datastore.selection_files import SelectionFiles
 from datastore.settings import Settings
 from datastore.tasks import Tasks
 from datastore.text_scoring import TextScoring
@@ -74,7 +75,8 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     texts = TextScoring(catalog, datasets, tasks, cache)
     scoring = Scoring(catalog, jobs, features, tasks, cache, texts)
     jobs.results["scoring"] = scoring.result
-    answers = Answers(catalog, datasets, recipes, scoring, RunIndex(tasks, settings.ngrams), settings.selections)
+    runs, files = RunIndex(tasks, settings.ngrams), SelectionFiles(settings.selections)
+    answers = Answers(catalog, datasets, recipes, scoring, runs, files)
     return OpenStore(
         settings=settings,
         catalog=catalog,

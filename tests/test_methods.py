@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from datastore.bm25 import NO_WORDS
 from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput
 from datastore.recipes import Query
+from service.routes.select import SelectQuery
 from tests.bruteforce import aggregated
 from tests.stores import Store, numbers, request, task_numbers, with_config
 from tests.test_bm25 import formula
@@ -215,6 +217,16 @@ def test_scores_are_the_cosines_of_the_methods_own_features(store: Store, kind: 
     assert (recipe.method, recipe.kind, recipe.task_kind, recipe.dim, recipe.projection) == (kind, kind, kind, 24, None)
     assert (recipe.checkpoints, recipe.checkpoint_weights, recipe.run) == (["ck_7"], [1.0], None)
     assert recipe.template == ("tulu" if kind == "rds" else None)
+
+
+def test_the_request_of_a_card_gives_the_recipe_again(store: Store, kind: str) -> None:
+    with_features(store, kind)
+    selection = select(store, method=kind, tasks=["target", "other"])
+    said: dict[str, Any] = parse_qs(urlsplit(store.cards.of(selection).request).query)
+    query = SelectQuery.model_validate(
+        {name: values if name in ("task", "dataset", "checkpoint") else values[0] for name, values in said.items()}
+    )
+    assert store.recipes.resolve(query.query(), path="/select")[0] == selection.recipe
 
 
 def test_the_largest_cosine_counts_and_several_tasks_take_turns_unless_said_otherwise(store: Store, kind: str) -> None:

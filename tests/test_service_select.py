@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,8 +13,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from gradstore.cli import app
 from numpy.typing import NDArray
 from safetensors.numpy import load
+from typer.testing import CliRunner
 
 from datastore.errors import Damaged
 from datastore.store import OpenStore
@@ -250,6 +253,106 @@ def test_a_recipe_alone_gives_its_selection_again(ready: Service) -> None:
     for change, pointer in (({"pct": 5}, "/recipe/pct"), ({"pkt": 1}, "/recipe/pkt"), ({"k": 3}, "/recipe")):
         sent = {"recipe": {**chosen["recipe"], **change}}
         assert problem_of(ready.http.post("/selections", json=sent), 422).errors[0].pointer == pointer
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"datasets": []}, "at least 1"),
+        ({"datasets": ["{pool}", "{pool}"]}, "names something twice"),
+        ({"datasets": ["pool"]}, "'pool' is the name of ds_"),
+        ({"tasks": ["{task}", "{task}"]}, "names something twice"),
+        ({"tasks": []}, "selects for a task"),
+        ({"tasks": ["\ud800"]}, "valid string"),
+        ({"checkpoint_weights": [0]}, "add up to 1"),
+        ({"checkpoint_weights": [-1]}, "greater than or equal to 0"),
+        ({"checkpoint_weights": [0.5, 0.5]}, "a weight for each"),
+        ({"checkpoints": [], "checkpoint_weights": []}, "a recipe has checkpoints"),
+        ({"k": 10**20, "pct": None}, "less than or equal"),
+        ({"strategy": "clusters", "selection_seed": 0, "among": 10**20}, "less than or equal"),
+        ({"quota": {}}, "no share"),
+        ({"quota": {"nobody": 0.5}}, "no row has the origin"),
+        ({"quota": {"pool.jsonl": -1}}, "no fraction"),
+        ({"quota": {"\ud800": 0.5}}, "no row has the origin"),
+        ({"exclude": ["pool"]}, "'pool' is the name of ds_"),
+        ({"exclude_ids": ["\ud800"]}, "valid string"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_no_answer_carries_is_refused(ready: Service, change: dict[str, Any], words: str) -> None:
+    recipe = select(ready)["recipe"]
+    named = {"{pool}": recipe["datasets"][0], "{task}": recipe["tasks"][0]}
+    said = {
+        name: [named.get(item, item) if isinstance(item, str) else item for item in value]
+        if isinstance(value, list)
+        else value
+        for name, value in change.items()
+    }
+    sent = json.dumps({"recipe": recipe | said}).encode()
+    answer = ready.http.post("/selections", content=sent, headers={"Content-Type": "application/json"})
+    problem = problem_of(answer, 422)
+    assert words in " ".join([problem.detail, *(item.detail for item in problem.errors)])
+
+
+@pytest.mark.parametrize("change", [{"exclude": ["gone"]}, {"exclude": ["a\0b"]}, {"decontaminate": ["gone"]}])
+def test_a_recipe_of_what_is_not_there_is_not_found(ready: Service, change: dict[str, Any]) -> None:
+    recipe = select(ready)["recipe"]
+    problem_of(ready.http.post("/selections", json={"recipe": recipe | change}), 404)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {},
+        {"method": "bm25"},
+        {"method": "bm25", "aggregate": "avg", "dedupe": 0.9},
+        {"method": "random", "selection_seed": 3},
+        {"method": "random", "task": (), "pct": 0.2},
+        {"quota": ["pool.jsonl:0.5"]},
+        {"quota": ["equal"], "dedupe": 0.999},
+        {"exclude_ids": ["row 3", "4"], "exclude_contaminated": "true", "ngram": 5},
+        {"strategy": "clusters", "clusters": 2, "among": 20},
+        {"strategy": "k-center"},
+        {"combine": "mean", "aggregate": "max", "kind": "sgd", "decontaminate": ["target"]},
+    ],
+)
+def test_the_request_and_the_command_of_a_card_name_the_whole_recipe(
+    ready: Service, query: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = select(ready, **query)
+    told = ready.http.get(f"/selections/{chosen['id']}/provenance").json()
+    method, _, url = told["request"].partition(" ")
+    again = ready.http.request(method, url)
+    assert again.status_code == 200, again.text
+    assert again.json()["id"] == chosen["id"]
+    monkeypatch.setenv("GRADSTORE_URL", ready.url)
+    done = CliRunner().invoke(app, [*shlex.split(told["command"])[1:], "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["id"] == chosen["id"]
+
+
+def test_a_selection_is_excluded_by_its_name(ready: Service) -> None:
+    first = select(ready)
+    ready.http.patch(f"/selections/{first['id']}", json={"name": "best"})
+    second = select(ready, exclude="best")
+    assert second["recipe"]["exclude"] == [first["id"]]
+    assert not {row["row"] for row in first["data"]} & {row["row"] for row in second["data"]}
+    ready.http.patch(f"/selections/{first['id']}", json={"name": "pool"})
+    both = ready.http.get("/select", params={"task": "target", "k": 1, "exclude": "pool"})
+    assert f"'pool' is the name of {first['recipe']['datasets'][0]} and {first['id']}" in problem_of(both, 422).detail
+
+
+@pytest.mark.parametrize("left", [b"", b"PAR1 but not for long"])
+def test_lost_rows_of_a_selection_are_told_and_chosen_again_when_it_is_asked_for(ready: Service, left: bytes) -> None:
+    chosen = select(ready)
+    path = ready.backend.answers.files.path(chosen["id"])
+    path.unlink()
+    if left:
+        path.write_bytes(left)
+    for part in ("", "/content", "/export?format=jsonl"):
+        problem = problem_of(ready.http.get(f"/selections/{chosen['id']}{part}"), 500)
+        assert "ask for the selection again" in problem.detail
+    assert select(ready) == chosen
+    assert ready.http.get(f"/selections/{chosen['id']}").json() == chosen
 
 
 def test_rows_are_drawn_without_a_task(ready: Service) -> None:

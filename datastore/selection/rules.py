@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -80,14 +80,24 @@ def quota(said: Sequence[str], origins: Collection[str]) -> Quota:
             fraction = -1
         if not 0 <= fraction <= 1 or not origin:
             raise refused("quota", f"{text!r} is none: say equal, proportional, or origin:fraction, as dolly:0.25")
-        if origin not in origins:
-            raise refused("quota", f"no row has the origin {origin!r}; there are {', '.join(sorted(origins))}")
         if origin in found:
             raise refused("quota", f"the origin {origin!r} has two quotas")
         found[origin] = fraction
-    if sum(Fraction(repr(fraction)) for fraction in found.values()) > 1:
-        raise refused("quota", "the quotas are fractions of the chosen rows, and add up to more than 1")
+    check_shares(found, origins)
     return dict(sorted(found.items()))
+
+
+def check_shares(quota: Mapping[str, float], origins: Collection[str]) -> None:
+    """Raise `InvalidInput` where shares of the chosen rows by origin are none, or of origins that no row has."""
+    if not quota:
+        raise refused("quota", "there is no share in it: name an origin, or leave it out")
+    for origin, share in quota.items():
+        if origin not in origins:
+            raise refused("quota", f"no row has the origin {origin!r}; there are {', '.join(sorted(origins))}")
+        if not 0 <= share <= 1:
+            raise refused("quota", f"{share:g} of {origin!r} is no fraction: it lies between 0 and 1")
+    if sum(Fraction(repr(share)) for share in quota.values()) > 1:
+        raise refused("quota", "the quotas are fractions of the chosen rows, and add up to more than 1")
 
 
 def refused(parameter: str, detail: str) -> InvalidInput:

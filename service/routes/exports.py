@@ -48,7 +48,7 @@ def export_selection(
     selection: Reference, parameters: Annotated[ExportQuery, Query()], backend: BackendDep
 ) -> Response:
     """The chosen original rows, best first, as a file, with where they come from."""
-    found = backend.answers.read(selection, limit=0)
+    found = backend.answers.read(selection, limit=1)  # a row: that they are lost is told before an answer begins
     provenance = backend.cards.of(found)
     wanted, scores = parameters.format, parameters.scores
     suffix = wanted if wanted in MEDIA_TYPES else f"{wanted}.zip"

@@ -19,6 +19,8 @@ from gradstore.types import (
     FeatureChoice,
     Fraction,
     Named,
+    OwnId,
+    RowCount,
     Scores,
     ScoringJob,
     Selection,
@@ -99,15 +101,15 @@ class SelectQuery(ScoresQuery):
     """What to select."""
 
     pct: Fraction | None = None
-    k: int | None = Field(None, ge=1)
+    k: RowCount | None = None
     exclude: list[Named] = Field([], max_length=100)
     """Datasets and selections whose examples are left out."""
-    exclude_ids: list[str] = Field([], max_length=100_000)
+    exclude_ids: list[OwnId] = Field([], max_length=100_000)
     """Examples to leave out, by their own ids."""
     strategy: Strategy | None = None
     """How rows are chosen by their scores: the best (`top`, the default), those farthest from each other (`k-center`)
     or the best of each cluster (`clusters`)."""
-    among: int | None = Field(None, ge=1)
+    among: RowCount | None = None
     """Of how many of the best rows `k-center` and `clusters` choose; by default four times as many as are chosen."""
     clusters: int | None = Field(None, ge=1, le=100_000)
     """Into how many clusters these are parted; by default the square root of the number of rows chosen."""

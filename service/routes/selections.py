@@ -83,7 +83,7 @@ def delete_selection(selection: Reference, backend: BackendDep) -> None:
 @router.get("/{selection}/content", responses={200: {"content": {NDJSON: {}, CSV: {}}}}, response_class=Response)
 def selection_content(selection: Reference, request: Request, backend: BackendDep) -> Response:
     """The original rows of a selection, best first; as `text/csv` their places and scores."""
-    found = backend.answers.read(selection, limit=0)
+    found = backend.answers.read(selection, limit=1)  # a row: that they are lost is told before an answer begins
     return as_csv(backend, found) if wanted_type(request, [NDJSON, CSV]) == CSV else as_ndjson(backend, found)
 
 

@@ -77,6 +77,8 @@ ProjectionId = Annotated[str, Field(min_length=1, max_length=200), AfterValidato
 """What a user calls a projection that is not this store's."""
 Named = Annotated[str, Field(max_length=255)]
 """An id or a name."""
+RowCount = Annotated[int, Field(ge=1, le=10**12)]
+"""A number of rows."""
 ServerPath = Annotated[str, Field(max_length=4096)]
 ModelName = Annotated[str, Field(max_length=4096)]
 """Hub id, or a folder of the server inside an allowed root."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from math import isclose
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -14,10 +15,12 @@ from gradstore.types.base import (
     FeatureDtype,
     FeatureKind,
     Fraction,
+    Named,
     Precision,
     Quantisation,
     Reduction,
     Request,
+    RowCount,
     Split,
     StoredProjection,
     TemplateName,
@@ -35,6 +38,8 @@ Combine = Literal["max", "mean", "round-robin", "balanced"]
 Strategy = Literal["top", "k-center", "clusters"]
 """How rows are chosen by their scores: the best, those farthest from each other, or the best of each cluster."""
 DedupeBy = Literal["features", "text"]
+OwnId = Annotated[str, Field(max_length=1 << 20)]
+"""An example's id, as it was uploaded."""
 Quota = Literal["equal", "proportional"] | dict[str, float]
 """Shares of the chosen rows by origin: as many of each, as in the pool, or fractions."""
 
@@ -108,9 +113,18 @@ class SentRecipe(SelectionRecipe):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    datasets: list[Named] = Field(min_length=1, max_length=100)
+    tasks: list[Named] = Field(max_length=100)
+    checkpoints: list[Named] = Field(max_length=1000)
+    checkpoint_weights: list[Annotated[float, Field(ge=0, le=1)]] = Field(max_length=1000)
+    run: Named | None
     pct: Fraction | None
-    k: int | None = Field(ge=1)
-    among: int | None = Field(None, ge=1)
+    k: RowCount | None
+    exclude: list[Named] = Field(max_length=100)
+    exclude_ids: list[OwnId] = Field([], max_length=100_000)
+    match: Named | None = None
+    decontaminate: list[Named] = Field([], max_length=100)
+    among: RowCount | None = None
     clusters: int | None = Field(None, ge=1, le=100_000)
     dedupe: float | None = Field(None, gt=0, le=1)
     ngram: int | None = Field(None, ge=5, le=100)
@@ -120,6 +134,22 @@ class SentRecipe(SelectionRecipe):
     def _one_amount(self) -> SentRecipe:
         if self.match is None and (self.pct is None) == (self.k is None):
             raise ValueError("a recipe has either a pct or a k")
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> SentRecipe:
+        weights = self.checkpoint_weights
+        if len(weights) != len(self.checkpoints) or (weights and not isclose(sum(weights), 1, rel_tol=1e-6)):
+            raise ValueError(
+                "a recipe has a weight for each of its checkpoints (checkpoint_weights), which add up to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _named_once(self) -> SentRecipe:
+        for name in ("datasets", "tasks", "checkpoints", "exclude", "decontaminate"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names something twice")
         return self
 
 
