@@ -248,8 +248,8 @@ def test_a_recipe_whose_features_are_gone_says_how_to_compute_them(filled: Store
     other = recipe.model_copy(update={"dim": 2 * DIM})
     with pytest.raises(GradientsMissing, match="POST /gradients"):
         filled.recipes.sources(other)
-    with pytest.raises(InvalidInput, match="a weight for each"):
-        filled.recipes.sources(recipe.model_copy(update={"checkpoint_weights": [1.0]}))
+    with pytest.raises(InvalidInput, match="a recipe has checkpoints"):
+        filled.recipes.sources(recipe.model_copy(update={"checkpoints": [], "checkpoint_weights": []}))
 
 
 @pytest.mark.parametrize(
