@@ -134,7 +134,7 @@ def test_a_job_is_done_when_its_last_two_chunks_are_published_at_once(jobs: Jobs
 def with_a_chunk(jobs: Jobs, id: str, chunk: NewChunk | None) -> Claim | None:
     """A gradients job of one shard of one chunk, done with that chunk, or not yet done."""
     segment = SegmentRow(id="seg_1", rows=1024, dim=4, dtype="float16", shard_rows=1024, complete=False)
-    payload = {"start": 2048, "outputs": [{"segment": segment.id, "base": 2048}]}
+    payload = {"start": 2048, "stop": 3072, "outputs": [{"segment": segment.id, "base": 2048}]}
     jobs.create(
         id=id, kind="gradients", request={}, plan={"segments": [segment.id]},
         shards=[NewShard(payload, 1024, finished=chunk is None)], before=partial(with_segment, segment),

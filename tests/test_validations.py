@@ -439,7 +439,7 @@ def test_scores_are_looked_for_as_by_select(world: World) -> None:
         world.store.validations.start(world.request())
     wanted = [{"dim": 8}, {"dim": DIM, "checkpoints": ["ck_0"]}]
     plan = world.store.validations.plan(world.request(scores=wanted)).settings
-    assert [scores["label"] for scores in plan["scores"]] == ["dim=8", f"checkpoints=ck_0 dim={DIM}"]
+    assert [scores["label"] for scores in plan["scores"]] == ["dim=8", f"dim={DIM} checkpoints=ck_0"]
     assert [scores["recipe"]["checkpoints"] for scores in plan["scores"]] == [["ck_0", "ck_1"], ["ck_0"]]
 
 
