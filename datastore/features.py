@@ -156,7 +156,7 @@ class Features:
     jobs: Jobs
     store: FeatureStore
     settings: Settings
-    _described: dict[tuple[str, datetime], FeatureSet] = field(default_factory=dict, repr=False, compare=False)
+    _described: dict[tuple[str, datetime], FeatureSet] = field(default_factory=dict, init=False, compare=False)
 
     def start(self, request: GradientsRequest) -> tuple[AnyJob, bool]:
         """Start the job that computes what is missing, or return the one that has; says whether there is work to do.
