@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from datastore.errors import GradientsMissing, InUse, InvalidInput
 from datastore.influence import normalise
 from datastore.recipes import Query, Sources
+from datastore.selection import diversity
 from tests.stores import DIM, Store, numbers, request, task_numbers
 
 ROWS = 90
@@ -142,6 +143,15 @@ def test_centers_are_the_farthest_among_the_best(filled: Store) -> None:
         expected.append(min(best, key=lambda row: (row in expected, between[row, expected].max())))
     assert rows_of(select(filled, k=10, strategy="k-center")) == expected
     assert set(rows_of(select(filled, k=10, strategy="k-center", among=10))) == set(best[:10])
+
+
+def test_more_clusters_than_can_be_found_in_a_request_are_refused(
+    filled: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diversity, "MAX_CLUSTER_PRODUCTS", 4 * 80)
+    assert select(filled, k=20, strategy="clusters", clusters=4).count == 20
+    with pytest.raises(InvalidInput, match=r"5 clusters of 80 candidates .*ask for fewer"):
+        select(filled, k=20, strategy="clusters", clusters=5)
 
 
 def test_clusters_give_equal_parts_of_the_best(filled: Store) -> None:

@@ -72,6 +72,19 @@ def test_a_block_of_short_rows_is_no_larger_than_its_products_allow(monkeypatch:
     assert asked == [1, *[10] * 6]
 
 
+def test_a_walk_that_meets_few_of_the_rows_ahead_reads_few_that_it_does_not_meet() -> None:
+    features = normalise(np.random.default_rng(4).normal(size=(5000, 16)))
+    read: list[int] = []
+
+    def reading(rows: Sequence[int]) -> Floats:
+        read.extend(rows)
+        return features[list(rows)]
+
+    found = FeatureDuplicates(reading, 0.999, iter(range(5000)), rows=100)
+    assert all(found.keep(row) for row in range(0, 5000, 50))
+    assert len(read) < duplicates.BLOCK_ROWS * 2 + 4 * 100
+
+
 def test_near_one_few_rows_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "KEPT_BYTES", 1)
     generator = np.random.default_rng(3)

@@ -131,6 +131,7 @@ def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> Non
         ("/validations", VALIDATION | {"scores": [{}, {"kind": "hessian"}]}, "/scores/1/kind"),
         ("/validations", VALIDATION | {"scores": [{"control": "random", "dim": 8}]}, "/scores/0"),
         ("/validations", VALIDATION | {"k": 1}, ""),
+        ("/validations", VALIDATION | {"subsets": 10_000, "repeats": 3}, ""),
         ("/validations", VALIDATION | {"fraction": 1}, ""),
         ("/validations", VALIDATION | {"kind": "leave-top-k-out"}, ""),
         ("/validations", VALIDATION | {"kind": "leave-top-k-out", "k": 1, "repeats": 1}, ""),

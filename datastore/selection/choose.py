@@ -170,6 +170,10 @@ def _of_clusters(
     if not rows:
         raise Conflict("no row can be chosen: all candidates overlap with a task's rows")
     count = min(recipe.clusters or ceil(sqrt(k)), len(rows))
+    if len(rows) * count > diversity.MAX_CLUSTER_PRODUCTS:
+        most = f"{diversity.MAX_CLUSTER_PRODUCTS:,} candidates times clusters"
+        detail = f"{count:,} clusters of {len(rows):,} candidates take too long to find, at most {most}: ask for fewer"
+        raise refused("among" if recipe.among is not None else "clusters", f"{detail} (clusters, among)")
     groups = np.full(len(walks.among), -1)
     groups[rows] = diversity.clusters(material.features, rows, count, recipe.selection_seed or 0)
     picks, given = quotas.fill(walks, groups, [Fraction(1)] * count, k, keep)

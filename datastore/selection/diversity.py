@@ -22,6 +22,8 @@ BLOCK_BYTES = 64 << 20
 SKETCH = 256
 """Numbers of a feature that is clustered: distances are kept within some 9 % (one standard deviation)."""
 ROUNDS = 20
+MAX_CLUSTER_PRODUCTS = 200_000_000
+"""Candidates times clusters: what a round of k-means multiplies, some 20 s of two cores for all rounds."""
 
 
 def k_center(features: Reader, rows: Sequence[int], k: int) -> list[int]:

@@ -91,7 +91,8 @@ class FeatureDuplicates:
     multiplied in one product with what was taken. Where `rows` rows of d numbers would take more than 256 MiB, only
     every s-th number of those that were taken is kept, a₀, and by Cauchy and Schwarz ⟨a, b⟩ ≤ ⟨a₀, b₀⟩ + ‖a₁‖·‖b₁‖
     for the numbers a₁ that are not: rows for which this exceeds τ are read again and compared in full. The nearer τ is
-    to 1 the fewer numbers are enough, down to an eighth. Memory: 4·rows·d/s bytes and two blocks of 32 MiB.
+    to 1 the fewer numbers are enough, down to an eighth. Memory: 4·rows·d/s bytes and two blocks of 32 MiB. Where the
+    walk passes over most of what was read, as one with quotas may, blocks become as small as what it meets of them.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class FeatureDuplicates:
         self._ahead = ahead
         self._wanted = rows
         self._step, self._size = 1, 0  # every so many numbers are kept, rows of a block: known once a row was read
+        self._most = 0
         self._met: set[int] = set()
         self._taken: list[int] = []
         self._heads: list[Floats] = []
@@ -113,6 +115,7 @@ class FeatureDuplicates:
         if row not in self._block.places:
             self._look_ahead(row)
         self._met.add(row)
+        self._block.asked += 1
         block, place = self._block, self._block.places[row]
         near = block.near[place]
         if len(near) and self._step == 1:
@@ -131,8 +134,12 @@ class FeatureDuplicates:
         """Read this row and those that are going to be met next, and find what they might be like."""
         if not self._size:
             bytes_of_one = 4 * self._features([row]).shape[1]
-            self._size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // bytes_of_one))
+            self._most = self._size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // bytes_of_one))
             self._step = _step(self._tau, kept=self._wanted * bytes_of_one)
+        elif self._block.asked < len(self._block.rows) // 2:  # a walk that passes over what it was thought to meet
+            self._size = max(1, 2 * self._block.asked)
+        else:
+            self._size = min(self._most, 2 * self._size)
         others = (other for other in self._ahead if other not in self._met and other != row)
         rows = [row, *islice(others, self._size - 1)]
         features = self._features(rows)
@@ -164,6 +171,8 @@ class _Block:
         self.near = near
         """The rows taken before that each might be like, by their number among those."""
         self.taken: list[int] = []
+        self.asked = 0
+        """How many of them were met."""
 
 
 def _rest(heads: Floats) -> Floats:

@@ -53,6 +53,10 @@ class ValidatedRecipe(FeatureChoice, Request):
         return self
 
 
+MAX_TRAININGS = 20_000
+"""Of a validation: each is a shard."""
+
+
 class ValidationRequest(TrainingRecipe, Request):
     """Train models on parts of a pool and compare what scores predict for them with what they do.
 
@@ -97,6 +101,8 @@ class ValidationRequest(TrainingRecipe, Request):
             raise ValueError("fraction=1 is the whole pool: subsets must differ")
         if self.kind == "leave-top-k-out" and (self.pct is None) == (self.k is None):
             raise ValueError("say how many rows to leave out: either pct, a fraction, or k, a number of rows")
+        if self.subsets * (self.repeats or 1) > MAX_TRAININGS:
+            raise ValueError(f"subsets times repeats are trainings: at most {MAX_TRAININGS:,}")
         if self.kind == "leave-top-k-out" and self.repeats == 1:
             raise ValueError("one training without the best rows says nothing of chance: repeats is at least 2")
         if self.kind == "lds" and self.split == "test" and self.targets == "rows":
