@@ -135,7 +135,7 @@ def every_form(folder: Path, features: NDArray[np.float32]) -> dict[str, Path]:
             (path / f"dim{DIM}" / "all_unormalized.pt").unlink(missing_ok=True)
     _saved(found["npy"] / "features.npy", features)
     save_file({"features": features, "ids": np.arange(ROWS)}, found["safetensors"] / "features.safetensors")
-    torch.save(torch.from_numpy(features).bfloat16(), found["pt"] / "mine.pt")
+    torch.save(torch.nn.Parameter(torch.from_numpy(features).bfloat16()), found["pt"] / "mine.pt")
     with zipfile.ZipFile(folder / "files.zip", "w") as archive:
         archive.write(found["npy"] / "features.npy", "inner/features.npy")
     return {**found, "pt": found["pt"] / "mine.pt", "zip": folder / "files.zip"}
@@ -207,6 +207,9 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     torch.save(Evil(), folder / "evil.pt")
     torch.save(torch.ones(ROWS, DIM, dtype=torch.int64), folder / "ints.pt")
     np.save(folder / "objects.npy", np.array([Evil()], object), allow_pickle=True)
+    torch.save(torch.ones(ROWS, DIM).to_sparse(), folder / "sparse.pt")
+    torch.save(torch.empty(ROWS, DIM, device="meta"), folder / "meta.pt")
+    torch.save(torch.ones(ROWS, 1).expand(ROWS, 1 << 40), folder / "expanded.pt")
     save_file({"a": drawn(2), "b": drawn(2)}, folder / "two.safetensors")
     (folder / "cut.pt").write_bytes(b"PK\x03\x04 nothing")
     (folder / "text.csv").write_text("1,2\n")
@@ -223,6 +226,9 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "dict": (folder / "dict.pt", "holds a dict"),
         "evil": (folder / "evil.pt", "perhaps code, and was not opened"),
         "ints": (folder / "ints.pt", "type int64"),
+        "sparse": (folder / "sparse.pt", "sparse, quantised or empty tensor"),
+        "meta": (folder / "meta.pt", "sparse, quantised or empty tensor"),
+        "expanded": (folder / "expanded.pt", r"shown again and again .* save its clone"),
         "objects": (folder / "objects.npy", "pickled objects, which are not opened"),
         "two": (folder / "two.safetensors", "one called 'features'"),
         "cut": (folder / "cut.pt", "cannot be read"),

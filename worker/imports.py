@@ -159,6 +159,14 @@ def _torch(path: Path) -> Part:
         raise InvalidFeatures(f"{path.name} cannot be read: {first_line(error)}") from error
     if not isinstance(content, torch.Tensor):
         raise InvalidFeatures(f"{path.name} holds a {type(content).__name__}: a tensor (rows, dim) is needed")
+    content = content.detach()  # of a parameter the numbers alone
+    if content.layout != torch.strided or content.is_quantized or content.device.type != "cpu":
+        raise InvalidFeatures(f"{path.name} holds a sparse, quantised or empty tensor: save it as plain numbers")
+    if content.numel() * content.element_size() > content.untyped_storage().nbytes():
+        raise InvalidFeatures(
+            f"{path.name} says {tuple(content.shape)} and holds fewer numbers, which are shown again and again "
+            "(Tensor.expand): save its clone()"
+        )
     return _part(path, tuple(content.shape), str(content.dtype).removeprefix("torch."), content.__getitem__)
 
 
