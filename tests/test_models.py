@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,13 @@ def test_a_model_that_cannot_checkpoint_is_refused(base: PreTrainedModel) -> Non
 
 def test_a_model_is_what_transformers_loads(model_folder: Path, base: PreTrainedModel) -> None:
     assert torch.equal(logits(base), logits(AutoModelForCausalLM.from_pretrained(model_folder).eval()))
+
+
+def test_models_loaded_in_several_threads_leave_weights_tied(tmp_path: Path) -> None:
+    folder = str(save_tiny_model(tmp_path / "model", hidden_size=16, tie_word_embeddings=True))
+    tie = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(lambda _: load_model(folder), range(24)))
+    assert PreTrainedModel.tie_weights is tie
+    for model in loaded:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -85,11 +86,19 @@ class ModelError(ValueError):
     """A model or adapter that cannot be loaded; the message says why and what to do."""
 
 
+_LOADING = Lock()
+
+
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Say of what `transformers` raises while it loads something that this cannot be loaded: ModelError."""
+    """Say of what `transformers` raises while it loads something that this cannot be loaded: ModelError.
+
+    One model is loaded at a time. While it loads, transformers takes `tie_weights` from all its classes and puts back
+    what it found: of two threads at once the second finds nothing, and no weights would be tied in this process again.
+    """
     try:
-        yield
+        with _LOADING:
+            yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{what} cannot be loaded: {_first_line(error)}") from error
 
