@@ -1,8 +1,8 @@
 """Rows as people look at them: a page of a dataset, filtered by origin and text, and how long its rows are.
 
-Any page is found by its place: the lines' offsets are mapped, so the last rows of a pool of 200,000 take as long as the
-first, about 1 ms for 20. A search reads the rows that it passes, 40 µs each, and so at most `SEARCHED` of them for one
-page; an index over the text would double the disk that a dataset takes.
+Any page is found by its place: the lines' offsets are mapped, so the last rows of a large pool take as long as the
+first. A search reads the rows that it passes, and so at most `SEARCHED` of them for one page; an index over the text
+would double the disk that a dataset takes.
 """
 
 from __future__ import annotations

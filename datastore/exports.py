@@ -2,8 +2,8 @@
 
 A row's own fields keep their names and values; what the selection says of it stands beside them in columns that begin
 with `selection_`, since `dataset`, `id` and `score` are names that rows have themselves. All formats are written while
-they are sent. CSV and Parquet need to know all columns before the first row, so their rows are read twice (about 30 µs
-a row each time); memory holds one group of rows, whatever the selection's size.
+they are sent. CSV and Parquet need to know all columns before the first row, so their rows are read twice; memory holds
+one group of rows and what is known of the columns, whatever the selection's size.
 
 Parquet: a field's type is the one that all its values share, nested ones included. Where they share none (numbers and
 texts, an object with more than `MOST_FIELDS` keys), the whole field is its JSON text. A missing field and a null one

@@ -1,6 +1,6 @@
 """What the store holds: how many things of each noun, and the bytes that its parts take on the disk.
 
-Bytes are counted by walking the folders, 3 µs a file, so that the answer is what the disk says and not what the catalog
+Bytes are counted by walking the folders, so that the answer is what the disk says and not what the catalog
 believes; a hard link counts where it is met.
 """
 
