@@ -5,7 +5,7 @@ An n-gram is known by a 64-bit hash of its words; two different ones share a has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -28,14 +28,20 @@ def text_of(example: Example) -> str:
 
 def ngrams(found: Sequence[str], n: int) -> Hashes:
     """The hash of every run of `n` words, in order (m − n + 1,); none where there are fewer words."""
-    if len(found) < n:
-        return np.empty(0, np.uint64)
+    return ngrams_of(found, [n])[n]
+
+
+def ngrams_of(found: Sequence[str], sizes: Collection[int]) -> dict[int, Hashes]:
+    """`ngrams` for several n at once, each from the shorter ones."""
     each = np.fromiter(map(_hash, found), np.uint64, len(found))
-    total = each[: len(each) - n + 1].copy()
-    for place in range(1, n):
-        total *= np.uint64(_FACTOR)
-        total += each[place : len(each) - n + 1 + place]
-    return total
+    total, hashes = each.copy(), dict[int, Hashes]()
+    for size in range(1, max(sizes, default=0) + 1):
+        if size > 1:
+            total = total[:-1] * np.uint64(_FACTOR)
+            total += each[size - 1 :]
+        if size in sizes:
+            hashes[size] = total
+    return hashes
 
 
 @lru_cache(maxsize=1 << 20)
