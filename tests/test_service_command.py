@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from datastore.settings import Settings
+from service.command import listen
 from tests.conftest import REPOSITORY
 
 SERVE = "import typer; from service.command import serve; typer.run(serve)"
@@ -107,3 +111,23 @@ def test_a_wrong_setting_is_said(tmp_path: Path) -> None:
     status, message = refused("--no-worker", GRADSTORE_SHARD_ROWS="100")
     assert status == 2
     assert "GRADSTORE_SHARD_ROWS" in message
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_answer_does_not_wait_for_the_last_ones_acknowledgement(host: str) -> None:
+    async def no_delay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen(Settings(host=host, port=0))
+        address = listener.getsockname()[:2]
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*address)
+            writer.close()
+            return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(no_delay())
