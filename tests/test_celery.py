@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,11 @@ from sqlalchemy import select
 
 from datastore.schema import ShardRow
 from service.queue import CeleryQueue
+from tests.processes import wait_for
 from tests.services import RedisServer
 from tests.workplace import Workplace, numbered, worker_process
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
-
-PATIENCE = 90.0  # seconds
 
 
 @pytest.fixture
@@ -36,14 +34,6 @@ def start(place: Workplace, *, first: int, rows: int = 6) -> str:
     """Start a gradients job of rows that no other has."""
     dataset = place.pool(numbered(range(first, first + rows)))
     return place.start(GradientsRequest(dataset=dataset.id, checkpoints=[place.checkpoint().id], dims=[16])).id
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something has happened."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < PATIENCE, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_jobs_are_done_when_it_rings_when_it_rings_twice_and_when_the_ring_is_lost(

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from tests.processes import wait_for
 from tests.serving import Service, jsonl, problem_of, serving
 
 PATHS = ["/health", "/datasets", "/metrics", "/openapi.json", "/nowhere"]
@@ -71,6 +72,8 @@ def test_every_answer_has_an_id_and_the_log_a_line(shared_service: Service, capl
     with caplog.at_level(logging.INFO, logger="service.middleware"):
         answer = shared_service.http.get("/datasets", headers={"X-Request-ID": "my.id-1"})
         other = shared_service.http.get("/nowhere", headers={"X-Request-ID": "two\tlines <script>"})
+        ids = {answer.headers["x-request-id"], other.headers["x-request-id"]}
+        wait_for(lambda: ids <= {vars(record).get("request") for record in caplog.records})  # written after the answer
     assert answer.headers["x-request-id"] == "my.id-1"
     assert len(other.headers["x-request-id"]) == 16
     lines = {vars(record)["request"]: vars(record) for record in caplog.records if record.message == "request"}
@@ -102,10 +105,11 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(tmp_path: Path) -> No
         service.finetune(dataset="pool")
         for name in ("one", "two"):
             service.http.get(f"/datasets/{name}")
+        counted = 'gradstore_requests_total{method="GET",route="/datasets/{reference}",status="404"} 2.0'
+        wait_for(lambda: counted in service.http.get("/metrics").text.splitlines())  # once the answers have left
         metrics = service.http.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     lines = metrics.text.splitlines()
-    assert 'gradstore_requests_total{method="GET",route="/datasets/{reference}",status="404"} 2.0' in lines
     assert 'gradstore_jobs{kind="finetune",status="queued"} 1.0' in lines
     assert "gradstore_workers 0.0" in lines
     assert not [line for line in lines if "/datasets/one" in line]

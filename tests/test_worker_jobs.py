@@ -27,6 +27,7 @@ from datastore.evaluations import passes
 from datastore.recipes import Query
 from datastore.schema import ChunkRow, JobRow, ShardRow
 from tests import bruteforce
+from tests.processes import wait_for
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
 from worker import budgets, moments
@@ -40,7 +41,6 @@ from worker.loop import work_until_left
 from worker.models import DTYPES, load_adapter, load_model, load_tokenizer
 
 ENDLESS = {"prompt": "and so on " * 40, "completion": "The end."}
-PATIENCE = 60.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +79,6 @@ def training(place: Workplace, **changes: Any) -> FinetuneRequest:
         "device_batch_size": 2, "learning_rate": 1e-2, "lora": {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
     }  # fmt: skip
     return FinetuneRequest.model_validate(values | changes)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something has happened."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def chunks(place: Workplace) -> dict[tuple[str, int], tuple[int, str]]:
