@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from datastore.catalog_states import PostgresqlStates, SqliteStates, States
 from datastore.errors import Conflict, InUse, NameTaken, NotFound
 from datastore.schema import (
     CheckpointRow,
@@ -59,7 +60,10 @@ class Catalog:
         self.url = url
         self.engine = _engine(url)
         self._writers = sessionmaker(self.engine, expire_on_commit=False)
-        self._readers = sessionmaker(self.engine.execution_options(reading=True), expire_on_commit=False)
+        readers = self.engine.execution_options(reading=True)
+        self._readers = sessionmaker(readers, expire_on_commit=False)
+        sqlite = self.engine.dialect.name == "sqlite"
+        self._states: States = SqliteStates(_database(url)) if sqlite else PostgresqlStates(readers)
 
     def migrate(self) -> None:
         """Bring the database to this version's schema; several processes may do so at once."""
@@ -70,6 +74,7 @@ class Catalog:
 
     def close(self) -> None:
         """Give the connections back."""
+        self._states.close()
         self.engine.dispose()
 
     @contextmanager
@@ -83,6 +88,10 @@ class Catalog:
         """A session that only reads: on SQLite it waits for no writer."""
         with self._readers() as session:
             yield session
+
+    def state(self) -> Hashable:
+        """A value that comes again only where nothing was committed in between: what was read is then still so."""
+        return self._states.now()
 
     def now(self, session: Session) -> float:
         """The present in Unix seconds, by the clock that all hosts share: PostgreSQL's own. SQLite has one host."""
@@ -410,9 +419,12 @@ def _engine(url: str) -> Engine:
     return _sqlite(url) if url.startswith("sqlite") else _postgresql(url)
 
 
+def _database(url: str) -> str:
+    return url.removeprefix("sqlite:///")
+
+
 def _sqlite(url: str) -> Engine:
-    database = url.removeprefix("sqlite:///")
-    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    Path(_database(url)).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT})
 
     @event.listens_for(engine, "connect")
@@ -469,12 +481,12 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
-    row = None
+    found: Sequence[NounT] = ()
     if "\0" not in reference and _is_text(reference):  # what no database takes is no name of anything
-        row = session.get(noun, reference) or session.scalar(select(noun).where(noun.name == reference))
-    if row is None:
+        found = session.scalars(select(noun).where((noun.id == reference) | (noun.name == reference))).all()
+    if not found:
         raise NotFound(_noun_name(noun), reference, collection=f"/{noun.__tablename__}")
-    return row
+    return next((row for row in found if row.id == reference), found[0])
 
 
 def _is_text(reference: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -108,6 +108,7 @@ class Pools:
     """Of each dataset, in the order of the checkpoints."""
 
 
+REMEMBERED = 1024  # queries of which it is remembered what they meant
 FOREIGN = "foreign"
 """The projection of imported features."""
 _OWN = ("kind", "adam")
@@ -156,12 +157,26 @@ class Recipes:
 
     catalog: Catalog
     features: Features
+    _resolved_before: dict[str, tuple[Hashable, SelectionRecipe, Sources]] = field(default_factory=dict, init=False)
+    """By query: the catalog's state, and what the query meant in it."""
 
     def resolve(self, query: Query, *, path: str) -> tuple[SelectionRecipe, Sources]:
         """The recipe that a query means, and the features it reads; `path` is where the alternatives are asked for.
 
-        Raises `NotFound`, `InvalidInput`, `Ambiguous` and `GradientsMissing`.
+        Asked again before anything was committed to the catalog it is the same, and not looked up. Raises `NotFound`,
+        `InvalidInput`, `Ambiguous` and `GradientsMissing`.
         """
+        state, key = self.catalog.state(), repr(query)
+        before = self._resolved_before.get(key)
+        if before is not None and before[0] == state:
+            return before[1:]
+        if len(self._resolved_before) >= REMEMBERED:
+            self._resolved_before.clear()
+        recipe, sources = self._resolve(query, path)
+        self._resolved_before[key] = state, recipe, sources
+        return recipe, sources
+
+    def _resolve(self, query: Query, path: str) -> tuple[SelectionRecipe, Sources]:
         query = _with_method(query)
         _refuse_idle(query)
         if not query.tasks and query.method not in _WITHOUT_TASKS:

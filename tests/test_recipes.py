@@ -11,6 +11,7 @@ from gradstore.types import GradientsRequest
 
 from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
 from datastore.recipes import Query
+from datastore.schema import TaskRow
 from tests.stores import DIM, Store, numbers, request, task_numbers, with_config
 
 
@@ -200,6 +201,26 @@ def test_missing_features_of_a_task_are_sent_with_the_projection_of_the_pool(sto
     store.features.start(request(dataset="pool", projection="none", dims=[parameters]))
     store.work(numbers)
     assert answered(store, Query(tasks=["target"], k=1)) == [task.id]
+
+
+def test_a_query_asked_again_means_what_it_means_now(store: Store, tmp_path: Path) -> None:
+    filled(store, tmp_path)
+    query = Query(tasks=["target"], k=1)
+    recipe, sources = store.recipes.resolve(query, path="/select")
+    assert store.recipes.resolve(query, path="/select")[1] is sources  # nothing was looked up
+    other = store.task({"chess": 1}, folder=tmp_path / "other", name="other")
+    assert store.recipes.resolve(query, path="/select") == (recipe, sources)
+    store.catalog.rename(TaskRow, recipe.tasks[0], "old target")
+    store.catalog.rename(TaskRow, other.id, "target")
+    with pytest.raises(GradientsMissing):
+        store.recipes.resolve(query, path="/select")
+    store.catalog.rename(TaskRow, other.id, "other")
+    store.catalog.rename(TaskRow, recipe.tasks[0], "target")
+    assert store.recipes.resolve(query, path="/select") == (recipe, sources)
+    of_the_task, _ = store.jobs.page(limit=2).data
+    store.features.remove(of_the_task.id)
+    with pytest.raises(GradientsMissing):
+        store.recipes.resolve(query, path="/select")
 
 
 def test_an_unfinished_job_answers_nothing(store: Store, tmp_path: Path) -> None:

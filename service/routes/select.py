@@ -160,7 +160,7 @@ def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], b
         return as_ndjson(backend, found)
     if form == CSV:
         return as_csv(backend, found)
-    return JSONResponse(found.model_dump(mode="json"), headers={"Content-Location": f"/selections/{found.id}"})
+    return _located(found)
 
 
 @router.post("/selections", response_model=Selection, responses=STARTED)
@@ -170,7 +170,7 @@ def create_selection(body: SelectionCreate, backend: BackendDep) -> Response:
     found = _selection(backend, recipe, backend.recipes.sources(recipe), None, limit=20, after=0)
     if isinstance(found, Response):
         return found
-    return JSONResponse(found.model_dump(mode="json"), headers={"Content-Location": f"/selections/{found.id}"})
+    return _located(found)
 
 
 @router.get(
@@ -194,6 +194,12 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
     data = backend.answers.scored(recipe, sources, found, start=start, stop=stop)
     page = Scores(recipe=recipe, rows=rows, data=data, has_more=start + len(data) < rows)
     return JSONResponse(page.model_dump(mode="json"))
+
+
+def _located(found: Selection) -> Response:
+    """A selection as JSON, which is found again under its id."""
+    headers = {"Content-Location": f"/selections/{found.id}"}
+    return Response(found.model_dump_json(), media_type="application/json", headers=headers)
 
 
 def _selection(
