@@ -70,11 +70,17 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--coordinates", action="store_true", help="without a store: candidates, recall and scan only")
+    parser.add_argument(
+        "--index",
+        nargs="+",
+        default=["128:SQ8", "256:SQ8"],
+        help="with --coordinates: directions, index and parameters, like 128:IVF1024,SQ8:nprobe=64",
+    )
     parser.add_argument("--json", type=Path, default=None, help="file for the times: name, seconds, ratio")
     options = parser.parse_args()
     real = _real(options)
     if options.coordinates:
-        scan(real, rows=options.rows)
+        scan(real, rows=options.rows, kinds=options.index)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         lines = measure(Path(folder), real, rows=options.rows, dtype=options.dtype)
@@ -122,14 +128,15 @@ def measure(folder: Path, real: RealFeatures, *, rows: int, dtype: FeatureDtype)
     return [line, built, exactly, alone, searched]
 
 
-def scan(real: RealFeatures, *, rows: int, widths: Sequence[int] = (128, 256)) -> None:
-    """Print what share of the truth is among so many candidates per end, by directions kept, and what a scan takes."""
+def scan(real: RealFeatures, *, rows: int, kinds: Sequence[str]) -> None:
+    """Print what share of the truth is among so many candidates per end, by index, and what a scan takes."""
     faiss: Any = importlib.import_module("faiss")
     resampled = Resampled(real.pool)
     asked, constant, left = resampled.question(real.queries)
     rng = np.random.default_rng(1)
     scores = np.empty((len(asked), rows), np.float32)
-    indexes = {width: faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, 0) for width in widths}
+    indexes = {kind: _index(faiss, kind) for kind in kinds}
+    building = dict.fromkeys(kinds, 0.0)
     for start in range(0, rows, BLOCK):
         stop = min(start + BLOCK, rows)
         coordinates, residuals = resampled.coordinates(start, stop)
@@ -137,26 +144,38 @@ def scan(real: RealFeatures, *, rows: int, widths: Sequence[int] = (128, 256)) -
         lengths = resampled.lengths(coordinates, residuals)
         scores[:, start:stop] = (asked @ coordinates.T + constant[:, None] + noise) / lengths
         stored = resampled.centred(coordinates, lengths)
-        for width, index in indexes.items():
-            part = np.ascontiguousarray(stored[:, :width])
+        for kind, index in indexes.items():
+            part = np.ascontiguousarray(stored[:, : index.d])
+            began = time.process_time()
             if not start:
                 index.train(part)
             index.add(part)
-    print("| directions | candidates per end | recall@100, high end | low end | scan, ms of the processor |")
-    print("|---|---|---|---|---|")
-    for width, index in indexes.items():
+            building[kind] += time.process_time() - began
+    print("| index | built, s | candidates per end | recall@100, high end | low end | scan, ms of the processor |")
+    print("|---|---|---|---|---|---|")
+    for kind, index in indexes.items():
         for number in CANDIDATES:
             found: list[list[float]] = [[], []]
             seconds = []
             for question, own in zip(asked, scores, strict=True):
-                both = np.stack([question[:width], -question[:width]])
+                both = np.stack([question[: index.d], -question[: index.d]])
                 (_, candidates), line = _timed("", partial(index.search, both, number))
                 seconds.append(line.cpu_seconds)
                 for end, sign in enumerate((-1, 1)):
                     true = np.argpartition(sign * own, RECALL_AT)[:RECALL_AT]
                     found[end].append(float(np.isin(true, candidates[end]).mean()))
             high, low = (np.mean(each) for each in found)
-            print(f"| {width} | {number:,} | {high:.3f} | {low:.3f} | {1e3 * median(seconds):.0f} |", flush=True)
+            took = f"{1e3 * median(seconds):.0f}"
+            print(f"| {kind} | {building[kind]:.0f} | {number:,} | {high:.3f} | {low:.3f} | {took} |", flush=True)
+
+
+def _index(faiss: Any, kind: str) -> Any:
+    """An empty index: directions, the name that FAISS's factory knows, and how it is searched."""
+    width, name, *how = kind.split(":")
+    index = faiss.index_factory(int(width), name, faiss.METRIC_INNER_PRODUCT)
+    for each in how:
+        faiss.ParameterSpace().set_index_parameters(index, each)
+    return index
 
 
 def recall(found: Sequence[Ends], true: Sequence[Ends]) -> float:

@@ -1,6 +1,6 @@
 """What the products of stored rows with queries cost on one thread: our kernels, and those that were not taken.
 
-    python -m benchmarks.products --dim 8192 --queries 57 --rounds 5
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.products --dim 8192 --queries 57 --rounds 5
 
 A block of 1,024 rows is multiplied again and again; printed is the smallest of the rounds, as seconds for 200,000 rows.
 """

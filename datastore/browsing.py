@@ -7,7 +7,8 @@ would double the disk that a dataset takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from gradstore.types import ExampleRow, ExampleRows, Lengths, OriginLengths, ProblemItem, Turn
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from datastore.datasets import Datasets
 from datastore.errors import InvalidInput
 from datastore.rows import Example
+
+RowT = TypeVar("RowT")
 
 SEARCHED = 10_000  # rows that one page of a search looks through, half a second
 
@@ -28,18 +31,35 @@ def page(
     Raises `InvalidInput` where the dataset has no such origin.
     """
     rows = _rows_of(datasets, dataset, origin)
-    left = rows[np.searchsorted(rows, min(after, len(datasets.sizes(dataset)))) :]
-    looked_at = left[: SEARCHED if text else limit]
-    found: list[ExampleRow] = []
+
+    def examples(rows: NDArray[np.int64]) -> Iterator[tuple[int, Example]]:
+        return zip(rows.tolist(), datasets.examples_at(dataset, rows.tolist()), strict=True)
+
+    found, following = look_through(rows[np.searchsorted(rows, after) :], examples, limit=limit, text=text)
+    data = [ExampleRow(row=row, id=one.id, origin=one.origin, turns=turns(one)) for row, one in found]
+    return ExampleRows(dataset=dataset, data=data, has_more=following is not None, next=following)
+
+
+def look_through(
+    places: NDArray[np.int64],
+    examples: Callable[[NDArray[np.int64]], Iterator[tuple[RowT, Example]]],
+    *,
+    limit: int,
+    text: str | None,
+) -> tuple[list[tuple[RowT, Example]], int | None]:
+    """The first `limit` rows that hold a text, or all do where it is None, and the place where the next page begins.
+
+    `places` are those of the rows that are left, (n,) and rising; `examples` reads some of them.
+    """
+    found: list[tuple[RowT, Example]] = []
     passed = 0
-    for row, example in zip(looked_at.tolist(), datasets.examples_at(dataset, looked_at.tolist()), strict=True):
+    for row, example in examples(places[: SEARCHED if text else limit]):
         if len(found) == limit:
             break
         passed += 1
         if text is None or holds(example, text):
-            found.append(ExampleRow(row=row, id=example.id, origin=example.origin, turns=turns(example)))
-    following = int(left[passed]) if passed < len(left) else None
-    return ExampleRows(dataset=dataset, data=found, has_more=following is not None, next=following)
+            found.append((row, example))
+    return found, int(places[passed]) if passed < len(places) else None
 
 
 def turns(example: Example) -> list[Turn]:

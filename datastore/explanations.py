@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from gradstore.types import Explanation, Explanations, NearestExample, SelectedRow, SelectionRecipe, SubtaskScore
+from numpy.typing import NDArray
 
 from datastore.answers import Answers
-from datastore.browsing import holds, number_of, turns
+from datastore.browsing import look_through, number_of, turns
 from datastore.datasets import Datasets
 from datastore.errors import Conflict
 from datastore.features import Features
@@ -23,8 +25,6 @@ from datastore.rows import Example
 from datastore.segments import Rows
 from datastore.tasks import Tasks
 from datastore.tasks.reading import TaskExample
-
-SEARCHED = 10_000  # chosen rows that one page of a search looks through
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,14 @@ class Explaining:
         table = self.answers.chosen(selection)
         origins = np.array(table["origin"].to_pylist()) if origin is not None else None
         places = np.arange(table.num_rows) if origins is None else np.flatnonzero(origins == origin)
-        left = places[np.searchsorted(places, min(after, table.num_rows)) :]
-        looked_at = left[: SEARCHED if text else limit]
-        found: list[tuple[SelectedRow, Example]] = []
-        passed = 0
-        for row, example in self._examples(table.take(looked_at).to_pylist()):
-            if len(found) == limit:
-                break
-            passed += 1
-            if text is None or holds(example, text):
-                found.append((row, example))
-        return found, int(left[passed]) if passed < len(left) else None
 
-    def _examples(self, rows: Sequence[dict[str, object]]) -> Iterator[tuple[SelectedRow, Example]]:
-        for values in rows:
+        def examples(places: NDArray[np.int64]) -> Iterator[tuple[SelectedRow, Example]]:
+            return self._examples(table.take(places))
+
+        return look_through(places[np.searchsorted(places, after) :], examples, limit=limit, text=text)
+
+    def _examples(self, rows: pa.Table) -> Iterator[tuple[SelectedRow, Example]]:
+        for values in rows.to_pylist():
             row = SelectedRow.model_validate(values)
             yield row, next(self.datasets.examples_at(row.dataset, [row.row]))
 

@@ -49,9 +49,11 @@ def test_the_index_is_built_searched_and_compared(
 
 
 def test_coordinates_alone_tell_of_candidates(real: RealFeatures, capsys: pytest.CaptureFixture[str]) -> None:
-    scan(real, rows=3000, widths=(4, 24))
-    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    found = {(int(line[0]), int(line[1].replace(",", ""))): float(line[2]) for line in lines}
-    assert found[24, 500] > 0.95
-    assert found[4, 500] < found[24, 500]
-    assert found[4, 500] < found[4, 2000]
+    few, many, lists = "4:SQ8", "24:SQ8", "24:IVF32,SQ8:nprobe=2"
+    scan(real, rows=3000, kinds=[few, many, lists])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    found = {(line[0], int(line[2].replace(",", ""))): float(line[3]) for line in lines}
+    assert found[many, 500] > 0.95
+    assert found[few, 500] < found[many, 500]
+    assert found[few, 500] < found[few, 2000]
+    assert found[lists, 500] < found[many, 500]

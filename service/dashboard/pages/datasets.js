@@ -2,11 +2,11 @@
 
 import { get } from "../api.js";
 import { bar, colour, columns, stack } from "../charts.js";
-import { fill, fresh, h } from "../dom.js";
+import { fill, h } from "../dom.js";
 import { ago, bytes, called, percent, plural, whole } from "../format.js";
-import { choice, conversation, empty, facts, heading, into, loading, named, panel, table } from "../parts.js";
+import { conversation, empty, facts, heading, into, named, panel, table } from "../parts.js";
+import { rowsPanel, wholePage } from "../rows.js";
 
-const ROWS = 10; // of a page
 const SHOWN = 12; // origins before the rest is folded
 
 /** Fill the page: all datasets, or the one that the address names. */
@@ -69,7 +69,7 @@ async function showOne(main, context) {
       ["files", dataset.sources.map(({ filename }) => filename).join(", ")],
     ])),
     h("div", { class: "columns-2" }, panel("Origins", originsTable(origins, dataset.rows)), panel("Length of rows", pictures)),
-    rowsPanel(dataset, origins, context),
+    rows(dataset, origins, context),
   );
   into(pictures, async () => lengths(await get(`datasets/${id}/lengths`, { bins: 30 }, context.signal)), context);
 }
@@ -106,69 +106,12 @@ function lengths({ edges, origins }) {
 
 // Its rows
 
-function rowsPanel(dataset, origins, context) {
-  const { params, remember, signal } = context;
-  const place = h("div"), note = h("p", { class: "note", role: "status" });
-  const before = []; // where the pages before this one began
-  let following = null;
-  let asked = null;
-  const back = h("button", { type: "button", class: "quiet", onclick: () => load(before.pop() ?? 0) }, "Previous");
-  const forth = h("button", { type: "button", class: "quiet", onclick: () => (before.push(Number(params.get("after") ?? 0)), load(following)) }, "Next");
-
-  async function load(after) {
-    asked?.abort();
-    asked = new AbortController();
-    const together = AbortSignal.any([signal, asked.signal]);
-    remember({ after: after ? String(after) : null });
-    const wanted = { origin: params.get("origin"), q: params.get("q") };
-    back.disabled = forth.disabled = true;
-    try {
-      const found = await search(dataset, wanted, after, together, (row, data) => fill(place, rows(data), loading(`Looking through row ${whole(row)} …`)));
-      following = found.next;
-      fill(place, found.data.length ? rows(found.data) : empty("No row is like this."));
-      note.textContent = found.data.length ? `rows ${whole(found.data[0].row)} to ${whole(found.data.at(-1).row)} of ${whole(dataset.rows)}` : "";
-      back.disabled = !before.length && !after;
-      forth.disabled = following === null;
-    } catch (error) {
-      if (!asked.signal.aborted || signal.aborted) context.failed(error, place, () => load(after));
-    }
-  }
-
-  function start(changes) {
-    remember(changes);
-    before.length = 0;
-    load(0);
-  }
-
-  const text = fresh("search"), jump = fresh("row");
-  const searching = h("form", { class: "filters", role: "search", onsubmit: (event) => (event.preventDefault(), start({ q: event.target.elements.q.value })) },
-    h("div", { class: "field wide" }, h("label", { for: text }, "Text"), h("input", { id: text, name: "q", type: "search", value: params.get("q") ?? "" })),
-    choice("Origin", [["", "all origins"], ...origins.map(([name]) => [name, name])], params.get("origin") ?? "", (origin) => start({ origin })),
-    h("button", { type: "submit" }, "Search"));
-  const jumping = h("form", { class: "pager", onsubmit: (event) => (event.preventDefault(), before.push(Number(params.get("after") ?? 0)), load(Number(event.target.elements.row.value))) },
-    back, forth, note,
-    h("label", { for: jump, class: "note" }, "Go to row"),
-    h("input", { id: jump, name: "row", type: "number", min: "0", max: String(dataset.rows - 1), required: true }),
-    h("button", { type: "submit", class: "quiet" }, "Go"));
-  load(Number(params.get("after") ?? 0));
-  return panel("Rows", searching, place, jumping);
+function rows(dataset, origins, context) {
+  const read = (wanted, after, signal, onPart) => wholePage(`datasets/${dataset.id}/rows`, wanted, after, signal, (data, next) => onPart(data, `Looking through row ${whole(next)} …`));
+  const told = (data) => `rows ${whole(data[0].row)} to ${whole(data.at(-1).row)} of ${whole(dataset.rows)}`;
+  return rowsPanel("Rows", { read, shown, told, nothing: "No row is like this.", origins: origins.map(([name]) => name), last: dataset.rows - 1 }, context);
 }
 
-/** A page of rows: a search looks through a part of the dataset at once, so it is asked until the page is full; what
- * has been found is shown meanwhile. */
-async function search(dataset, wanted, after, signal, onRow) {
-  const found = [];
-  let next = after;
-  do {
-    onRow(next, found);
-    const page = await get(`datasets/${dataset.id}/rows`, { ...wanted, after: next, limit: ROWS - found.length }, signal);
-    found.push(...page.data);
-    next = page.next;
-  } while (next !== null && found.length < ROWS);
-  return { data: found, next };
-}
-
-function rows(data) {
-  return h("ol", { class: "rows" }, data.map(({ row, id, origin, turns }) =>
-    h("li", { class: "row" }, h("header", {}, h("h3", {}, `Row ${whole(row)}`), id !== null && h("span", { class: "id" }, id), h("span", {}, origin)), conversation(turns))));
+function shown({ row, id, origin, turns }) {
+  return h("li", { class: "row" }, h("header", {}, h("h3", {}, `Row ${whole(row)}`), id !== null && h("span", { class: "id" }, id), h("span", {}, origin)), conversation(turns));
 }

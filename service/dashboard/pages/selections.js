@@ -3,11 +3,11 @@
 import { get, save } from "../api.js";
 import { allTasks, taskNames } from "../asking.js";
 import { bar, colour } from "../charts.js";
-import { fill, fresh, h } from "../dom.js";
+import { fill, h } from "../dom.js";
 import { ago, called, decimal, percent, plural, whole } from "../format.js";
-import { choice, conversation, empty, facts, heading, loading, named, panel, table } from "../parts.js";
+import { conversation, empty, facts, heading, named, panel, table } from "../parts.js";
+import { ROWS, rowsPanel, wholePage } from "../rows.js";
 
-const ROWS = 10; // of a page
 const SUBTASKS = 5; // shown before the rest is folded
 
 /** Fill the page: all selections, or the one that the address names. */
@@ -75,7 +75,7 @@ async function showOne(main, context) {
       ["made", ago(selection.created_at)],
     ]), h("p"), h("details", {}, h("summary", {}, "Recipe"), h("pre", {}, h("code", {}, JSON.stringify(recipe, null, 2))))),
     panel("Origins", originsTable(selection)),
-    rowsPanel(selection, names, context),
+    rows(selection, names, context),
   );
 }
 
@@ -93,61 +93,11 @@ function originsTable({ origins, pool_origins: pool, count }) {
 
 // Its rows
 
-function rowsPanel(selection, names, context) {
-  const { params, remember, signal } = context;
-  const place = h("div"), note = h("p", { class: "note", role: "status" });
-  const before = [];
-  let following = null, asked = null;
-  const back = h("button", { type: "button", class: "quiet", onclick: () => load(before.pop() ?? 0) }, "Previous");
-  const forth = h("button", { type: "button", class: "quiet", onclick: () => (before.push(Number(params.get("after") ?? 0)), load(following)) }, "Next");
-
-  async function load(after) {
-    asked?.abort();
-    const own = (asked = new AbortController());
-    remember({ after: after ? String(after) : null });
-    back.disabled = forth.disabled = true;
-    fill(place, loading());
-    try {
-      const found = await search(selection, params, after, AbortSignal.any([signal, own.signal]));
-      following = found.next;
-      fill(place, found.data.length ? h("ol", { class: "rows" }, found.data.map((row) => explained(row, names))) : empty("No chosen row is like this."));
-      note.textContent = found.data.length ? `ranks ${whole(found.data[0].rank)} to ${whole(found.data.at(-1).rank)} of ${whole(selection.count)}` : "";
-      back.disabled = !before.length && !after;
-      forth.disabled = following === null;
-    } catch (error) {
-      if (!own.signal.aborted) context.failed(error, place, () => load(after));
-    }
-  }
-
-  function start(changes) {
-    remember(changes);
-    before.length = 0;
-    load(0);
-  }
-
-  const text = fresh("search");
-  const origins = Object.keys(selection.origins).map((name) => [name, name]);
-  const searching = h("form", { class: "filters", role: "search", onsubmit: (event) => (event.preventDefault(), start({ q: event.target.elements.q.value })) },
-    h("div", { class: "field wide" }, h("label", { for: text }, "Text"), h("input", { id: text, name: "q", type: "search", value: params.get("q") ?? "" })),
-    choice("Origin", [["", "all origins"], ...origins], params.get("origin") ?? "", (origin) => start({ origin })),
-    h("button", { type: "submit" }, "Search"));
-  load(Number(params.get("after") ?? 0));
-  return panel("Chosen rows", hasFeatures(selection) && searching, place, h("div", { class: "pager" }, back, forth, note));
-}
-
-/** A page of chosen rows: explained and searched where there are features, else as they were chosen. */
-async function search(selection, params, after, signal) {
-  if (!hasFeatures(selection)) return plain(selection, after, signal);
-  const { id } = selection;
-  const found = [];
-  let next = after;
-  do {
-    const wanted = { origin: params.get("origin"), q: params.get("q"), after: next, limit: ROWS - found.length };
-    const page = await get(`selections/${id}/explanations`, wanted, signal);
-    found.push(...page.data);
-    next = page.next;
-  } while (next !== null && found.length < ROWS);
-  return { data: found, next };
+function rows(selection, names, context) {
+  const explainable = hasFeatures(selection);
+  const read = (wanted, after, signal) => (explainable ? wholePage(`selections/${selection.id}/explanations`, wanted, after, signal) : plain(selection, after, signal));
+  const told = (data) => `ranks ${whole(data[0].rank)} to ${whole(data.at(-1).rank)} of ${whole(selection.count)}`;
+  return rowsPanel("Chosen rows", { read, shown: (row) => explained(row, names), told, nothing: "No chosen row is like this.", origins: explainable ? Object.keys(selection.origins) : null }, context);
 }
 
 async function plain({ id }, after, signal) {
