@@ -57,7 +57,7 @@ PROBES = 32
 """Rows of the pool whose true neighbours are found while the index is built, each left out of its own."""
 RECALL_AT = 100
 WANTED_RECALL = 0.95
-CANDIDATES = (500, 1000, 2000, 4000)
+CANDIDATES = (250, 350, 500, 700, 1000, 1400, 2000, 2800, 4000)
 """Per end."""
 GROWTH = 1.1
 """A pool that has grown by more than this since its index was measured is measured again."""
