@@ -114,7 +114,8 @@ class Index:
         """Questions (questions, checkpoints, dim) as the index compares them: (questions, reduced)."""
         found = np.zeros((len(asked), self._projection.shape[1]), np.float32)
         for number, (weight, part) in enumerate(zip(pool.weights, _parts(self._projection, pool), strict=True)):
-            found += (asked[:, number] * np.sqrt(weight)).astype(np.float32) @ part
+            rows = (asked[:, number] * np.sqrt(weight)).astype(np.float32)
+            found += np.einsum("qd,dr->qr", rows, part)  # OpenBLAS's threads would be in the way of the scan's
         return found
 
     def candidates(self, question: Floats, pool: Pool, number: int) -> Places:

@@ -29,7 +29,7 @@ BLOCK_BYTES = 8 << 20
 """Float32 bytes of the rows that are decoded at once: about what a core's caches hold."""
 TAKEN_BYTES = 512 << 10
 """The same of rows that are picked one by one, and multiplied with one question: what the nearest cache holds."""
-PICKED_BYTES = 32 << 20
+PICKED_BYTES = 2 << 20
 """Stored bytes of such rows that are read at once."""
 
 REASONS: Final[Mapping[int, str]] = {
