@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -175,17 +175,24 @@ class Answers:
 
     def rows_and_lines(self, selection: str) -> Iterator[tuple[SelectedRow, bytes]]:
         """All rows of a selection, best first, each with its original line, without its end."""
-        with ExitStack() as stack:
-            readers: dict[str, Callable[[int], bytes]] = {}
-            for row in self.rows(selection):
-                if row.dataset not in readers:
-                    readers[row.dataset] = stack.enter_context(self.datasets.reader(row.dataset))
-                yield row, readers[row.dataset](row.row)
+        return self._with_lines(self.rows(selection))
 
     def rows_and_examples(self, selection: str) -> Iterator[tuple[SelectedRow, Example]]:
         """All rows of a selection, best first, each with the example that it is."""
-        for row, line in self.rows_and_lines(selection):
+        return self.with_examples(self.rows(selection))
+
+    def with_examples(self, rows: Iterable[SelectedRow]) -> Iterator[tuple[SelectedRow, Example]]:
+        """Some rows of selections, each with the example that it is."""
+        for row, line in self._with_lines(rows):
             yield row, example(parse(line), file=row.origin)[0]
+
+    def _with_lines(self, rows: Iterable[SelectedRow]) -> Iterator[tuple[SelectedRow, bytes]]:
+        with ExitStack() as stack:
+            readers: dict[str, Callable[[int], bytes]] = {}
+            for row in rows:
+                if row.dataset not in readers:
+                    readers[row.dataset] = stack.enter_context(self.datasets.reader(row.dataset))
+                yield row, readers[row.dataset](row.row)
 
     def table(self, selection: str) -> Path:
         """The Parquet file of a selection's rows: their places and scores."""

@@ -2,27 +2,29 @@
 
 A score keeps only the subtask that gave it. Here the stored features of a page's rows are multiplied with those of all
 validation rows in float32, which is exact; the rest of the pool is not touched.
+
+A page of n rows for m validation rows holds 4·n·m bytes, its own rows, and two blocks of 8 MiB of validation rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
-import pyarrow as pa
 from gradstore.types import Explanation, Explanations, NearestExample, SelectedRow, SelectionRecipe, SubtaskScore
 from numpy.typing import NDArray
 
 from datastore.answers import Answers
 from datastore.browsing import look_through, number_of, turns
-from datastore.datasets import Datasets
 from datastore.errors import Conflict
 from datastore.features import Features
-from datastore.influence import Floats, everywhere, influence
+from datastore.influence import Floats, everywhere, normalise
 from datastore.recipes import Recipes, Sources
 from datastore.rows import Example
 from datastore.segments import Rows
+from datastore.selection.features import PoolFeatures
 from datastore.tasks import Tasks
 from datastore.tasks.reading import TaskExample
 
@@ -34,8 +36,8 @@ class _Target:
     task: str
     rows: list[int]
     examples: list[TaskExample]
-    features: list[Floats]
-    """(m, dim) of each checkpoint."""
+    views: Sequence[Rows]
+    """The features of all validation rows at each checkpoint."""
 
     @property
     def subtasks(self) -> list[str]:
@@ -48,7 +50,6 @@ class Explaining:
     """Explanations of stored selections."""
 
     answers: Answers
-    datasets: Datasets
     features: Features
     recipes: Recipes
     tasks: Tasks
@@ -83,24 +84,20 @@ class Explaining:
         places = np.arange(table.num_rows) if origins is None else np.flatnonzero(origins == origin)
 
         def examples(places: NDArray[np.int64]) -> Iterator[tuple[SelectedRow, Example]]:
-            return self._examples(table.take(places))
+            rows = table.take(places).to_pylist()
+            return self.answers.with_examples(SelectedRow.model_validate(values) for values in rows)
 
         return look_through(places[np.searchsorted(places, after) :], examples, limit=limit, text=text)
-
-    def _examples(self, rows: pa.Table) -> Iterator[tuple[SelectedRow, Example]]:
-        for values in rows.to_pylist():
-            row = SelectedRow.model_validate(values)
-            yield row, next(self.datasets.examples_at(row.dataset, [row.row]))
 
     def _explained(
         self, recipe: SelectionRecipe, sources: Sources, found: Sequence[tuple[SelectedRow, Example]]
     ) -> list[Explanation]:
         if not found:
             return []
-        features = self._features_of(recipe, sources, [row for row, _ in found])
+        rows = self._unit(recipe, sources, [row for row, _ in found])
         views = {task: self.features.views([each.id for each in sets]) for task, sets in sources.tasks.items()}
         targets = [self._target(task, own) for task, own in views.items()]
-        tables = [influences(features, target.features, recipe.checkpoint_weights) for target in targets]
+        tables = [influences(rows, target.views, recipe.checkpoint_weights)[:, target.rows] for target in targets]
         explained = []
         for place, (row, example) in enumerate(found):
             by_task = [(target, table[place]) for target, table in zip(targets, tables, strict=True)]
@@ -114,25 +111,32 @@ class Explaining:
             )
         return explained
 
-    def _features_of(self, recipe: SelectionRecipe, sources: Sources, rows: Sequence[SelectedRow]) -> list[Floats]:
-        """The features of some rows of the pools, (n, dim) of each checkpoint."""
-        views = {id: self.features.views([each.id for each in sets]) for id, sets in sources.datasets.items()}
-        return [
-            np.concatenate([views[row.dataset][number].features(row.row, row.row + 1) for row in rows])
-            for number in range(len(recipe.checkpoints))
-        ]
+    def _unit(self, recipe: SelectionRecipe, sources: Sources, rows: Sequence[SelectedRow]) -> Floats:
+        """Some rows of the pools, see `PoolFeatures.unit`."""
+        pools = {id: self.features.views([each.id for each in sets]) for id, sets in sources.datasets.items()}
+        starts = dict(zip(pools, accumulate((views[0].rows for views in pools.values()), initial=0), strict=False))
+        features = PoolFeatures(list(pools.values()), recipe.checkpoint_weights)
+        return features.unit([starts[row.dataset] + row.row for row in rows])
 
     def _target(self, task: str, views: Sequence[Rows]) -> _Target:
         usable = np.flatnonzero(everywhere([view.valid for view in views])).tolist()
         validation = self.tasks.validation(task)
-        features = [view.features(0, view.rows)[usable] for view in views]
-        return _Target(task, usable, [validation[row] for row in usable], features)
+        return _Target(task, usable, [validation[row] for row in usable], views)
 
 
-def influences(train: Sequence[Floats], target: Sequence[Floats], weights: Sequence[float]) -> Floats:
-    """Influence of each training row on each target row (n, m), the checkpoints' cosines weighted (LESS, eq. 3)."""
-    pairs = zip(train, target, weights, strict=True)
-    total: Floats = np.sum([np.float32(weight) * influence(rows, wanted) for rows, wanted, weight in pairs], axis=0)
+def influences(train: Floats, target: Sequence[Rows], weights: Sequence[float]) -> Floats:
+    """Influence of each training row on each target row (n, m), the checkpoints' cosines weighted (LESS, eq. 3).
+
+    `train` is as `PoolFeatures.unit` has it: the checkpoints side by side, each times the root of its weight. A target
+    row without a feature has no influence. Raises `Damaged`.
+    """
+    total = np.zeros((len(train), target[0].rows), np.float32)
+    first = 0
+    for view, weight in zip(target, weights, strict=True):
+        own = train[:, first : first + view.dim] * np.float32(np.sqrt(weight))
+        for start, rows in view.decoded_blocks(check=True):
+            total[:, start : start + len(rows)] += own @ normalise(rows).T
+        first += view.dim
     return total
 
 

@@ -98,7 +98,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         attributions=Attributions(
             catalog, jobs, datasets, recipes, features, Questions(settings.questions), Indexes(settings.indexes)
         ),
-        explaining=Explaining(answers, datasets, features, recipes, tasks),
+        explaining=Explaining(answers, features, recipes, tasks),
     )
 
 
