@@ -55,7 +55,7 @@ def spearman(first: NDArray[np.floating], second: NDArray[np.floating]) -> Numbe
 def resampled(predicted: NDArray[np.floating], effects: NDArray[np.floating], *, samples: int, seed: int) -> Numbers:
     """The mean correlation over targets of each of `samples` bootstrap samples of the m trainings: (samples,)."""
     generator = np.random.default_rng(seed)
-    draws = generator.integers(len(effects), size=(samples, len(effects)))
+    draws = (generator.integers(len(effects), size=len(effects)) for _ in range(samples))
     return np.array([spearman(predicted[draw], effects[draw]).mean() for draw in draws])
 
 
@@ -65,10 +65,8 @@ def resampled_change(changes: NDArray[np.floating], *, samples: int, seed: int) 
     Trainings and targets are both drawn anew: a few trainings with other seeds alone would make it look too sure.
     """
     generator = np.random.default_rng(seed)
-    trainings, targets = changes.shape
-    rows = generator.integers(trainings, size=(samples, trainings))
-    columns = generator.integers(targets, size=(samples, targets))
-    return np.array([changes[row][:, column].mean() for row, column in zip(rows, columns, strict=True)])
+    draws = ([generator.integers(count, size=count) for count in changes.shape] for _ in range(samples))
+    return np.array([changes[np.ix_(rows, columns)].mean() for rows, columns in draws])
 
 
 def interval(samples: NDArray[np.floating]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ TrackStar's preconditioning is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +21,10 @@ from datastore.preconditioning import inverse_root, mixed, second_moment
 from datastore.segments import Rows
 
 Places = NDArray[np.int64]
+Members = NDArray[np.uint8]
+"""Which rows of a pool are in each of some subsets, a bit for each row as `numpy.packbits` has them."""
+SUMMED_ROWS = 1024
+"""Rows of the pool that are added at once."""
 Fold = Callable[[Floats], Floats]
 """From the unit rows of a task (m, dim) to what the pool's rows are multiplied with (q, dim)."""
 
@@ -95,11 +99,34 @@ def predictions(
             root = inverse_root(moment)
             shares.append(share)
         asked = fold(np.concatenate(list(_unit_rows(theirs, root)))) * np.float32(weight)
-        part = np.concatenate([rows @ asked.T for rows in _unit_rows(mine, root)])
-        total = part if total is None else total + part
+        if total is None:
+            total = np.zeros((len(usable), len(asked)), np.float32)
+        for (start, stop), rows in zip(pairwise(mine.edges), _unit_rows(mine, root), strict=True):
+            total[start:stop] += rows @ asked.T
     if total is None:
         raise ValueError("predictions need a checkpoint")
-    return np.where(usable[:, None], total, np.float32(0)), shares
+    total[~usable] = 0
+    return total, shares
+
+
+def members(subsets: Iterable[Sequence[int]], rows: int) -> Members:
+    """Subsets of the rows of a pool, a bit for each row: (subsets, rows / 8)."""
+    found = []
+    for subset in subsets:
+        inside = np.zeros(rows, bool)
+        inside[subset] = True
+        found.append(np.packbits(inside))
+    return np.stack(found)
+
+
+def sums(values: Floats, subsets: Members) -> Numbers:
+    """The sum of each column of `values` (n, q) over the rows of each subset (`members`): (subsets, q)."""
+    found = np.zeros((len(subsets), values.shape[1]))
+    for start in range(0, len(values), SUMMED_ROWS):
+        rows = values[start : start + SUMMED_ROWS].astype(np.float64)
+        inside = np.unpackbits(subsets[:, start // 8 : start // 8 + SUMMED_ROWS // 8], axis=1, count=len(rows))
+        found += inside.astype(np.float64) @ rows
+    return found
 
 
 def _features(view: Rows) -> Iterator[Floats]:

@@ -4,8 +4,9 @@ A shard is one training, so that workers share a validation and a kill loses one
 the worker that finishes the last one: that reads features and takes seconds, which no transaction should wait for.
 Scores are those of /scores, computed here for each target row or subtask instead of the whole task.
 
-Memory of the result, with n rows in the pool, t targets and d dims: 8·n·t bytes, and a chunk of features, 4·1,024·d;
-with TrackStar's preconditioning 12·d² more.
+Memory of the result, with n rows in the pool, m in the task, s trainings, t targets and d dims: 4·n·t bytes of
+predictions, n·s/8 for which rows each training had, 8·s·t of losses, 8·m·d of unit rows, and a chunk of features while
+it is divided by its lengths, 28·1,024·d; with TrackStar's preconditioning 12·d² more.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from datastore.identity import content_id
 from datastore.influence import Floats, Mask, Subtasks, everywhere, queries, reduce, usable_rows
 from datastore.leases import Claim, Jobs, NewShard
 from datastore.preconditioning import MAX_DIM
-from datastore.predictions import Target, fold_of, losses_of, predictions, targets_of
+from datastore.predictions import Target, fold_of, losses_of, members, predictions, sums, targets_of
 from datastore.recipes import Query, Recipes, Sources
 from datastore.schema import JobRow, ShardRow
 from datastore.segments import Rows
@@ -375,10 +376,11 @@ class Validations:
         """The linear datamodeling score of each of the scores."""
         losses = np.stack([loss for _, loss in trainings])
         losses = losses.reshape(-1, plan["repeats"], len(targets)).mean(axis=1)
-        subsets = [self._rows(plan, {"subset": number}) for number in range(len(losses))]
+        subsets = members((self._rows(plan, {"subset": number}) for number in range(len(losses))), plan["pool_rows"])
         for number, (scores, (pool, task)) in enumerate(zip(plan["scores"], views, strict=True)):
-            values, mixing = self._random(plan, number, len(targets)), list[float]()
-            if scores["control"] is None:
+            if scores["control"] is not None:
+                values, mixing = self._random(plan, number, len(targets)), list[float]()
+            else:
                 values, mixing = predictions(
                     pool,
                     task,
@@ -386,7 +388,7 @@ class Validations:
                     fold=fold_of(targets),
                     trackstar=scores["precondition"] == "trackstar",
                 )
-            predicted = np.stack([values[rows].sum(axis=0, dtype=np.float64) for rows in subsets])
+            predicted = sums(values, subsets)
             yield _Finding(
                 values=spearman(predicted, -losses),
                 samples=resampled(predicted, -losses, samples=plan["bootstrap_samples"], seed=plan["recipe"]["seed"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from datastore import predictions
 from datastore.correlation import Numbers, interval, ranks, resampled, resampled_change, spearman
 
 SHAPES = st.tuples(st.integers(2, 12), st.integers(1, 4))
@@ -72,3 +75,31 @@ def test_the_interval_of_a_change_knows_that_trainings_and_targets_vary() -> Non
     low, high = interval(resampled_change(changes, samples=4000, seed=0))
     error = np.sqrt(of_training.var() / 50 + of_target.var() / 40)
     np.testing.assert_allclose([low, high], changes.mean() + np.array([-1.96, 1.96]) * error, atol=0.02)
+
+
+def test_a_bootstrap_holds_one_sample_at_a_time() -> None:
+    changes = np.random.default_rng(5).normal(size=(200, 100))
+    effects, predicted = changes[:, :1], changes[:, 1:2]
+    peaks = []
+    for samples in (10, 10, 1000):  # the first one imports and compiles
+        tracemalloc.start()
+        try:
+            resampled(predicted, effects, samples=samples, seed=0)
+            resampled_change(changes, samples=samples, seed=0)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 0.2 * 8 * 990 * 200  # the draws of all samples would be a number for each training
+
+
+@given(
+    values=arrays(np.float32, st.tuples(st.integers(1, 70), st.integers(1, 3)), elements=st.integers(-99, 99)),
+    data=st.data(),
+)
+def test_sums_over_subsets_are_those_of_their_rows(values: NDArray[np.float32], data: st.DataObject) -> None:
+    rows = st.sets(st.integers(0, len(values) - 1)).map(sorted)
+    subsets = data.draw(st.lists(rows, min_size=1, max_size=5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictions, "SUMMED_ROWS", data.draw(st.sampled_from([8, 16, 64, 1024])))
+        found = predictions.sums(values, predictions.members(subsets, len(values)))
+    np.testing.assert_array_equal(found, [values[subset].sum(axis=0, dtype=np.float64) for subset in subsets])
