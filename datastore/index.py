@@ -16,7 +16,8 @@ index anyway, and the number of candidates is the smallest of `CANDIDATES` that 
     <root>/index_<hash>/empty.faiss        the trained quantiser
     <root>/index_<hash>/part-<n>.faiss     rows of a segment, mapped into memory when they are searched
 
-A segment has as many parts as it takes for one of them to hold about `PART_ROWS` rows. A pool that has grown begins with an index that exists: its parts are taken over (hard links), and the new rows added.
+A segment has as many parts as it takes for each to hold about `PART_ROWS` rows. A pool that has grown begins with an
+index that exists: its parts are taken over (hard links), and the new rows added.
 What was tried, with numbers: docs/decisions/an-index-of-principal-directions.md.
 """
 
