@@ -16,7 +16,8 @@ index anyway, and the number of candidates is the smallest of `CANDIDATES` that 
     <root>/index_<hash>/empty.faiss        the trained quantiser
     <root>/index_<hash>/part-<n>.faiss     rows of a segment, mapped into memory when they are searched
 
-A pool that has grown begins with an index that exists: its parts are taken over (hard links), and the new rows added.
+A segment has as many parts as it takes for each to hold about `PART_ROWS` rows. A pool that has grown begins with an
+index that exists: its parts are taken over (hard links), and the new rows added.
 What was tried, with numbers: docs/decisions/an-index-of-principal-directions.md.
 """
 
@@ -48,6 +49,8 @@ INDEX_VERSION = 1
 """Counted up when the arithmetic changes, so that old indexes are not found again."""
 INDEX_ROWS = 100_000
 """Rows from which a pool gets an index: below, a pass over the store takes about a second."""
+PART_ROWS = 1 << 20
+"""Rows at which a part ends: those of a part are in memory while it is made, 128 MB at `REDUCED` bytes a row."""
 REDUCED = 128
 """Principal directions."""
 SAMPLE_BYTES = 256 << 20
@@ -64,6 +67,8 @@ GROWTH = 1.1
 OVERSAMPLED = 32
 """Directions that the search for the principal ones has to spare (Halko, Martinsson and Tropp, 2011)."""
 POWERS = 2
+MASK_ROWS = 1 << 20
+"""Rows of a mask that are looked at at once."""
 
 
 def available() -> bool:
@@ -172,8 +177,9 @@ class Indexes:
         """Make the index of a pool, from the one that begins it where there is one, and measure it.
 
         `asked` are questions (n, checkpoints, dim) to measure it with, beside rows of the pool. `on_rows` hears how
-        many rows are done. Beside a sample, the directions and two blocks of rows it holds a byte for each number of
-        the reduced rows, and 4 · (PROBES + questions) bytes a row. Raises `NotEnoughSpace` and `Damaged`.
+        many rows are done. What it holds beside the pool's own masks does not grow with the rows: a sample and the
+        directions, a block of rows at every checkpoint, the rows of a part (twice for a moment, as it grows), and the
+        first `RECALL_AT` rows at both ends for each question and probe. Raises `NotEnoughSpace` and `Damaged`.
         """
         final = self.root / _id(pool.views, pool.weights)
         with unfinished(self.root / "unfinished", final.name) as partial:
@@ -224,9 +230,10 @@ class _Build:
     def __init__(self, folder: Path, pool: Pool, beginning: Path | None) -> None:
         self._folder = folder
         self._pool = pool
-        self._ranges = ranges(pool.views)
-        self._done = 0
-        """Ranges whose parts exist."""
+        self._ranges: list[tuple[int, int]] = []
+        """Rows of each part that exists."""
+        self._open: Any | None = None
+        """The part that rows are added to."""
         self._kept: dict[str, Any] | None = None
         """What was measured of the beginning, where it holds for the whole."""
         if beginning is None:
@@ -239,24 +246,35 @@ class _Build:
 
     def run(self, asked: NDArray[np.floating], on_rows: Callable[[int], None] | None) -> None:
         """Write the parts that are missing, and the manifest with what was measured."""
-        probes, places = _probes(self._pool, asked) if self._kept is None else (asked[:0], [])
-        true = np.zeros((len(probes), self._pool.rows), np.float32)
-        first = self._ranges[self._done][0] if self._done < len(self._ranges) else self._pool.rows
-        part = None
-        for start, stop, begins in blocks(self._pool):
+        pool = self._pool
+        probes, places = _probes(pool, asked) if self._kept is None else (asked[:0], np.zeros(0, np.int64))
+        first, truth = self._rows, Truth(places)
+        segments_end = {stop for _, stop in ranges(pool.views)}
+        for start, stop, begins in blocks(pool):
             if start < first and not len(probes):
                 continue
-            rows = [directions(view, start, stop, check=begins) for view in self._pool.views]
-            true[:, start:stop] = _scores(probes, rows, self._pool.weights)
+            rows = [directions(view, start, stop, check=begins) for view in pool.views]
+            truth.add(start, _scores(probes, rows, pool.weights), pool.wanted[start:stop])
             if start >= first:
-                part = _read(self._folder / "empty.faiss") if part is None else part
-                part.add(self._reduced(rows))
-                if stop == self._ranges[self._done][1]:
-                    _write(part, self._folder / f"part-{self._done}.faiss")
-                    self._done, part = self._done + 1, None
+                self._add(self._reduced(rows), last=stop in segments_end)
             if on_rows is not None:
                 on_rows(stop)
-        self._finish(probes, places, true)
+        self._finish(probes, truth)
+
+    @property
+    def _rows(self) -> int:
+        """Rows that have a part."""
+        return self._ranges[-1][1] if self._ranges else 0
+
+    def _add(self, reduced: Floats, *, last: bool) -> None:
+        """Add rows to the open part, and write it where they fill it or are the `last` of their segments."""
+        if self._open is None:
+            self._open = _read(self._folder / "empty.faiss")
+        self._open.add(reduced)
+        if last or self._open.ntotal >= PART_ROWS:
+            _write(self._open, self._folder / f"part-{len(self._ranges)}.faiss")
+            self._ranges.append((self._rows, self._rows + self._open.ntotal))
+            self._open = None
 
     def _reduced(self, rows: Sequence[Floats]) -> Floats:
         """Rows of all checkpoints as the index stores them (n, reduced)."""
@@ -268,18 +286,19 @@ class _Build:
 
     def _take_over(self, beginning: Path) -> None:
         manifest = json.loads((beginning / "manifest.json").read_bytes())
-        self._done = len(manifest["pieces"])
-        for name in ("projection.npy", "empty.faiss", *(f"part-{number}.faiss" for number in range(self._done))):
+        self._ranges = [(start, stop) for start, stop in manifest["ranges"]]
+        parts = (f"part-{number}.faiss" for number in range(len(self._ranges)))
+        for name in ("projection.npy", "empty.faiss", *parts):
             os.link(beginning / name, self._folder / name)
         self._projection = np.load(self._folder / "projection.npy", allow_pickle=False)
         if self._pool.rows <= GROWTH * manifest["measured_rows"]:
             self._kept = {"measured": manifest["measured"], "measured_rows": manifest["measured_rows"]}
 
-    def _finish(self, probes: NDArray[np.floating], places: Sequence[int | None], true: Floats) -> None:
+    def _finish(self, probes: NDArray[np.floating], truth: Truth) -> None:
         content: dict[str, Any] = {
             "version": INDEX_VERSION,
             "pieces": _pieces(self._pool.views),
-            "ranges": self._ranges,
+            "ranges": self._ranges,  # of the parts, of which a piece may have several
             "weights": list(self._pool.weights),
             "measured": {"recall": 0.0, "candidates": CANDIDATES[-1]},
             "measured_rows": self._pool.rows,
@@ -287,7 +306,7 @@ class _Build:
         np.save(self._folder / "valid.npy", self._pool.wanted, allow_pickle=False)
         manifest = self._folder / "manifest.json"
         manifest.write_text(json.dumps(content))  # for the index to be opened and measured
-        found = self._kept or {"measured": vars(_measure(Index(self._folder), self._pool, probes, places, true))}
+        found = self._kept or {"measured": vars(_measure(Index(self._folder), self._pool, probes, truth))}
         manifest.unlink()
         write_file(manifest, json.dumps(content | found, indent=1).encode())
 
@@ -295,42 +314,63 @@ class _Build:
 # What is measured -------------------------------------------------------------------------------------------------
 
 
-def _probes(pool: Pool, asked: NDArray[np.floating]) -> tuple[NDArray[np.floating], list[int | None]]:
-    """Vectors that the index is measured with (n, checkpoints, dim), and which rows of the pool they are, if any."""
-    valid = np.flatnonzero(pool.wanted)
-    rows = np.sort(np.random.default_rng(1).choice(valid, min(PROBES, len(valid)), replace=False))
+class Truth:
+    """The rows with the highest and the lowest scores for each of m probes, of the rows that were added so far."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        """Which row of the pool a probe is, -1 for one that is none (m,)."""
+        self.rows = np.full((2, len(places), RECALL_AT), -1, np.int64)
+        """The first rows at the high and at the low end, -1 where there are no more; of equal ones the lower first."""
+        self._values = np.full(self.rows.shape, np.inf, np.float32)
+        """Their scores, the high end's negated: the least comes first."""
+
+    def add(self, start: int, scores: Floats, wanted: Mask) -> None:
+        """See the rows from `start` on, which follow all that were added: their scores (m, n), which are wanted (n,).
+
+        A probe that is one of them is not among its own first.
+        """
+        for end, sign in enumerate((-1, 1)):
+            values = np.where(wanted, sign * scores, np.inf)
+            own = np.flatnonzero((self.places >= start) & (self.places < start + len(wanted)))
+            values[own, self.places[own] - start] = np.inf
+            self._merge(end, start, values)
+
+    def _merge(self, end: int, start: int, values: Floats) -> None:
+        better = np.flatnonzero((values < self._values[end, :, -1:]).any(axis=0))
+        if not len(better):
+            return
+        joined = np.concatenate([self._values[end], values[:, better]], axis=1)
+        added = np.broadcast_to(start + better, (len(values), len(better)))
+        rows = np.concatenate([self.rows[end], added], axis=1)
+        best = np.argsort(joined, axis=1, kind="stable")[:, :RECALL_AT]
+        self._values[end] = np.take_along_axis(joined, best, axis=1)
+        self.rows[end] = np.where(np.isinf(self._values[end]), -1, np.take_along_axis(rows, best, axis=1))
+
+
+def _probes(pool: Pool, asked: NDArray[np.floating]) -> tuple[NDArray[np.floating], Places]:
+    """Vectors that the index is measured with (m, checkpoints, dim), and which row of the pool each is, -1 for none."""
+    rows = drawn_rows(pool.wanted, PROBES, np.random.default_rng(1))
     own = np.stack([normalise(view.take(rows)) for view in pool.views], axis=1)
-    return np.concatenate([asked, own]).astype(np.float32), [*[None] * len(asked), *rows.tolist()]
+    places = np.concatenate([np.full(len(asked), -1, np.int64), rows])
+    return np.concatenate([asked, own]).astype(np.float32), places
 
 
-def _measure(
-    index: Index, pool: Pool, probes: NDArray[np.floating], places: Sequence[int | None], true: Floats
-) -> Measured:
+def _measure(index: Index, pool: Pool, probes: NDArray[np.floating], truth: Truth) -> Measured:
     """The smallest number of candidates that finds enough of what is first for the probes, else the largest."""
     reduced = index.reduce(pool, probes)
     found = Measured(0.0, CANDIDATES[-1])
     for number in CANDIDATES:
         recalls: dict[tuple[bool, int], list[float]] = {}
-        for question, itself, scores in zip(reduced, places, true, strict=True):
+        for probe, question in enumerate(reduced):
             candidates = index.candidates(question, pool, number + 1)  # the probe itself is not to be found
-            wanted = pool.wanted.copy()
-            if itself is not None:
-                wanted[itself] = False
-            for end, sign in enumerate((-1, 1)):
-                best = first_rows(sign * scores, wanted, RECALL_AT)
-                recalls.setdefault((itself is None, end), []).append(float(np.isin(best, candidates).mean()))
+            for end, rows in enumerate(truth.rows[:, probe]):
+                share = np.isin(rows[rows >= 0], candidates).mean()
+                recalls.setdefault((bool(truth.places[probe] < 0), end), []).append(float(share))
         found = Measured(min(float(np.mean(each)) for each in recalls.values()), number)
         if found.recall >= WANTED_RECALL:
             break
     return found
-
-
-def first_rows(values: Floats, wanted: NDArray[np.bool_], k: int) -> Places:
-    """The k rows with the lowest values, of those that are wanted."""
-    rows = np.flatnonzero(wanted)
-    if len(rows) <= k:
-        return rows
-    return rows[np.argpartition(values[rows], k)[:k]]
 
 
 def _scores(probes: NDArray[np.floating], rows: Sequence[Floats], weights: Sequence[float]) -> Floats:
@@ -352,9 +392,7 @@ def _fitted(pool: Pool) -> tuple[Floats, Floats]:
     """
     rng = np.random.default_rng(0)
     width = len(pool.views) * pool.views[0].dim
-    valid = np.flatnonzero(pool.wanted)
-    number = min(len(valid), SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * width)))
-    rows = np.sort(rng.choice(valid, number, replace=False))
+    rows = drawn_rows(pool.wanted, min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * width))), rng)
     sample = np.concatenate(
         [
             np.float32(np.sqrt(weight)) * normalise(view.take(rows))
@@ -364,13 +402,29 @@ def _fitted(pool: Pool) -> tuple[Floats, Floats]:
     )
     mean = sample.mean(axis=0)
     sample -= mean
-    reduced = min(REDUCED, width, number)
+    reduced = min(REDUCED, width, len(rows))
     basis = rng.standard_normal((width, min(reduced + OVERSAMPLED, width)), np.float32)
     for _ in range(POWERS):
         basis, _ = np.linalg.qr(sample.T @ (sample @ basis))
     _, _, axes = np.linalg.svd(sample @ basis, full_matrices=False)
     basis = np.ascontiguousarray(basis @ axes[:reduced].T, np.float32)
     return np.concatenate([(mean @ basis)[None], basis]), sample @ basis
+
+
+def drawn_rows(wanted: Mask, number: int, rng: np.random.Generator) -> Places:
+    """So many rows, or all there are, drawn from those that are wanted (n,); in ascending order.
+
+    The mask is looked at in pieces: the places of all its rows would take eight times its bytes.
+    """
+    count = int(np.count_nonzero(wanted))
+    ranks = np.sort(rng.choice(count, min(number, count), replace=False))
+    found, before = [ranks[:0]], 0
+    for start in range(0, len(wanted), MASK_ROWS):
+        places = np.flatnonzero(wanted[start : start + MASK_ROWS])
+        here = ranks[(ranks >= before) & (ranks < before + len(places))]
+        found.append(start + places[here - before])
+        before += len(places)
+    return np.concatenate(found)
 
 
 def _parts(projection: Floats, pool: Pool) -> list[Floats]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from datastore import attributions, index
+from datastore import attributions, index, search
 from datastore.gradients import FeatureStore
-from datastore.index import Indexes
+from datastore.index import RECALL_AT, Indexes, Truth, drawn_rows
 from datastore.search import Pool, exact
 from datastore.segments import FeatureView
 from tests.stores import Store, numbers, request
@@ -154,6 +158,151 @@ def test_it_is_found_again_and_goes_with_its_features(store: FeatureStore, tmp_p
     assert indexes.delete(pool.views[0].names[0][0]) == 1
     assert indexes.get(pool.views, pool.weights) is None
     assert not list((indexes.root / "unfinished").iterdir())
+
+
+# Parts, and what is held while they are made -------------------------------------------------------------------------
+
+
+def parts_of(root: Path, name: str) -> list[list[int]]:
+    """Rows of each part, as the manifest has them; the files are as many."""
+    ranges: list[list[int]] = json.loads((root / name / "manifest.json").read_text())["ranges"]
+    assert len(list((root / name).glob("part-*.faiss"))) == len(ranges)
+    return ranges
+
+
+def test_what_is_found_does_not_depend_on_the_size_of_parts(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of([view(store, clustered(3000), cuts=[1300]), view(store, clustered(3000, seed=1))], [0.7, 0.3])
+    asked = questions(8, checkpoints=2)
+    found = []
+    for number, rows in enumerate((10_000, 1024, 500)):
+        monkeypatch.setattr(index, "PART_ROWS", rows)
+        built = Indexes(tmp_path / str(number)).build(pool, questions(4, seed=50, checkpoints=2))
+        candidates = [built.candidates(row, pool, 150).tolist() for row in built.reduce(pool, asked)]
+        found.append((built.id, built.measured, candidates))
+    assert found[1:] == found[:1] * 2
+    assert parts_of(tmp_path / "0", found[0][0]) == [[0, 1300], [1300, 3000]]
+    assert parts_of(tmp_path / "1", found[0][0]) == [[0, 1024], [1024, 1300], [1300, 2324], [2324, 3000]]
+    assert all(stop - start <= 500 + 1023 for start, stop in parts_of(tmp_path / "2", found[0][0]))
+
+
+def test_what_is_found_does_not_depend_on_the_size_of_blocks(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of([view(store, clustered(3000))], [1.0])
+    found = []
+    for number, rows in enumerate((1024, 300, 70)):
+        monkeypatch.setattr(search, "BLOCK_BYTES", 4 * DIM * rows)
+        built = Indexes(tmp_path / str(number)).build(pool, questions(4, seed=50))
+        candidates = [set(built.candidates(row, pool, 150).tolist()) for row in built.reduce(pool, questions(8))]
+        found.append((built.measured, candidates))
+    for measured, candidates in found[1:]:  # a product of other blocks is rounded otherwise
+        assert measured.candidates == found[0][0].candidates
+        assert measured.recall == pytest.approx(found[0][0].recall, abs=0.002)
+        assert all(len(one ^ other) <= 4 for one, other in zip(candidates, found[0][1], strict=True))
+
+
+def test_an_index_with_one_part_for_each_segment_is_found_and_grows_by_smaller_ones(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexes = Indexes(tmp_path / "indexes")
+    before = view(store, clustered(2000))
+    first = indexes.build(pool_of([before], [1.0]), questions(4, seed=50))
+    assert parts_of(indexes.root, first.id) == [[0, 2000]]
+    monkeypatch.setattr(index, "PART_ROWS", 1024)
+    assert indexes.get([before], [1.0]) is not None
+    longer = grown(store, before, clustered(1500, seed=3))
+    second = indexes.build(pool_of([longer], [1.0]), questions(4, seed=50))
+    assert parts_of(indexes.root, second.id) == [[0, 2000], [2000, 3024], [3024, 3500]]
+    pool = pool_of([grown(store, longer, clustered(100, seed=4))], [1.0])
+    third = indexes.build(pool, questions(4, seed=50))
+    assert parts_of(indexes.root, third.id) == [[0, 2000], [2000, 3024], [3024, 3500], [3500, 3600]]
+    for part in range(3):
+        files = [indexes.root / each.id / f"part-{part}.faiss" for each in (second, third)]
+        assert files[0].stat().st_ino == files[1].stat().st_ino
+    assert recall(third.search(pool, questions(), 50), exact(pool, questions(), 50)) > 0.9
+    assert indexes.delete(before.names[0][0]) == 3
+    assert not list(indexes.root.glob("index_*"))
+
+
+@given(
+    rows=st.integers(1, 300),
+    probes=st.integers(1, 4),
+    cuts=st.sets(st.integers(1, 299), max_size=8),
+    first=st.integers(1, 130),
+    seed=st.integers(0, 1000),
+)
+def test_the_truth_is_that_of_all_scores_and_as_large_whatever_the_rows(
+    rows: int, probes: int, cuts: set[int], first: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-20, 20, (probes, rows)).astype(np.float32)  # ties are common
+    wanted = rng.random(rows) < 0.8
+    places = np.where(rng.random(probes) < 0.7, rng.integers(rows, size=probes), -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "RECALL_AT", first)
+        truth = Truth(places)
+        for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < rows), rows]):
+            truth.add(start, scores[:, start:stop], wanted[start:stop])
+    assert truth.rows.shape == (2, probes, first)
+    assert {each.size for each in vars(truth).values()} == {probes, 2 * probes * first}
+    for probe, itself in enumerate(places):
+        others = np.flatnonzero(wanted & (np.arange(rows) != itself))
+        for end, sign in enumerate((-1, 1)):
+            expected = others[np.argsort(sign * scores[probe, others], kind="stable")][:first]
+            found = truth.rows[end, probe]
+            assert found[found >= 0].tolist() == expected.tolist()
+
+
+def test_the_recall_is_that_of_a_pass_over_all_rows(store: FeatureStore, tmp_path: Path) -> None:
+    pool = pool_of([view(store, clustered(3000))], [1.0])
+    asked = questions(8, seed=50)
+    built = Indexes(tmp_path / "indexes").build(pool, asked)
+    rows = drawn_rows(pool.wanted, index.PROBES, np.random.default_rng(1))
+    of_rows = [
+        Pool(pool.views, [1.0], pool.wanted & (np.arange(3000) != row)) for row in rows
+    ]  # a row's own product is no finding
+    probes = [(unit(pool.views[0].take(rows[n : n + 1]))[:, None], own) for n, own in enumerate(of_rows)]
+    shares: list[list[tuple[float, float]]] = [[], []]
+    for group, cases in enumerate([[(asked[n : n + 1], pool) for n in range(8)], probes]):
+        for question, own in cases:
+            candidates = built.candidates(built.reduce(pool, question)[0], pool, built.measured.candidates + 1)
+            (ends,) = exact(own, question, RECALL_AT)
+            most, least = (np.isin(end.rows, candidates).mean() for end in (ends.most, ends.least))
+            shares[group].append((most, least))
+    expected = min(np.mean(group, axis=0).min() for group in shares)
+    assert built.measured.recall == pytest.approx(expected, abs=0.002)
+
+
+@given(wanted=st.lists(st.booleans(), max_size=60), number=st.integers(0, 70), piece=st.integers(1, 70))
+def test_rows_are_drawn_the_same_however_the_mask_is_read(wanted: list[bool], number: int, piece: int) -> None:
+    mask = np.array(wanted, bool)
+    valid = np.flatnonzero(mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "MASK_ROWS", piece)
+        found = drawn_rows(mask, number, np.random.default_rng(3))
+    expected = np.sort(np.random.default_rng(3).choice(valid, min(number, len(valid)), replace=False))
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_build_holds_no_number_for_each_row(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "SAMPLE_ROWS", 200)
+    monkeypatch.setattr(index, "MASK_ROWS", 1000)
+    features = np.random.default_rng(0).standard_normal((40_000, 8)).astype(np.float32)
+    peaks = []
+    for rows in (2000, 2000, 40_000):  # the first one imports and compiles
+        pool = pool_of([view(store, features[:rows])], [1.0])
+        tracemalloc.start()
+        try:
+            Indexes(tmp_path / "indexes").build(pool, np.zeros((0, 1, 8)))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        peaks.append(peak)
+    assert peaks[2] - peaks[1] < 4 * 38_000  # its lengths alone would be a float32 for each row
 
 
 # Attributions of large pools ----------------------------------------------------------------------------------------
