@@ -15,6 +15,7 @@ from pydantic import Field
 
 from datastore import exports, feature_files, training_files
 from datastore.errors import InvalidInput
+from datastore.leases import collection
 from datastore.provenance import card
 from service import zips
 from service.dependencies import Backend, BackendDep, Reference
@@ -103,9 +104,11 @@ def gradients_features(
 ) -> Response:
     """The features of a feature set, float32 (rows, dim); NaN where a row has none.
 
+    The job is one that makes feature sets: gradients, an import or a conversion. A name is a gradients job's first.
     409 before the job has succeeded, and where it has several feature sets and none is named.
     """
-    feature_set = backend.features.of_job(reference, parameters.feature_set, path=request.url.path)
+    job = backend.jobs.of_features(reference)
+    feature_set = backend.features.of_job(job, parameters.feature_set, path=request.url.path)
     view = backend.features.view(feature_set)
     start, stop = parameters.start, view.rows if parameters.stop is None else parameters.stop
     if not start <= stop <= view.rows:
@@ -124,7 +127,7 @@ def gradients_features(
         "Content-Disposition": f'attachment; filename="{feature_set.id}.{suffix}"',
         "Content-Length": str(file.length),
         "ETag": _tag(suffix, str(start), str(stop), described),
-        "Link": f'</gradients/{reference}>; rel="describedby"; type="application/json"',
+        "Link": f'<{collection(job.kind)}/{job.id}>; rel="describedby"; type="application/json"',
     }
     return StreamingResponse(file.pieces(), media_type=media_type, headers=headers)
 
