@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Literal
 
@@ -12,6 +12,8 @@ from fastapi.responses import StreamingResponse
 from gradstore.types import ExportFormat, Provenance, Selection, Trainer
 from gradstore.types import Request as RequestBody
 from pydantic import Field
+from starlette.responses import Content
+from starlette.types import Send
 
 from datastore import exports, feature_files, training_files
 from datastore.errors import InvalidInput
@@ -31,6 +33,19 @@ MEDIA_TYPES: dict[str, str] = {"jsonl": NDJSON, "csv": CSV, "parquet": PARQUET}
 router = Router(tag="exports")
 
 
+class BegunResponse(StreamingResponse):
+    """A stream whose first piece is made before the headers leave, so that what is wrong by then is a problem.
+
+    Nothing is made where no body is sent: for HEAD, and for 304.
+    """
+
+    async def stream_response(self, send: Send) -> None:
+        """Send headers and pieces. Raises what the first piece raises."""
+        pieces = aiter(self.body_iterator)
+        self.body_iterator = _continued(await anext(pieces, b""), pieces)
+        await super().stream_response(send)
+
+
 class ExportQuery(RequestBody):
     """In which form rows are wanted."""
 
@@ -48,7 +63,10 @@ class ExportQuery(RequestBody):
 def export_selection(
     selection: Reference, parameters: Annotated[ExportQuery, Query()], backend: BackendDep
 ) -> Response:
-    """The chosen original rows, best first, as a file, with where they come from."""
+    """The chosen original rows, best first, as a file, with where they come from.
+
+    422 where the rows have too many different fields for the columns of a table.
+    """
     found = backend.answers.read(selection, limit=1)  # a row: that they are lost is told before an answer begins
     provenance = backend.cards.of(found)
     wanted, scores = parameters.format, parameters.scores
@@ -59,7 +77,7 @@ def export_selection(
         "Link": f'</selections/{found.id}/provenance>; rel="describedby"; type="application/json"',
     }
     body = _body(backend, found, provenance, wanted, scores=scores)
-    return StreamingResponse(body, media_type=MEDIA_TYPES.get(wanted, ZIP), headers=headers)
+    return BegunResponse(body, media_type=MEDIA_TYPES.get(wanted, ZIP), headers=headers)
 
 
 @router.get(
@@ -130,6 +148,12 @@ def gradients_features(
         "Link": f'<{collection(job.kind)}/{job.id}>; rel="describedby"; type="application/json"',
     }
     return StreamingResponse(file.pieces(), media_type=media_type, headers=headers)
+
+
+async def _continued(first: Content, rest: AsyncIterator[Content]) -> AsyncIterator[Content]:
+    yield first
+    async for piece in rest:
+        yield piece
 
 
 def _tag(*parts: str) -> str:
