@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from datastore.selection.choose import Chosen, Lengths, Material, choose, chosen
 from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, Overlap, RunIndex
 from datastore.selection.features import PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
-from datastore.selection.rules import refused
+from datastore.selection.rules import needs_features, refused
 from datastore.selection.tasks import CombinedScores, combine
 from datastore.selection.top import candidates, wanted
 from datastore.selection.words import text_of
@@ -76,6 +77,8 @@ class Answers:
     scoring: Scoring
     runs: RunIndex
     files: SelectionFiles
+    _comparing: Lock = field(default_factory=Lock, compare=False, repr=False)
+    """Held while rows are compared with each other: what that takes is taken once."""
 
     def find(self, recipe: SelectionRecipe, *, limit: int, after: int = 0) -> Selection | None:
         """The selection that this recipe has given before; None where there is none, or its rows are lost."""
@@ -96,7 +99,19 @@ class Answers:
     def select(
         self, recipe: SelectionRecipe, sources: Sources, scores: Sequence[TaskScores], *, limit: int, after: int = 0
     ) -> Selection:
-        """Choose rows by their scores and record the selection. Raises `Conflict` where no row can be chosen."""
+        """Choose rows by their scores and record the selection. Raises `Conflict` where no row can be chosen.
+
+        One selection whose rows are compared by their features is made at a time; who asks for the same meanwhile is
+        given what was made.
+        """
+        compares = needs_features(recipe) is not None
+        with self._comparing if compares else nullcontext():
+            known = self.find(recipe, limit=limit, after=after) if compares else None
+            return self._select(recipe, sources, scores, limit=limit, after=after) if known is None else known
+
+    def _select(
+        self, recipe: SelectionRecipe, sources: Sources, scores: Sequence[TaskScores], *, limit: int, after: int
+    ) -> Selection:
         pool = self._pool(recipe)
         excluded = self._excluded(recipe, pool)
         valid = everywhere([task.valid for task in scores])

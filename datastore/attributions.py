@@ -207,8 +207,8 @@ class Attributions:
         """Which rows the filter by origin lets through (n,); True where there is none."""
         if not recipe.origins:
             return np.True_
-        origins = set(recipe.origins)
-        return np.fromiter((label.origin in origins for label in self.datasets.labels(dataset)), bool)
+        labels = self.datasets.label_columns(dataset)
+        return np.isin(labels.origins, recipe.origins)[labels.origin]
 
     def _attribution(self, answered: Answered, found: _Found | None, k: int, *, text: bool) -> Attribution:
         last = answered.features[-1] if answered.features else None

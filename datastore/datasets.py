@@ -18,7 +18,6 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +37,6 @@ from datastore.dataset_files import (
     LINES,
     DatasetFolder,
     DatasetWriter,
-    RowLabel,
     RowLabels,
     add_source,
 )
@@ -50,13 +48,12 @@ from datastore.rows import Example
 from datastore.shapes import BadRow, example
 from datastore.strict_json import NotJson, canonical, compact, parse
 
-__all__ = ["REPORTED", "Datasets", "Ingested", "Origins", "RowLabel", "RowLabels", "joined"]
+__all__ = ["REPORTED", "Datasets", "Ingested", "Origins", "RowLabels", "joined"]
 
 REPORTED = 100  # problems, and remarks, that a report holds; all are counted
-LABELS_KEPT = 4  # datasets; some 100 bytes a row
+LABELS_KEPT = 16  # datasets whose rows' ids and origins are kept in memory: 8 bytes a row and its id's own
 DETAIL = 400  # characters of a reason, which may quote the row
 ABANDONED = 60.0  # seconds after which an unlocked folder of incoming/ belongs to nobody
-REMEMBERED = 16  # datasets whose rows' origins are kept in memory, 4 bytes a row
 NO_DATASETS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -105,10 +102,9 @@ class Datasets:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._sources, self._incoming = root / "sources", root / "incoming"
-        self._labels: dict[str, RowLabels] = {}
         for folder in (self._sources, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
-        self._origins = lru_cache(maxsize=REMEMBERED)(self._read_origins)
+        self._labels = lru_cache(maxsize=LABELS_KEPT)(self._read_labels)
 
     def ingest(
         self,
@@ -154,18 +150,18 @@ class Datasets:
         folder = self._folder(dataset)
         return folder.examples(range(folder.manifest.rows)[start:stop])
 
-    def labels(self, dataset: str) -> list[RowLabel]:
-        """Id and origin of every row."""
-        return list(self._folder(dataset).labels())
-
     def examples_at(self, dataset: str, rows: Iterable[int]) -> Iterator[Example]:
         """The examples of any rows, in the order asked; raises IndexError."""
         return self._folder(dataset).examples_at(rows)
 
     def origins(self, dataset: str) -> Origins:
-        """The origin of every row. Labels are read once (0.3 s for 200,000 rows) and remembered."""
-        self._folder(dataset)  # a dataset that is gone is not found here either
-        return self._origins(dataset)
+        """The origin of every row, see `label_columns`."""
+        labels = self.label_columns(dataset)
+        counts = np.bincount(labels.origin, minlength=len(labels.origins))
+        order = np.argsort(-counts, kind="stable")
+        numbers = np.empty(len(order), np.int32)
+        numbers[order] = np.arange(len(order))
+        return Origins(tuple(labels.origins[place] for place in order), numbers[labels.origin])
 
     def sizes(self, dataset: str) -> NDArray[np.int64]:
         """Bytes of every row as one line, without its end (n,)."""
@@ -174,12 +170,8 @@ class Datasets:
 
     def label_columns(self, dataset: str) -> RowLabels:
         """Id and origin of every row, in columns; of the datasets asked for last they are kept in memory."""
-        folder = self._folder(dataset)
-        if dataset not in self._labels:
-            while len(self._labels) >= LABELS_KEPT:
-                self._labels.pop(next(iter(self._labels)), None)
-            self._labels[dataset] = folder.label_columns()
-        return self._labels[dataset]
+        self._folder(dataset)  # a dataset that is gone is not found here either
+        return self._labels(dataset)
 
     def text_keys(self, dataset: str) -> NDArray[np.uint64]:
         """A 64-bit key of every row's text (n,): rows that would be trained on alike have the same (repeats.py)."""
@@ -262,11 +254,8 @@ class Datasets:
             created=created,
         )
 
-    def _read_origins(self, dataset: str) -> Origins:
-        folder = self._folder(dataset)
-        names = tuple(name for name, _ in Counter(folder.manifest.origins).most_common())
-        numbers = {name: number for number, name in enumerate(names)}
-        return Origins(names, np.fromiter((numbers[label.origin] for label in folder.labels()), np.int32))
+    def _read_labels(self, dataset: str) -> RowLabels:
+        return self._folder(dataset).label_columns()
 
     @contextmanager
     def _workplace(self) -> Iterator[Path]:

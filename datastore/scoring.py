@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from datastore import scores
 from datastore.catalog import Catalog
+from datastore.errors import NotFound
 from datastore.features import Features
 from datastore.identity import content_id
 from datastore.influence import TaskScores
@@ -68,7 +69,10 @@ class Scoring:
         return _over_all_pools(found)
 
     def start(self, recipe: SelectionRecipe, sources: Sources) -> AnyJob:
-        """Start the job that computes the scores, or return the one that is at it: a shard for each piece of a pool."""
+        """Start the job that computes the scores, or return the one that is at it: a shard for each piece of a pool.
+
+        One that was cancelled is returned as it is: who asks for scores does not overrule who cancelled them.
+        """
         scored = recipe.model_dump(mode="json", exclude={*OF_THE_CHOICE, "combine"})
         if recipe.method == "bm25":
             units = self.texts.units(recipe)
@@ -85,11 +89,20 @@ class Scoring:
 
     def _started(self, scored: dict[str, Any], plan: dict[str, Any], shards: Sequence[NewShard]) -> AnyJob:
         id = content_id("scores", scored)
+        if (cancelled := self._cancelled(id)) is not None:
+            return cancelled
         job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=shards)
         if job.status == "succeeded":  # and yet not cached: the folder was emptied, or its bytes were damaged
             self.jobs.remove(id, kind="scoring")
             job, _ = self.jobs.create(id=id, kind="scoring", request={"recipe": scored}, plan=plan, shards=shards)
         return job
+
+    def _cancelled(self, id: str) -> AnyJob | None:
+        try:
+            job = self.jobs.get(id)
+        except NotFound:
+            return None
+        return job if job.status == "cancelled" else None
 
     def _shards(self, recipe: SelectionRecipe, sources: Sources) -> Iterator[NewShard]:
         targets = self._targets(sources)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,12 @@ SCORES_BYTES = 256 << 20
 """Of the scores of all rows for the questions that are asked in one pass."""
 ROUNDING = 1e-5
 """What a float32 score of unit rows may be off by, with room to spare: rows this near to the last one are looked at."""
-TAKEN_BYTES = 32 << 20
-"""Float32 bytes of the candidates' rows that are held at once."""
 
 FEW = 8
 """Times k: so many candidates are scored in float64 at once."""
 
 Places = NDArray[np.int64]
+Real = TypeVar("Real", bound=np.floating[Any])
 
 
 @dataclass(frozen=True)
@@ -142,27 +142,27 @@ def best_of(pool: Pool, question: NDArray[np.floating], candidates: Places, k: i
 def _coarse_scores(pool: Pool, question: NDArray[np.floating], rows: Places) -> Floats:
     """The scores of some rows (ascending) for one question, in float32 (rows,)."""
     scores = np.zeros(len(rows), np.float32)
-    step = max(1, BLOCK_BYTES // (4 * pool.views[0].dim))
     for number, (view, weight) in enumerate(zip(pool.views, pool.weights, strict=True)):
         asked = (question[number] * weight).astype(np.float32)
-        for start in range(0, len(rows), step):
-            taken = view.take(rows[start : start + step])
-            lengths = np.sqrt(np.einsum("ij,ij->i", taken, taken))
-            scores[start : start + step] += taken @ asked / np.where(lengths > 0, lengths, 1)
+        for places, taken in view.taken_blocks(rows):
+            scores[places] += _along(taken, asked)
     return scores
 
 
 def exact_parts(pool: Pool, question: NDArray[np.floating], rows: Places) -> NDArray[np.float64]:
     """w_i ⟨φ_i(z), φ_i(v)⟩ of some rows (ascending) and one question, in float64: (rows, checkpoints)."""
     parts = np.empty((len(rows), len(pool.views)), np.float64)
-    step = max(1, TAKEN_BYTES // (4 * pool.views[0].dim))
     for number, (view, weight) in enumerate(zip(pool.views, pool.weights, strict=True)):
         asked = question[number].astype(np.float64)
-        for start in range(0, len(rows), step):
-            taken = view.take(rows[start : start + step]).astype(np.float64)
-            lengths = np.sqrt(np.einsum("ij,ij->i", taken, taken))
-            parts[start : start + step, number] = weight * (taken @ asked) / np.where(lengths > 0, lengths, 1)
+        for places, taken in view.taken_blocks(rows):
+            parts[places, number] = weight * _along(taken.astype(np.float64), asked)
     return parts
+
+
+def _along(rows: NDArray[Real], question: NDArray[Real]) -> NDArray[Real]:
+    """Products of a question (dim,) with rows (n, dim), each divided by its length; 0 where that is 0. (n,)"""
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return np.asarray(rows @ question / np.where(lengths > 0, lengths, 1), rows.dtype)
 
 
 def directions(view: Rows, start: int, stop: int, *, check: bool = False) -> Floats:

@@ -27,6 +27,10 @@ from datastore.shards import CHUNK_ROWS, chunk_rows
 FORMAT_VERSION = 1
 BLOCK_BYTES = 8 << 20
 """Float32 bytes of the rows that are decoded at once: about what a core's caches hold."""
+TAKEN_BYTES = 512 << 10
+"""The same of rows that are picked one by one, and multiplied with one question: what the nearest cache holds."""
+PICKED_BYTES = 2 << 20
+"""Stored bytes of such rows that are read at once."""
 
 REASONS: Final[Mapping[int, str]] = {
     1: "no supervised token",
@@ -171,6 +175,20 @@ class Rows(ABC):
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows, in ascending order, as numbers not yet multiplied with their scales: float32 (n, dim)."""
         return decode(self.stored_rows(rows), self.dtype, self.dim)
+
+    def taken_blocks(self, rows: NDArray[np.int64]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Some rows, in ascending order, a few at a time: (places in `rows`, decoded rows), as `take` has them.
+
+        Several times faster than `take` where a row is used once: it never leaves the core's caches.
+        """
+        storage = STORAGE[self.dtype]
+        read = max(1, PICKED_BYTES // (storage.width(self.dim) * storage.dtype.itemsize))
+        step = max(1, TAKEN_BYTES // (4 * self.dim))
+        for first in range(0, len(rows), read):
+            stored = self.stored_rows(rows[first : first + read])
+            for start in range(0, len(stored), step):
+                few = stored[start : start + step]
+                yield slice(first + start, first + start + len(few)), decode(few, self.dtype, self.dim)
 
     def blocks(self, *, rows: int = CHUNK_ROWS, check: bool = False) -> Iterator[tuple[int, NDArray[Any]]]:
         """All rows as (start, stored rows), at most `rows` at a time, in place."""

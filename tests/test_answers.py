@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from gradstore.types import Selection, SelectionRecipe
 from numpy.typing import NDArray
 
+from datastore import answers
 from datastore.errors import GradientsMissing, InUse, InvalidInput
 from datastore.influence import normalise
 from datastore.recipes import Query, Sources
@@ -251,6 +255,29 @@ def test_a_recipe_alone_gives_its_selection_again(filled: Store, query: dict[str
     recipe = SelectionRecipe.model_validate(sent)
     again = answered(filled, recipe, filled.recipes.sources(recipe))
     assert again.model_dump(exclude={"created_at"}) == first.model_dump(exclude={"created_at"})
+
+
+def test_a_comparison_of_rows_is_made_once_however_many_ask(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, sources = asked(filled, k=12, dedupe=0.95)
+    expected = answered(filled, recipe, sources)
+    filled.answers.remove(expected.id)
+    scores = filled.scoring.known(recipe, sources)
+    assert scores is not None
+    both = threading.Barrier(2)
+    calls = []
+    choose = answers.choose
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.5)  # a second choice at the same time would come here
+        return choose(*args)
+
+    monkeypatch.setattr(answers, "choose", counted)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: filled.answers.select(recipe, sources, scores, limit=12), range(2)))
+    assert len(calls) == 1
+    assert [rows_of(each) for each in found] == [rows_of(expected)] * 2
 
 
 def test_a_recipe_whose_features_are_gone_says_how_to_compute_them(filled: Store) -> None:

@@ -181,7 +181,7 @@ def test_unusual_text_comes_back_unchanged(datasets: Datasets, awkward: Path, na
 
 def test_odd_ids_are_kept_as_they_were_written(datasets: Datasets, awkward: Path) -> None:
     found = ingest(datasets, awkward / "odd_ids.jsonl")
-    ids = [label.id for label in datasets.labels(found.id)]
+    ids = datasets.label_columns(found.id).ids.to_pylist()
     assert ids[:7] == ["7", "7.0", "7", "007", "true", "", " "]
     assert ids[8:15] == ["../../../outside", "a/b\\c", "two\nlines", "nul\0byte", "caf\u00e9", "cafe\u0301", "😀"]
 

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gradstore.types import SelectionRecipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.rows import Example
 from datastore.selection import contamination
 from datastore.selection import words as hashing
+from datastore.selection.choose import Lengths, Material, choose
 from datastore.selection.contamination import Contamination, RunIndex, runs_of
+from datastore.selection.draws import draw
+from datastore.selection.make_up import Labelled
 from datastore.selection.words import ngrams
 from datastore.tasks import Tasks
 from datastore.words import words
@@ -124,3 +128,21 @@ def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     index.of(task, 13)
     index.delete(task)
     assert list(index.root.iterdir()) == [other]
+
+
+def test_a_matched_draw_takes_other_rows_of_the_same_length_instead_of_those_that_overlap() -> None:
+    leaked = " ".join(f"word{n}" for n in range(20))
+    texts = [leaked if row in (3, 4, 7) else f"row {row}" for row in range(40)]
+    lengths = np.array([5, 6], np.int32)[np.arange(40) % 2]
+    contamination = Contamination(texts.__getitem__, [runs_of("task_1", [example(leaked)], 13, validation=0)])
+    everywhere = Labelled(("pool",), np.zeros(40, np.int64))
+    wanted = np.array([5] * 12 + [6] * 12, np.int32)
+    material = Material(everywhere, str, lambda rows: np.empty((len(rows), 1)), contamination, Lengths(lengths, wanted))
+    drawn, taken = [draw(40, seed=2)], {}
+    for exclude in (False, True):
+        recipe = SelectionRecipe.model_construct(strategy="top", combine=None, exclude_contaminated=exclude)
+        taken[exclude] = choose(drawn, recipe, np.ones(40, bool), 24, material).rows.tolist()
+        assert sorted(lengths[taken[exclude]].tolist()) == wanted.tolist()
+    assert {3, 4, 7} & set(taken[False]), "this draw has rows to leave out"
+    assert not {3, 4, 7} & set(taken[True])
+    assert set(taken[False]) - {3, 4, 7} <= set(taken[True])

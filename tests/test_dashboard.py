@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Error, Route, expect
 
 from datastore.attributions import Answered
 from datastore.questions import QuestionFeature
@@ -547,6 +548,28 @@ def test_the_overlap_of_tasks_is_a_table_of_the_apis_numbers(visit: Visit, servi
     expect(shared.locator("tbody tr")).to_have_count(2)
     visit.page.get_by_label("mmlu").uncheck()
     expect(visit.page.get_by_text("Choose two tasks or more.")).to_be_visible()
+
+
+def test_an_answer_that_comes_late_does_not_stand_for_a_newer_question(visit: Visit, service: Service) -> None:
+    opened(visit, service, "overlap")
+    rows = visit.page.get_by_role("table", name="Shared rows of each pair of tasks").locator("tbody tr")
+    expect(rows).to_have_count(3)
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    visit.page.route("**/overlaps?*", hold)
+    for tick in ("uncheck", "check"):
+        with visit.page.expect_request("**/overlaps?*"):
+            getattr(visit.page.get_by_label("bbh"), tick)()
+    of_two, of_three = held
+    of_three.continue_()
+    expect(rows).to_have_count(3)
+    with contextlib.suppress(Error):  # where it was given up
+        of_two.continue_()
+    visit.page.wait_for_timeout(500)
+    expect(rows).to_have_count(3)
 
 
 def attribute(service: Service, job: str) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -28,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore import parquet_rows
-from datastore.datasets import REPORTED, Datasets, Ingested, RowLabel
+from datastore.datasets import LABELS_KEPT, REPORTED, Datasets, Ingested
 from datastore.errors import Damaged, GradstoreError, InvalidDataset, NotFound, TooLarge
 from datastore.rows import Example, Message
 
@@ -197,13 +198,35 @@ def test_examples_are_read_by_range(datasets: Datasets) -> None:
         assert list(datasets.examples(found.id, start, stop)) == everything[start:stop]
 
 
+def labels_of(datasets: Datasets, id: str) -> list[tuple[str | None, str]]:
+    """Id and origin of every row."""
+    labels = datasets.label_columns(id)
+    return [(own, labels.origins[code]) for own, code in zip(labels.ids.to_pylist(), labels.origin, strict=True)]
+
+
 def test_labels_name_every_row_and_where_it_comes_from(datasets: Datasets) -> None:
     items = [row(0), {**row(1), "dataset": None}, {"prompt": "1", "completion": "2", "id": "line\nend"}]
     found = ingest(datasets, jsonl(items), "pool.jsonl")
-    expected = [RowLabel("sum_0", "sums"), RowLabel("sum_1", "pool.jsonl"), RowLabel("line\nend", "pool.jsonl")]
-    assert datasets.labels(found.id) == expected
+    expected = [("sum_0", "sums"), ("sum_1", "pool.jsonl"), ("line\nend", "pool.jsonl")]
+    assert labels_of(datasets, found.id) == expected
+    origins = datasets.origins(found.id)
+    assert (origins.names, origins.codes.tolist()) == (("pool.jsonl", "sums"), [1, 0, 0])
     assert found.origins == {"sums": 1, "pool.jsonl": 2}
-    assert [RowLabel(one.id, one.origin) for one in datasets.examples(found.id)] == expected
+    assert [(one.id, one.origin) for one in datasets.examples(found.id)] == expected
+
+
+def test_labels_are_read_once_and_for_as_many_datasets_as_are_kept(
+    datasets: Datasets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.dataset_files.LABELS_AT_ONCE", 2)
+    ids = [ingest(datasets, jsonl([row(n), row(n + 1), row(n + 2)]), "pool.jsonl").id for n in range(LABELS_KEPT + 2)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda id: labels_of(datasets, id), ids * 20))
+    assert found == [[(f"sum_{n + m}", "sums") for m in range(3)] for n in range(len(ids))] * 20
+    assert datasets.label_columns(ids[-1]) is datasets.label_columns(ids[-1])
+    datasets.delete(ids[-1], keep_sources=())
+    with pytest.raises(NotFound):
+        datasets.label_columns(ids[-1])
 
 
 # Appending ----------------------------------------------------------------------------------------------------------
@@ -223,7 +246,7 @@ def test_rows_appended_in_any_steps_are_the_dataset_of_one_file(ends: list[int])
         assert (last.id, last.rows, last.bytes, last.origins) == (whole.id, 12, whole.bytes, whole.origins)
         assert list(datasets.examples(last.id)) == list(Datasets(Path(one)).examples(whole.id))
         assert list(datasets.lines(last.id, range(12))) == list(Datasets(Path(one)).lines(whole.id, range(12)))
-        assert datasets.labels(last.id) == Datasets(Path(one)).labels(whole.id)
+        assert labels_of(datasets, last.id) == labels_of(Datasets(Path(one)), whole.id)
 
 
 def test_a_grown_dataset_keeps_its_beginning_and_all_its_uploads(datasets: Datasets) -> None:
@@ -470,7 +493,7 @@ def test_deleting_takes_the_uploads_that_nothing_else_needs(datasets: Datasets, 
     with pytest.raises(NotFound):
         datasets.source(found.source.sha256)
     with pytest.raises(NotFound):
-        datasets.labels(found.id)
+        datasets.label_columns(found.id)
     datasets = Datasets(tmp_path / "datasets")
     assert ingest(datasets, PLAIN).created
     datasets.delete(found.id, keep_sources=())
@@ -482,7 +505,7 @@ def test_no_name_reaches_outside_the_datasets(datasets: Datasets, name: str) -> 
     ingest(datasets, PLAIN)
     calls: list[Callable[[], object]] = [
         lambda: datasets.examples(name),
-        lambda: datasets.labels(name),
+        lambda: datasets.label_columns(name),
         lambda: datasets.lines(name, [0]),
         lambda: datasets.content(name),
         lambda: datasets.source(name),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.errors import InvalidInput
 from datastore.influence import Floats, normalise
 from datastore.selection import duplicates
 from datastore.selection.duplicates import FeatureDuplicates, TextDuplicates, jaccard, shingles
@@ -98,6 +99,26 @@ def test_near_one_few_rows_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> No
     found = FeatureDuplicates(reading, 0.95, iter(range(600)), rows=600)
     assert all(found.keep(row) for row in range(600))
     assert len(read) < 620
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MOST_BYTES", 4 * 256 * 99), ("MOST_PRODUCTS", 256 * 99.5**2 / 2)])
+def test_more_rows_than_can_be_compared_are_refused_before_they_are_read(
+    monkeypatch: pytest.MonkeyPatch, bound: str, value: float
+) -> None:
+    monkeypatch.setattr(duplicates, bound, value)
+    features = normalise(np.random.default_rng(3).normal(size=(600, 256)))
+    read: list[int] = []
+
+    def reading(rows: Sequence[int]) -> Floats:
+        read.extend(rows)
+        return features[list(rows)]
+
+    with pytest.raises(InvalidInput, match=r"at most 99 rows .* 100 are asked for: .* dedupe_by=text"):
+        FeatureDuplicates(reading, 0.3, iter(range(600)), rows=100).keep(0)
+    assert read == [0]
+    assert FeatureDuplicates(reading, 0.3, iter(range(600)), rows=99).keep(0)
+    monkeypatch.setattr(duplicates, "KEPT_BYTES", 1)  # an eighth of the numbers is kept
+    assert FeatureDuplicates(reading, 0.95, iter(range(600)), rows=100).keep(0)
 
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=14).map(" ".join)

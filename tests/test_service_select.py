@@ -220,6 +220,19 @@ def test_a_scoring_job_can_be_deleted_and_its_scores_stay(ready: Service) -> Non
     assert ready.http.get("/jobs?kind=scoring").json()["data"] == [], "the scores were found"
 
 
+def test_scores_whose_job_was_cancelled_wait_until_somebody_tries_it_again(ready: Service) -> None:
+    ready.backend.scorer.stop()
+    params: dict[str, Any] = {"task": "target", "pct": 0.05, "wait": 0}
+    job = ready.http.get("/select", params=params).json()["id"]
+    ready.http.post(f"/jobs/{job}/cancel")
+    for path in ("/select", "/scores"):
+        asked = params if path == "/select" else {"task": "target", "wait": 0}
+        assert f"POST /jobs/{job}/retry" in problem_of(ready.http.get(path, params=asked), 409).detail
+    assert ready.http.get(f"/jobs/{job}").json()["status"] == "cancelled"
+    assert ready.http.post(f"/jobs/{job}/retry").json()["status"] == "queued"
+    assert ready.http.get("/select", params=params).status_code == 202
+
+
 def test_a_job_that_made_something_is_deleted_where_that_is(ready: Service) -> None:
     for job in ready.http.get("/jobs?kind=gradients").json()["data"]:
         detail = problem_of(ready.http.delete(f"/jobs/{job['id']}"), 409).detail

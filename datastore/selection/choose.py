@@ -74,8 +74,7 @@ def choose(scores: Sequence[TaskScores], recipe: SelectionRecipe, among: Mask, k
     """The rows that a recipe chooses of the candidates, at most `k`."""
     walks = Walks(scores, recipe.combine or "max", among)
     if material.lengths is not None:
-        rows = matched(material.lengths.known, scores[0].score, among, material.lengths.wanted)
-        return _of_combined(_one_score(walks), rows)
+        return _of_combined(_one_score(walks), _matched(recipe, scores[0].score, among, material, material.lengths))
     keep = _filter(recipe, walks, material, k)
     notes: list[str] = []
     if recipe.strategy == "k-center":
@@ -125,6 +124,19 @@ def _one_score(walks: Walks) -> CombinedScores:
     if walks.combined is None:
         raise ValueError("a draw has one score a row")
     return walks.combined
+
+
+def _matched(recipe: SelectionRecipe, drawn: Floats, among: Mask, material: Material, lengths: Lengths) -> Selected:
+    """A matched draw; rows that overlap with a task, where they are to be left out, are drawn again."""
+    rows = matched(lengths.known, drawn, among, lengths.wanted)
+    while recipe.exclude_contaminated:
+        unwanted = [row for row in rows.tolist() if material.contamination.of(row) is not None]
+        if not unwanted:
+            break
+        among = among.copy()
+        among[unwanted] = False
+        rows = matched(lengths.known, drawn, among, lengths.wanted)
+    return rows
 
 
 def _everything(row: int) -> bool:  # noqa: ARG001 - a filter

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.influence import Floats
+from datastore.selection.rules import refused
 from datastore.selection.words import Hashes, ngrams
 from datastore.words import words
 
@@ -29,6 +30,10 @@ BLOCK_ROWS = 1024
 """The most of them: they are multiplied with each other, too."""
 KEPT_BYTES = 256 << 20
 """Float32 bytes of the rows taken that are kept whole."""
+MOST_BYTES = 1 << 30
+"""Of what is kept of the rows that are asked for; more are refused."""
+MOST_PRODUCTS = 2.5e12
+"""Multiplications of rows that are asked for with each other: about a minute of two cores."""
 SPARING = 0.6
 """Every s-th number is kept for s ≤ 0.6 / (1 − τ): the bound then exceeds τ where the cosine is above about 0.4."""
 
@@ -91,8 +96,9 @@ class FeatureDuplicates:
     multiplied in one product with what was taken. Where `rows` rows of d numbers would take more than 256 MiB, only
     every s-th number of those that were taken is kept, a₀, and by Cauchy and Schwarz ⟨a, b⟩ ≤ ⟨a₀, b₀⟩ + ‖a₁‖·‖b₁‖
     for the numbers a₁ that are not: rows for which this exceeds τ are read again and compared in full. The nearer τ is
-    to 1 the fewer numbers are enough, down to an eighth. Memory: 4·rows·d/s bytes and two blocks of 32 MiB. Where the
-    walk passes over most of what was read, as one with quotas may, blocks become as small as what it meets of them.
+    to 1 the fewer numbers are enough, down to an eighth. Memory: 4·rows·d/s bytes, at most `MOST_BYTES`, and two blocks
+    of 32 MiB. Where the walk passes over most of what was read, as one with quotas may, blocks become as small as what
+    it meets of them. `keep` raises `InvalidInput` where so many rows are too many to be compared.
     """
 
     def __init__(
@@ -106,8 +112,9 @@ class FeatureDuplicates:
         self._most = 0
         self._met: set[int] = set()
         self._taken: list[int] = []
-        self._heads: list[Floats] = []
-        self._rests: list[Floats] = []
+        self._heads = np.empty((0, 0), np.float32)
+        """What is kept of the rows taken, in the first places of (rows, d/s)."""
+        self._rests = np.empty(rows, np.float32)
         self._block = _Block([], np.empty((0, 0), np.float32), [])
 
     def keep(self, row: int) -> bool:
@@ -124,18 +131,22 @@ class FeatureDuplicates:
             return False
         if block.taken and (block.cosines[place, block.taken] > self._tau).any():
             return False
+        head = block.rows[place, :: self._step]
+        self._heads[len(self._taken)] = head
+        self._rests[len(self._taken)] = _rest(head[None])[0]
         block.taken.append(place)
         self._taken.append(row)
-        self._heads.append(block.rows[place : place + 1, :: self._step].copy())
-        self._rests.append(_rest(self._heads[-1]))
         return True
 
     def _look_ahead(self, row: int) -> None:
         """Read this row and those that are going to be met next, and find what they might be like."""
         if not self._size:
-            bytes_of_one = 4 * self._features([row]).shape[1]
-            self._most = self._size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // bytes_of_one))
-            self._step = _step(self._tau, kept=self._wanted * bytes_of_one)
+            dim = self._features([row]).shape[1]
+            self._most = self._size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dim)))
+            self._step = _step(self._tau, kept=4 * self._wanted * dim)
+            kept = -(-dim // self._step)
+            _check(self._wanted, kept)
+            self._heads = np.empty((self._wanted, kept), np.float32)  # of which the system gives what is written to
         elif self._block.asked < len(self._block.rows) // 2:  # a walk that passes over what it was thought to meet
             self._size = max(1, 2 * self._block.asked)
         else:
@@ -144,12 +155,12 @@ class FeatureDuplicates:
         rows = [row, *islice(others, self._size - 1)]
         features = self._features(rows)
         near: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(rows)
-        if self._taken:
-            self._heads, self._rests = [np.concatenate(self._heads)], [np.concatenate(self._rests)]
+        taken = len(self._taken)
+        if taken:
             heads = features[:, :: self._step]
-            bounds = heads @ self._heads[0].T
+            bounds = heads @ self._heads[:taken].T
             if self._step > 1:
-                bounds += _rest(heads)[:, None] * self._rests[0]
+                bounds += _rest(heads)[:, None] * self._rests[:taken]
             slack = 1e-5 if self._step > 1 else 0
             near = [np.flatnonzero(bound > self._tau - slack) for bound in bounds]
         self._block = _Block(rows, features, near)
@@ -159,6 +170,14 @@ def _step(tau: float, *, kept: int) -> int:
     """Every how many numbers are kept of rows that take so many bytes."""
     enough = [step for step in (1, 2, 4, 8) if step == 1 or step <= SPARING / max(1 - tau, 1e-9)]
     return next((step for step in enough if kept <= KEPT_BYTES * step), enough[-1])
+
+
+def _check(rows: int, kept: int) -> None:
+    """Refuse to compare so many rows, of which so many numbers each are kept."""
+    most = min(MOST_BYTES // (4 * kept), int((2 * MOST_PRODUCTS / kept) ** 0.5))
+    if rows > most:
+        detail = f"at most {most:,} rows of these features are compared with each other, and {rows:,} are asked for"
+        raise refused("dedupe", f"{detail}: ask for fewer (k, pct), for a dedupe nearer to 1, or for dedupe_by=text")
 
 
 class _Block:

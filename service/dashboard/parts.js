@@ -107,12 +107,22 @@ function foldable(text) {
   return h("div", {}, shown, button);
 }
 
-/** Run `work`, and put what it returns into `place`; an error stands there with a button that tries again. */
+const onTheirWay = new WeakMap(); // the AbortController of the work that is to fill a place
+
+/**
+ * Run `work`, which is given a signal, and put what it returns into `place`; an error stands there with a button that
+ * tries again. Work that was to fill the same place before is given up.
+ */
 export async function into(place, work, context) {
+  onTheirWay.get(place)?.abort();
+  const newer = new AbortController();
+  onTheirWay.set(place, newer);
+  const signal = AbortSignal.any([context.signal, newer.signal]);
   fill(place, loading());
   try {
-    fill(place, await work());
+    const found = await work(signal);
+    if (!signal.aborted) fill(place, found);
   } catch (error) {
-    context.failed(error, place, () => into(place, work, context));
+    if (!signal.aborted) context.failed(error, place, () => into(place, work, context));
   }
 }

@@ -230,6 +230,8 @@ def ready_scores(
         time.sleep(LOOK_INTERVAL)
         job = backend.jobs.get(job.id)
     known = backend.scoring.known(recipe, sources)
+    if known is None and job.status == "cancelled":
+        raise Conflict(f"{job.id}, which computes these scores, was cancelled: POST /jobs/{job.id}/retry lets it go on")
     if known is None and job.error is not None:
         raise Conflict(f"{job.id} has failed: {job.error.detail}; ask again to let it try once more")
     return _not_ready(job) if known is None else known

@@ -200,7 +200,8 @@ class Contamination(Body):
     chosen: int
     """Chosen rows that overlap."""
     dropped: int
-    """Rows that would have been chosen, and were left out for it."""
+    """Rows that were met and left out for it: they would have been chosen, or been among the candidates of `k-center`
+    and `clusters`."""
     unchecked: int
     """Rows of the tasks with too few words to be found."""
     overlaps: list[Overlap]

@@ -71,7 +71,7 @@ async function showOne(main, context) {
     h("div", { class: "columns-2" }, panel("Origins", originsTable(origins, dataset.rows)), panel("Length of rows", pictures)),
     rows(dataset, origins, context),
   );
-  into(pictures, async () => lengths(await get(`datasets/${id}/lengths`, { bins: 30 }, context.signal)), context);
+  into(pictures, async (signal) => lengths(await get(`datasets/${id}/lengths`, { bins: 30 }, signal)), context);
 }
 
 function originsTable(origins, total) {

@@ -27,17 +27,17 @@ export async function show(main, context) {
     const box = h("input", { type: "checkbox", id, checked: chosen.has(name), onchange: () => (box.checked ? chosen.add(name) : chosen.delete(name), load()) });
     return h("span", { class: "check" }, box, h("label", { for: id }, name));
   });
-  const load = () => into(place, () => compared(context, tasks, [...chosen], Number(amount.value), place), context);
+  const load = () => into(place, (signal) => compared(context, tasks, [...chosen], Number(amount.value), place, signal), context);
   fill(main, title, h("div", { class: "panel" }, h("div", { class: "filters" },
     h("fieldset", {}, h("legend", {}, "Tasks"), h("div", { class: "checks" }, boxes)),
     h("div", { class: "field" }, h("label", { for: amount.id }, "Percent of the pool"), amount))), place);
   await load();
 }
 
-async function compared(context, tasks, chosen, percents, place) {
+async function compared(context, tasks, chosen, percents, place, signal) {
   if (chosen.length < 2) return empty("Choose two tasks or more.");
   const onJob = (job) => fill(place, loading(`Computing scores: ${whole(job.progress.done)} of ${whole(job.progress.total)} ${job.progress.unit} …`));
-  const found = await getScored("overlaps", { ...question(context.params), task: chosen, pct: percents / 100 }, context.signal, onJob);
+  const found = await getScored("overlaps", { ...question(context.params), task: chosen, pct: percents / 100 }, signal, onJob);
   const ids = found.recipe.tasks;
   const names = ids.map((id) => tasks.find((task) => task.id === id)?.name ?? id);
   const pair = (one, other) => found.pairs.find(({ tasks: both }) => both.includes(ids[one]) && both.includes(ids[other]));

@@ -1,6 +1,6 @@
 // A task's scores: their histogram by origin, and a cut that shows how many rows, and whose, a fraction takes.
 
-import { get, getScored } from "../api.js";
+import { getScored } from "../api.js";
 import { allTasks, question } from "../asking.js";
 import { bar, colour, legend, stackedHistogram } from "../charts.js";
 import { cutOver } from "../cut.js";
@@ -28,13 +28,13 @@ export async function show(main, context) {
   fill(main, title, h("div", { class: "filters" },
     choice("Task", tasks.map(({ name }) => [name, name]), params.get("task"), (value) => pick("task", value)),
     choice("Score", aggregates, params.get("aggregate") ?? "less", (value) => pick("aggregate", value === "less" ? null : value))), place);
-  const load = () => into(place, () => distribution(context, place), context);
+  const load = () => into(place, (signal) => distribution(context, place, signal), context);
   await load();
 }
 
-async function distribution(context, place) {
+async function distribution(context, place, signal) {
   const onJob = (job) => fill(place, loading(`Computing scores: ${whole(job.progress.done)} of ${whole(job.progress.total)} ${job.progress.unit} …`));
-  const found = await getScored("scores/distribution", { ...question(context.params), bins: BINS, steps: STEPS }, context.signal, onJob);
+  const found = await getScored("scores/distribution", { ...question(context.params), bins: BINS, steps: STEPS }, signal, onJob);
   const names = Object.keys(found.counts);
   const counts = folded(names.map((name) => found.counts[name]));
   const picture = stackedHistogram(counts, `Histogram of ${whole(found.scored)} scores from ${decimal(found.edges.at(-1))} to ${decimal(found.edges[0])}, the best at the left`);
@@ -99,8 +99,9 @@ function originsTable({ cuts }, names, step) {
 }
 
 async function choose(context, percents, place) {
+  const onJob = () => fill(place, loading("Computing scores …"));
   try {
-    const selection = await get("select", { ...question(context.params), pct: percents / 100, limit: 0 }, context.signal);
+    const selection = await getScored("select", { ...question(context.params), pct: percents / 100, limit: 0 }, context.signal, onJob);
     location.hash = `#/selections/${selection.id}`;
   } catch (error) {
     context.failed(error, place);
