@@ -102,7 +102,7 @@ class Conversions:
     def _sources(self, request: ConversionRequest) -> list[FeatureSet]:
         """The feature sets to convert. Raises `InvalidInput` where there is none, or one that must not be."""
         if request.feature_sets is not None or request.gradients is not None:
-            ids = request.feature_sets or self.features.all_of_job(request.gradients or "")
+            ids = request.feature_sets or self.features.all_of_job(self.jobs.of_features(request.gradients or ""))
             named = [self.features.get(id) for id in dict.fromkeys(ids)]
             for source in named:
                 _check(source, request.dtype)

@@ -3,7 +3,8 @@
 A row's own fields keep their names and values; what the selection says of it stands beside them in columns that begin
 with `selection_`, since `dataset`, `id` and `score` are names that rows have themselves. All formats are written while
 they are sent. CSV and Parquet need to know all columns before the first row, so their rows are read twice; memory holds
-one group of rows and what is known of the columns, whatever the selection's size.
+one group of rows and what is known of the columns, whatever the selection's size. Rows that have more than
+`MOST_COLUMNS` different fields between them are refused: every row would have a cell for each, and JSONL has none.
 
 Parquet: a field's type is the one that all its values share, nested ones included. Where they share none (numbers and
 texts, an object with more than `MOST_FIELDS` keys), the whole field is its JSON text. A missing field and a null one
@@ -17,14 +18,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from gradstore.types import SelectedRow
+from gradstore.types import ProblemItem, SelectedRow
 
+from datastore.errors import InvalidInput
 from datastore.outflow import Outflow
 from datastore.strict_json import compact, parse
 
@@ -37,6 +39,7 @@ _COLUMN_TYPES = {
     "selection_subtask": pa.string(), "selection_origin": pa.string(), "selection_dataset": pa.string(),
     "selection_row": pa.int64(),
 }  # fmt: skip
+MOST_COLUMNS = 1000  # different fields of the rows of a table; ids as keys would make one for each row
 MOST_FIELDS = 64  # keys of a nested object that are still columns; a free dictionary has thousands
 GROUP_ROWS = 10_000  # rows of a Parquet row group at most
 GROUP_BYTES = 16 << 20  # JSON bytes of a row group at most, one row apart
@@ -57,9 +60,12 @@ def jsonl(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
 
 
 def table_csv(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
-    """A table with a heading, the columns in front; see the module for what becomes of values that are no texts."""
+    """A table with a heading, the columns in front; see the module for what becomes of values that are no texts.
+
+    Raises `InvalidInput` before the first piece where the rows have more than `MOST_COLUMNS` fields.
+    """
     columns = dict.fromkeys(COLUMNS) if scores else {}
-    names = list(columns | dict.fromkeys(name for _, line in rows() for name in parse(line)))
+    names = [*columns, *dict.fromkeys(name for values in _own(rows, columns) for name in values)]
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow([uncalculated(name) for name in names])
@@ -72,11 +78,14 @@ def table_csv(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
 
 
 def parquet(rows: Chosen, *, scores: bool, metadata: str) -> Iterator[bytes]:
-    """A Parquet file; `metadata` is kept under the key `gradstore` of its schema."""
+    """A Parquet file; `metadata` is kept under the key `gradstore` of its schema.
+
+    Raises `InvalidInput` before the first piece where the rows have more than `MOST_COLUMNS` fields.
+    """
     columns = _COLUMN_TYPES if scores else {}
     kinds = _Kinds()
-    for _, line in rows():
-        kinds.add({name: value for name, value in parse(line).items() if name not in columns})
+    for values in _own(rows, columns):
+        kinds.add(values)
     schema = pa.schema([*columns.items(), *kinds.types().items()], {METADATA_KEY: metadata.encode()})
     out = Outflow()
     with pq.ParquetWriter(out, schema) as writer:
@@ -84,6 +93,24 @@ def parquet(rows: Chosen, *, scores: bool, metadata: str) -> Iterator[bytes]:
             writer.write_table(pa.Table.from_pylist(group, schema))
             yield out.take()
     yield out.take()
+
+
+def _own(rows: Chosen, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The fields of each row that are none of the columns. Raises `InvalidInput` where they are too many for a table.
+
+    It ends at the first row that makes them so, so what is known of them is bounded, too.
+    """
+    names: set[str] = set()
+    for row, line in rows():
+        values = {name: value for name, value in parse(line).items() if name not in columns}
+        names.update(values)
+        if len(names) > MOST_COLUMNS:
+            detail = (
+                f"the rows up to rank {row.rank:,} have {len(names):,} different fields, and a table has at most "
+                f"{MOST_COLUMNS:,} columns of them: ask for format=jsonl, which has no columns"
+            )
+            raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="format")])
+        yield values
 
 
 def _with_scores(row: SelectedRow, line: bytes) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, 
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.index import Indexes
-from datastore.leases import Jobs, NewShard
+from datastore.leases import Jobs, NewShard, collection
 from datastore.models import Size
 from datastore.schema import (
     ChunkRow,
@@ -267,16 +267,15 @@ class Features:
             self._described[key] = described(session, row)
         return self._described[key]
 
-    def of_job(self, reference: str, feature_set: str | None, *, path: str) -> FeatureSet:
-        """A feature set of a finished gradients job, by its id or as the only one there is.
+    def of_job(self, job: AnyJob, feature_set: str | None, *, path: str) -> FeatureSet:
+        """A feature set of a finished job (`Jobs.of_features`), by its id or as the only one there is.
 
         `path` is where the alternatives are asked for. Raises `NotFound`, `Ambiguous` and, before all rows are there,
         `Conflict`.
         """
-        job = self.jobs.get(reference, kind="gradients")
-        known = self.all_of_job(reference)
+        known = self.all_of_job(job)
         if feature_set is not None and feature_set not in known:
-            raise NotFound("feature set of this job", feature_set, collection=f"/gradients/{job.id}")
+            raise NotFound("feature set of this job", feature_set, collection=f"{collection(job.kind)}/{job.id}")
         if feature_set is None and len(known) > 1:
             raise Ambiguous(
                 f"{job.id} has {len(known)} feature sets; say which one of its result is meant (feature_set)",
@@ -284,9 +283,8 @@ class Features:
             )
         return self.get(feature_set or known[0])
 
-    def all_of_job(self, reference: str) -> list[str]:
-        """The feature sets of a finished gradients job. Raises `NotFound`, and `Conflict` before all rows are there."""
-        job = self.jobs.get(reference, kind="gradients")
+    def all_of_job(self, job: AnyJob) -> list[str]:
+        """The ids of a finished job's feature sets. Raises `Conflict` before all rows are there."""
         if job.status != "succeeded":
             raise Conflict(f"{job.id} is {job.status}: its rows can be read once it has succeeded")
         query = select(JobFeatureRow.feature_set_id).where(JobFeatureRow.job_id == job.id)

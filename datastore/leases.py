@@ -39,6 +39,8 @@ UNITS: dict[JobKind, str] = {
     "validation": "trainings",
     "attribution": "rows",
 }
+MAKE_FEATURES: tuple[JobKind, ...] = ("gradients", "import", "conversion")
+"""Kinds of jobs that leave feature sets in the store."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,17 @@ class Jobs:
         """A job by id, or by name among its kind. Raises `NotFound`."""
         with self.catalog.reading() as session:
             return _describe(_find_job(session, reference, kind))
+
+    def of_features(self, reference: str) -> AnyJob:
+        """A job that makes feature sets, of any kind that does (`MAKE_FEATURES`), by id or name.
+
+        A name is the gradients job's where one has it. Raises `NotFound`, and `Conflict` where an import and a
+        conversion share it.
+        """
+        with self.catalog.reading() as session:
+            found = _jobs_called(session, reference, MAKE_FEATURES)
+            gradients = [job for job in found if job.kind == "gradients"]
+            return _describe(_only(gradients or found, reference, noun="job with features", collection="/jobs"))
 
     def plan(self, id: str) -> dict[str, Any]:
         """What a job's request was resolved to."""
@@ -578,7 +591,7 @@ def _finished_by(session: Session, chunk: Publication) -> list[tuple[ShardRow, J
         select(ShardRow, JobRow)
         .join(JobRow, JobRow.id == ShardRow.job_id)
         .where(
-            JobRow.kind.in_(("gradients", "conversion", "import")),
+            JobRow.kind.in_(MAKE_FEATURES),
             JobRow.status != "succeeded",
             ShardRow.status == "succeeded",
         )
@@ -622,12 +635,22 @@ def _complete(session: Session, segment: str) -> None:
 
 
 def _find_job(session: Session, reference: str, kind: JobKind | None) -> JobRow:
+    found = _jobs_called(session, reference, None if kind is None else (kind,))
+    return _only(found, reference, noun=kind or "job", collection=collection(kind))
+
+
+def _jobs_called(session: Session, reference: str, kinds: Sequence[JobKind] | None) -> list[JobRow]:
+    """The jobs of these kinds, or of all, that have this id or name: one of each kind at most has the name."""
+    if "\0" in reference:  # PostgreSQL takes no text with one
+        return []
     query = select(JobRow).where(or_(JobRow.id == reference, JobRow.name == reference))
-    if kind is not None:
-        query = query.where(JobRow.kind == kind)
-    found = [] if "\0" in reference else list(session.scalars(query.limit(2)))  # PostgreSQL takes no text with one
+    return list(session.scalars(query if kinds is None else query.where(JobRow.kind.in_(kinds))))
+
+
+def _only(found: Sequence[JobRow], reference: str, *, noun: str, collection: str) -> JobRow:
+    """The one job that was found. Raises `NotFound` and `Conflict`."""
     if not found:
-        raise NotFound(kind or "job", reference, collection=collection(kind))
+        raise NotFound(noun, reference, collection=collection)
     if len(found) > 1:
         raise Conflict(f"{len(found)} jobs of different kinds are called {reference!r}: name the job by its id")
     return found[0]

@@ -234,7 +234,7 @@ class FeatureSegmentRow(Table):
 
 
 class JobFeatureRow(Table):
-    """Which feature sets a gradients job answers with."""
+    """Which feature sets a job answers with."""
 
     __tablename__ = "job_features"
 

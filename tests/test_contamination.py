@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from datastore.rows import Example
 from datastore.selection import contamination
+from datastore.selection import words as hashing
 from datastore.selection.choose import Lengths, Material, choose
 from datastore.selection.contamination import Contamination, RunIndex, runs_of
 from datastore.selection.draws import draw
@@ -80,6 +82,22 @@ def test_runs_are_known_by_their_words_and_the_order_of_these() -> None:
     np.testing.assert_array_equal(ngrams(["a", "b", "c"], 2)[1:], ngrams(["b", "c"], 2))
     assert ngrams(["a", "b"], 2) != ngrams(["b", "a"], 2)
     assert len(ngrams(["a"], 2)) == 0
+
+
+def test_few_and_short_words_are_remembered_and_all_have_the_same_hash_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "KEPT_WORDS", 3)
+    monkeypatch.setattr(hashing, "_kept", hashing._Kept())
+    long = "x" * hashing.LONGEST_KEPT
+    found = [*"abcabcdeabcd", long, f"{long}x", "\ud800"]
+    wanted = [blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest() for word in found]
+    assert ngrams(found, 1).tolist() == [int.from_bytes(digest, "little") for digest in wanted]
+    assert ngrams(found, 1).tolist() == [int.from_bytes(digest, "little") for digest in wanted]
+    assert f"{long}x" not in hashing._kept
+    ngrams([long], 1)
+    assert long in hashing._kept
+    for word in map(str, range(50)):
+        ngrams([word], 1)
+        assert len(hashing._kept) <= 3
 
 
 def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from gradstore import GradientStore, NotFound, __version__, cli
+from gradstore import GradientStore, Invalid, NotFound, __version__, cli
 from gradstore.types import Provenance, SelectedRow
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +29,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from datastore import exports, training_files
+from datastore.errors import InvalidInput
 from datastore.exports import COLUMNS
 from datastore.provenance import card
 from datastore.rows import Example, Message
@@ -216,6 +217,61 @@ def test_what_cannot_be_exported_is_refused(
     with pytest.raises(NotFound):
         store.selections.export("nothing", tmp_path / "best.csv")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_rows_of_more_fields_than_a_table_has_columns_are_refused_in_words(
+    service: Service, tmp_path: Path, form: str
+) -> None:
+    def line(number: int, fields: int) -> bytes:
+        extra = {f"{number} {field}": field for field in range(fields)}
+        return compact({"prompt": f"p {number}", "completion": "c"} | extra)
+
+    service.upload(b"\n".join([line(0, exports.MOST_COLUMNS - 2), line(1, 0)]), name="as many")
+    service.upload(b"\n".join(line(number, 300) for number in range(7)), name="too many")
+    fits, breaks = (
+        service.http.get("/select", params={"dataset": name, "method": "random", "pct": 1}).json()["id"]
+        for name in ("as many", "too many")
+    )
+    where = f"/selections/{breaks}/export"
+    for scores in (True, False):
+        found = service.http.get(f"/selections/{fits}/export", params={"format": form, "scores": scores})
+        assert found.status_code == 200
+        problem = problem_of(service.http.get(where, params={"format": form, "scores": scores}), 422)
+        assert (problem.type, problem.errors[0].parameter) == ("invalid-input", "format")
+        assert "up to rank 4 have 1,202 different fields" in problem.detail
+        assert "format=jsonl" in problem.detail
+    assert service.http.head(where, params={"format": form}).status_code == 200  # for which no row is read
+    assert len(service.http.get(where, params={"format": "jsonl"}).content.splitlines()) == 7
+    with GradientStore(service.url) as store, pytest.raises(Invalid, match="1,202 different fields"):
+        store.selections.export(breaks, tmp_path / f"best.{form}")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("best")]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_the_columns_are_found_in_one_pass_that_ends_where_they_are_too_many(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    read: list[int] = []
+
+    def counted() -> Iterator[tuple[SelectedRow, bytes]]:
+        for row, line in made([{str(number): number} for number in range(9)])():
+            read.append(row.rank)
+            yield row, line
+
+    def export() -> bytes:
+        if form == "csv":
+            return b"".join(exports.table_csv(counted, scores=False))
+        return b"".join(exports.parquet(counted, scores=False, metadata="{}"))
+
+    monkeypatch.setattr(exports, "MOST_COLUMNS", 9)
+    assert export()
+    assert read == [*range(1, 10)] * 2
+    read.clear()
+    monkeypatch.setattr(exports, "MOST_COLUMNS", 4)
+    with pytest.raises(InvalidInput, match="up to rank 5 have 5 different fields"):
+        export()
+    assert read == [1, 2, 3, 4, 5]
 
 
 def test_one_line_of_datasets_loads_a_selection_from_the_server(

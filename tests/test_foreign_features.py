@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from gradstore import Conflict, GradientStore, Invalid, JobFailed, cli
-from gradstore.types import ImportRequest
+from gradstore.types import ImportRequest, JobKind
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save_file
 from typer.testing import CliRunner
 
 from datastore.errors import ForeignProjection, InvalidFeatures
 from datastore.imports import find
+from datastore.leases import MAKE_FEATURES, collection
 from datastore.recipes import Query
 from datastore.store import OpenStore
 from tests.bruteforce import aggregated, influences
@@ -296,8 +298,8 @@ def test_a_killed_import_is_done_by_the_next_worker(store: GradientStore, servic
     np.testing.assert_array_equal(service.backend.features.view(result.feature_set).features(0, ROWS), drawn(ROWS))
 
 
-def ours(service: Service, **owner: Any) -> None:
-    """Features that were computed here."""
+def ours(service: Service, *, numbers: NDArray[np.float32] | None = None, **owner: Any) -> None:
+    """Features that were computed here: these numbers."""
     body = {
         "checkpoints": ["warm"],
         "kinds": ["sgd"],
@@ -308,7 +310,93 @@ def ours(service: Service, **owner: Any) -> None:
     }
     assert service.http.post("/gradients", json={**body, **owner}).status_code == 202
     opened = Store(**{part.name: getattr(service.backend, part.name) for part in fields(OpenStore)})
-    opened.work(lambda _, start, stop, dim: drawn(stop, dim=dim)[start:stop])
+    opened.work(lambda _, start, stop, dim: (drawn(stop, dim=dim) if numbers is None else numbers)[start:stop])
+
+
+def worked(service: Service, path: str, body: dict[str, Any]) -> str:
+    """Ask for a job by JSON and do what waits; returns its id."""
+    answer = service.http.post(path, json=body)
+    assert answer.status_code == 202, answer.text
+    work(service)
+    id: str = answer.json()["id"]
+    assert service.http.get(f"/jobs/{id}").json()["status"] == "succeeded"
+    return id
+
+
+def made(kind: JobKind, features: NDArray[np.float32], service: Service, folder: Path) -> str:
+    """A job of this kind, called by it, that leaves these features of the pool; returns its id."""
+    if kind == "gradients":
+        ours(service, dataset="pool", name=kind, numbers=features)
+        job: dict[str, Any] = service.http.get(f"/gradients/{kind}").json()
+        return str(job["id"])
+    path = str(_saved(folder / f"{kind}.npy", features))
+    body = {**FIELDS, "path": path, "dataset": "pool", "projection_id": kind}
+    if kind == "import":
+        return worked(service, "/imports", {**body, "name": kind})
+    imported = worked(service, "/imports", body)
+    return worked(service, "/conversions", {"gradients": imported, "dtype": "float16", "name": kind})
+
+
+@pytest.mark.parametrize("kind", MAKE_FEATURES)
+def test_the_features_of_every_kind_of_job_are_read_and_converted(
+    kind: JobKind, store: GradientStore, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = drawn(ROWS).astype(np.float16).astype(np.float32)  # which a conversion to float16 keeps
+    features[7] = 0
+    wanted = features.copy()
+    wanted[7] = np.nan
+    job = made(kind, features, service, tmp_path)
+    for reference in (job, kind):
+        answer = service.http.get(f"/gradients/{reference}/features")
+        np.testing.assert_array_equal(np.load(io.BytesIO(answer.content)), wanted)
+        described = answer.headers["link"].partition(">")[0].removeprefix("<")
+        assert service.http.get(described).json()["id"] == job
+    part = load(service.http.get(f"/gradients/{job}/features?format=safetensors&start=5&stop=9").content)
+    np.testing.assert_array_equal(part["features"], wanted[5:9])
+    rows = list(store.gradients.rows(job))
+    assert [(row.row, row.norm is None) for row in rows] == [(row, row == 7) for row in range(ROWS)]
+    lengths = np.linalg.norm(features[:7].astype(np.float64), axis=1) if kind != "gradients" else np.ones(7)
+    np.testing.assert_allclose([row.norm for row in rows[:7]], lengths, rtol=1e-6)
+    table = np.load(store.gradients.save_rows(kind, tmp_path / "rows.npy"))
+    np.testing.assert_allclose(table["norm"][:7], lengths, rtol=1e-6)
+    monkeypatch.setenv("GRADSTORE_URL", service.url)
+    done = CliRunner().invoke(cli.app, ["gradients", "features", kind, "--output", str(tmp_path / "all.npy")])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(np.load(tmp_path / "all.npy"), wanted)
+    problem = problem_of(service.http.get(f"/gradients/{job}/rows?feature_set=feat_9"), 404)
+    assert f"GET {collection(kind)}/{job} lists" in problem.detail
+    done = CliRunner().invoke(cli.app, ["conversions", "create", "--gradients", kind, "--dtype", "int8"])
+    assert done.exit_code == 0, done.output
+    work(service)
+    narrower = np.load(store.gradients.save_features(done.stdout.strip(), tmp_path / "narrower.npy"))
+    largest = np.abs(features).max(axis=1, keepdims=True)
+    assert (np.isnan(narrower) == np.isnan(wanted)).all()
+    assert (np.abs(np.delete(narrower - features, 7, axis=0)) <= np.delete(largest, 7, axis=0) / 127).all()
+
+
+def test_a_name_that_several_jobs_have_is_the_gradients_jobs(service: Service, tmp_path: Path) -> None:
+    features = {kind: drawn(ROWS, seed=seed) for seed, kind in enumerate(MAKE_FEATURES)}
+    jobs = {kind: made(kind, features[kind], service, tmp_path) for kind in ("import", "conversion")}
+    for kind, job in jobs.items():
+        assert service.http.patch(f"{collection(kind)}/{job}", json={"name": "same"}).is_success
+    assert "name the job by its id" in problem_of(service.http.get("/gradients/same/features"), 409).detail
+    ours(service, dataset="pool", name="same", numbers=features["gradients"])
+    found = np.load(io.BytesIO(service.http.get("/gradients/same/features").content))
+    np.testing.assert_array_equal(found, features["gradients"])
+
+
+def test_features_of_no_job_or_of_one_at_work_are_not_read(
+    store: GradientStore, service: Service, tmp_path: Path
+) -> None:
+    job = store.imports.upload(_saved(tmp_path / "a.npy", drawn(ROWS)), dataset="pool", **FIELDS)
+    evaluation = service.http.post("/evaluations", json={"model": "org/base", "tasks": ["target"]}).json()["id"]
+    for read in ("features", "rows"):
+        assert "is queued" in problem_of(service.http.get(f"/gradients/{job.id}/{read}"), 409).detail
+        for reference in ("nothing", evaluation):
+            assert "GET /jobs lists" in problem_of(service.http.get(f"/gradients/{reference}/{read}"), 404).detail
+    asked = {"gradients": job.id, "dtype": "int8"}
+    assert "is queued" in problem_of(service.http.post("/conversions", json=asked), 409).detail
+    problem_of(service.http.post("/conversions", json={**asked, "gradients": evaluation}), 404)
 
 
 def test_imported_features_are_never_compared_with_others(

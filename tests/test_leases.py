@@ -9,16 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import pytest
-from gradstore.types import AnyJob, Problem
+from gradstore import types
+from gradstore.types import AnyJob, JobKind, Problem
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog
 from datastore.errors import Conflict, InUse, NameTaken, NotFound
-from datastore.leases import Claim, Jobs, NewChunk, NewShard
+from datastore.leases import MAKE_FEATURES, Claim, Jobs, NewChunk, NewShard
 from datastore.schema import JobRow, SegmentRow, WorkerRow
 from tests.services import PostgresServer
 
@@ -486,3 +487,8 @@ def test_the_worker_seen_last_is_known_until_another_comes(jobs: Jobs) -> None:
     assert [(worker.id, worker.flops) for worker in jobs.known_workers()] == [("worker-2", {"float32": 2.0})]
     with jobs.catalog.reading() as session:
         assert session.scalar(select(func.count()).select_from(WorkerRow)) == 1
+
+
+def test_the_kinds_that_make_features_are_those_whose_results_have_feature_sets() -> None:
+    fields = {kind: set(getattr(types, f"{kind.title()}Result").model_fields) for kind in get_args(JobKind)}
+    assert {kind for kind, names in fields.items() if names & {"feature_set", "feature_sets"}} == set(MAKE_FEATURES)

@@ -52,7 +52,7 @@ HELP = {
     "finetune": "Fine-tune by id or name.",
     "fraction": "Random fraction of the dataset's rows: 0.05 is 5 %.",
     "gradient_checkpointing": "Save memory by computing activations twice.",
-    "gradients": "Gradients job by id or name.",
+    "gradients": "Job by id or name: gradients, an import or a conversion.",
     "k": "How many rows to choose, instead of a fraction.",
     "kind": "Kind of the pool's features.",
     "kinds": "Kind of features; repeat to get several from one pass. By default adam for a dataset and sgd for a task.",

@@ -271,8 +271,8 @@ def paged(function: Callable[P, Call[Page[ItemT]]]) -> Callable[P, Stream[ItemT]
 def gradients_rows(job: str, /, *, feature_set: str | None = None) -> Stream[FeatureRow]:
     """Iterate over what is known of a feature set's rows beside their features: norms, loss, tokens, why one has none.
 
-    `feature_set` is the id of one of the job's feature sets; Conflict lists them where it is left out and there are
-    several.
+    `job` is the id or name of gradients, an import or a conversion; a name is a gradients job's first. `feature_set` is
+    the id of one of the job's feature sets; Conflict lists them where it is left out and there are several.
     """
 
     def page(after: str | None) -> Flow[FeatureRows]:
@@ -284,7 +284,10 @@ def gradients_rows(job: str, /, *, feature_set: str | None = None) -> Stream[Fea
 def gradients_save_rows(
     job: str, path: str | os.PathLike[str], /, *, feature_set: str | None = None, progress: bool = False
 ) -> Flow[Path]:
-    """Save what is known of a feature set's rows: as `.npy` (a structured array), `.safetensors` or `.parquet`."""
+    """Save what is known of a feature set's rows: as `.npy` (a structured array), `.safetensors` or `.parquet`.
+
+    `job` and `feature_set` are those of `rows`.
+    """
     call = _endpoints.gradients_rows(job, feature_set=feature_set)
     return download(replace(call, accept=_table_type(path, what="rows")), path, progress=progress)
 
@@ -301,8 +304,9 @@ def gradients_save_features(
 ) -> Flow[Path]:
     """Save the features of a feature set, float32 (rows, dim): as `.npy` or `.safetensors`, by the path's ending.
 
-    `start` and `stop` choose rows, as a slice does. A row without a feature is NaN. `feature_set` is the id of one of
-    the job's feature sets; Conflict lists them where it is left out and there are several.
+    `job` is the id or name of gradients, an import or a conversion; a name is a gradients job's first. `start` and
+    `stop` choose rows, as a slice does. A row without a feature is NaN. `feature_set` is the id of one of the job's
+    feature sets; Conflict lists them where it is left out and there are several.
     """
     accept = _media_type(path, {".npy": NPY, ".safetensors": SAFETENSORS}, what="features")
     call = _endpoints.gradients_features(job, accept=accept, feature_set=feature_set, start=start, stop=stop)

@@ -240,6 +240,9 @@ Limit = Annotated[int | None, typer.Option(min=1, help="How many to print; else 
 Rows = Annotated[int, typer.Option("--limit", min=0, help="How many rows to print; 0 prints all.")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id or name.")]
 JobReference = Annotated[str, typer.Argument(metavar="JOB", help="Id or name of the job.")]
+FeaturesReference = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id or name of gradients, an import or a conversion.")
+]
 LocalPath = Annotated[Path, typer.Argument(metavar="PATH", exists=True, help="File, zip or folder of this machine.")]
 ServerPath = Annotated[str, typer.Argument(metavar="PATH", help="Path on the server, inside an allowed root.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print the sorted table (file, row, score) as CSV.")]
@@ -702,7 +705,7 @@ def create_gradients(
 @groups["gradients"].command("rows")
 def gradients_rows(
     ctx: typer.Context,
-    reference: JobReference,
+    reference: FeaturesReference,
     *,
     feature_set: FeatureSetOption = None,
     limit: Rows = 20,
@@ -723,7 +726,7 @@ def gradients_rows(
 @groups["gradients"].command("features")
 def gradients_features(
     ctx: typer.Context,
-    reference: JobReference,
+    reference: FeaturesReference,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to save them, as .npy or .safetensors.")],
     feature_set: FeatureSetOption = None,
@@ -743,7 +746,8 @@ def gradients_features(
 def create_conversion(ctx: typer.Context, *, wait: Wait = False, as_json: Json = False, **fields: Any) -> None:
     """Make feature sets of a narrower dtype from stored ones, without a model.
 
-    Prints the job's id. Name feature sets, a gradients job, a dataset or a task. What exists is not converted again.
+    Prints the job's id. Name feature sets, the job that made them, a dataset or a task.
+    What exists is not converted again.
     """
     with _session(ctx) as store:
         _started(store, "conversions", store.conversions.create(**given(fields)), wait=wait, as_json=as_json)

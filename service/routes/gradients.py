@@ -59,9 +59,11 @@ def gradients_rows(
 ) -> Response:
     """What is known of the rows of a feature set beside their features: norms, loss, tokens, why a row has none.
 
+    The job is one that makes feature sets: gradients, an import or a conversion. A name is a gradients job's first.
     409 before the job has succeeded, and where it has several feature sets and none is named.
     """
-    feature_set = backend.features.of_job(reference, parameters.feature_set, path=request.url.path)
+    job = backend.jobs.of_features(reference)
+    feature_set = backend.features.of_job(job, parameters.feature_set, path=request.url.path)
     view = backend.features.view(feature_set)
     match wanted_format(request, parameters.format):
         case "npy":

@@ -12,12 +12,13 @@ from gradstore.types.jobs import Job
 class ConversionRequest(Request):
     """Round stored features to a narrower dtype, without a model: float16 to int8, say.
 
-    What is converted: the feature sets named, those of a gradients job, or all of a dataset or task (of a run). Where
-    the same features are stored in several dtypes, the widest.
+    What is converted: the feature sets named, those of a job, or all of a dataset or task (of a run). Where the same
+    features are stored in several dtypes, the widest.
     """
 
     feature_sets: list[Named] | None = Field(None, min_length=1, max_length=1000)
     gradients: Named | None = None
+    """A job that makes feature sets, by id or name: gradients, an import or a conversion."""
     dataset: Named | None = None
     task: Named | None = None
     run: Named | None = None
