@@ -266,9 +266,9 @@ def test_the_recall_is_that_of_a_pass_over_all_rows(store: FeatureStore, tmp_pat
     probes = [(unit(pool.views[0].take(rows[n : n + 1]))[:, None], own) for n, own in enumerate(of_rows)]
     shares: list[list[tuple[float, float]]] = [[], []]
     for group, cases in enumerate([[(asked[n : n + 1], pool) for n in range(8)], probes]):
-        for question, own in cases:
-            candidates = built.candidates(built.reduce(pool, question)[0], pool, built.measured.candidates + 1)
-            (ends,) = exact(own, question, RECALL_AT)
+        for probe, own in cases:
+            candidates = built.candidates(built.reduce(pool, probe)[0], pool, built.measured.candidates + 1)
+            (ends,) = exact(own, probe, RECALL_AT)
             most, least = (np.isin(end.rows, candidates).mean() for end in (ends.most, ends.least))
             shares[group].append((most, least))
     expected = min(np.mean(group, axis=0).min() for group in shares)
