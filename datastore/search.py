@@ -168,7 +168,7 @@ def _along(rows: NDArray[Real], question: NDArray[Real]) -> NDArray[Real]:
 def directions(view: Rows, start: int, stop: int, *, check: bool = False) -> Floats:
     """Rows `start:stop` divided by their length, in float32; a row without a feature is zeros. (n, dim)"""
     rows = view.decoded(start, stop, check=check)
-    lengths = view.part("lengths", start, stop)[:, None]
+    lengths: Floats = view.part("lengths", start, stop)[:, None]
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
