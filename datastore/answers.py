@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -116,11 +116,11 @@ class Answers:
         excluded = self._excluded(recipe, pool)
         valid = everywhere([task.valid for task in scores])
         among = candidates(valid, excluded)
-        material = self._material(recipe, sources, pool)
-        k = len(material.lengths.wanted) if material.lengths is not None else None
-        k = wanted(valid, excluded, pct=recipe.pct, k=recipe.k if k is None else k)
-        chosen = choose(scores, recipe, among, k, material)
-        contamination = self._contamination(recipe, pool, chosen, material.contamination)
+        with self._material(recipe, sources, pool) as material:
+            k = len(material.lengths.wanted) if material.lengths is not None else None
+            k = wanted(valid, excluded, pct=recipe.pct, k=recipe.k if k is None else k)
+            chosen = choose(scores, recipe, among, k, material)
+            contamination = self._contamination(recipe, pool, chosen, material.contamination)
         summary = {
             "count": len(chosen.rows),
             "pool": len(valid) if excluded is None else int((~excluded).sum()),
@@ -253,24 +253,30 @@ class Answers:
             keys.append(self.datasets.text_keys(dataset)[rows])
         return np.concatenate(keys)
 
-    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: Pool) -> Material:
-        readers = [self.datasets.example_reader(dataset) for dataset in recipe.datasets]
-
-        def text(row: int) -> str:
-            ((number, place),) = locate([row], pool.sizes)
-            return text_of(readers[number](place))
+    @contextmanager
+    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: Pool) -> Iterator[Material]:
+        """What a choice looks at beside scores; its texts are read while the context is open."""
 
         def features(rows: Sequence[int]) -> Floats:
             return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights).unit(rows)
 
         tasks = dict.fromkeys([*recipe.tasks, *recipe.decontaminate])
-        return Material(
-            origins=pool.origins,
-            text=text,
-            features=features,
-            contamination=Contamination(text, [self.runs.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]),
-            lengths=self._lengths(recipe),
-        )
+        with ExitStack() as stack:
+            readers = [stack.enter_context(self.datasets.example_reader(dataset)) for dataset in recipe.datasets]
+
+            def text(row: int) -> str:
+                ((number, place),) = locate([row], pool.sizes)
+                return text_of(readers[number](place))
+
+            yield Material(
+                origins=pool.origins,
+                text=text,
+                features=features,
+                contamination=Contamination(
+                    text, [self.runs.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
+                ),
+                lengths=self._lengths(recipe),
+            )
 
     def _contamination(
         self, recipe: SelectionRecipe, pool: Pool, chosen: Chosen, found: Contamination
@@ -278,9 +284,10 @@ class Answers:
         """What the chosen rows share with tasks' rows."""
         if not found.tasks:
             return None
-        kept = [(row, overlap) for row in chosen.rows.tolist() if (overlap := found.of(row)) is not None]
-        rows = {row for row, _ in kept}
-        dropped = [pair for pair in found.found() if pair[0] not in rows]
+        rows = chosen.rows.tolist()
+        kept = [(row, overlap) for row, overlap in zip(rows, found.of_all(rows), strict=True) if overlap is not None]
+        known = {row for row, _ in kept}
+        dropped = [pair for pair in found.found() if pair[0] not in known]
         return types.Contamination(
             tasks=[task.task for task in found.tasks],
             ngram=recipe.ngram or DEFAULT_NGRAM,

@@ -132,11 +132,6 @@ class DatasetFolder:
                 codes += [numbers.setdefault(label[1], len(numbers)) for label in labels]
         return RowLabels(pa.chunked_array(ids, pa.string()).combine_chunks(), tuple(numbers), np.array(codes, np.int32))
 
-    def example(self, row: int) -> Example:
-        """The example of one row."""
-        (line,) = self.lines([row])
-        return example(json.loads(line), file=self._file(row))[0]
-
     def lines(self, rows: Iterable[int]) -> Iterator[bytes]:
         """The original rows asked for, in the order asked, without line ends; raises IndexError."""
         with self.reader() as read:
@@ -156,6 +151,12 @@ class DatasetFolder:
 
             yield read
 
+    @contextmanager
+    def example_reader(self) -> Iterator[Callable[[int], Example]]:
+        """Reads the example of a row; raises IndexError."""
+        with self.reader() as line:
+            yield lambda row: example(json.loads(line(row)), file=self._file(row))[0]
+
     def examples(self, rows: range) -> Iterator[Example]:
         """The examples of consecutive rows."""
         with (self.path / LINES).open("rb") as file:
@@ -165,9 +166,8 @@ class DatasetFolder:
 
     def examples_at(self, rows: Iterable[int]) -> Iterator[Example]:
         """The examples of any rows, in the order asked; raises IndexError."""
-        numbers = list(rows)
-        for row, line in zip(numbers, self.lines(numbers), strict=True):
-            yield example(json.loads(line), file=self._file(row))[0]
+        with self.example_reader() as read:
+            yield from map(read, rows)
 
     def sources(self) -> list[DatasetSource]:
         """The uploads these rows came from, oldest first."""

@@ -177,9 +177,9 @@ class Datasets:
         """A 64-bit key of every row's text (n,): rows that would be trained on alike have the same (repeats.py)."""
         return np.asarray(self._folder(dataset).keys()[:, 1])
 
-    def example_reader(self, dataset: str) -> Callable[[int], Example]:
+    def example_reader(self, dataset: str) -> AbstractContextManager[Callable[[int], Example]]:
         """Reads examples by row, for callers that want many of them in any order; raises IndexError."""
-        return self._folder(dataset).example
+        return self._folder(dataset).example_reader()
 
     def lines(self, dataset: str, rows: Iterable[int]) -> Iterator[bytes]:
         """The original rows asked for, in the order asked, each as one line without its end; raises IndexError.

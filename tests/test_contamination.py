@@ -15,18 +15,21 @@ from datastore.rows import Example
 from datastore.selection import contamination
 from datastore.selection import words as hashing
 from datastore.selection.choose import Lengths, Material, choose
-from datastore.selection.contamination import Contamination, RunIndex, runs_of
+from datastore.selection.contamination import Contamination, Overlap, RunIndex, TaskRuns, runs_of
 from datastore.selection.draws import draw
 from datastore.selection.make_up import Labelled
-from datastore.selection.words import ngrams
+from datastore.selection.words import ngrams, ngrams_in
 from datastore.tasks import Tasks
-from datastore.words import words
 
 TEXT = st.lists(st.sampled_from("abc"), max_size=16).map(" ".join)
 
 
 def example(text: str) -> Example:
     return Example(id=None, origin="o", prompt=text, completion="")
+
+
+def overlap(runs: TaskRuns, text: str) -> Overlap | None:
+    return Contamination(lambda _: text, [runs]).of(0)
 
 
 @given(st.lists(TEXT, min_size=1, max_size=6), TEXT, st.sampled_from([5, 9, 13]))
@@ -44,7 +47,7 @@ def test_a_row_overlaps_where_any_run_of_words_is_a_tasks(rows: list[str], text:
         places = [place for place in range(len(mine) - size + 1) if tuple(mine[place : place + size]) in have]
         if places:
             expected[number] = (places[0], size)
-    found = runs.overlap(words(text))
+    found = overlap(runs, text)
     assert (found is None) == (not expected)
     if found is not None:
         number = found.row + (2 if found.split == "test" else 0)
@@ -58,24 +61,56 @@ def test_a_run_in_many_rows_is_the_prompts_template() -> None:
     header = "The following are multiple choice questions with answers about high school physics and more"
     rows = [f"{header}: {' '.join(f'w{row}x{word}' for word in range(14))}" for row in range(11)]
     runs = runs_of("task_1", [example(row) for row in rows], 13, validation=5)
-    assert runs.overlap(words(header)) is None
-    found = runs.overlap(words(f"before {rows[7]} after"))
+    assert overlap(runs, header) is None
+    found = overlap(runs, f"before {rows[7]} after")
     assert found is not None
     assert (found.split, found.row) == ("test", 2)
     few = runs_of("task_1", [example(row) for row in rows[:10]], 13, validation=5)
-    assert few.overlap(words(header)) is not None
+    assert overlap(few, header) is not None
     same = runs_of("task_1", [example(header)] * 12, 13, validation=12)
-    assert same.overlap(words(header)) is not None, "a task of the template alone is compared with it"
+    assert overlap(same, header) is not None, "a task of the template alone is compared with it"
 
 
 def test_rows_that_differ_in_their_vowel_signs_alone_do_not_overlap() -> None:
     """The Hindi words for day and poor have the same consonants."""
     day, poor = (" ".join([word, "में", "हिन्दी"] * 5) for word in ("दिन", "दीन"))
     runs = runs_of("task_1", [example(day)], 13, validation=1)
-    found = runs.overlap(words(day))
+    found = overlap(runs, day)
     assert found is not None
     assert found.text.split()[:3] == ["दिन", "में", "हिन्दी"]
-    assert runs.overlap(words(poor)) is None
+    assert overlap(runs, poor) is None
+
+
+@given(
+    tasks=st.lists(st.lists(TEXT, min_size=1, max_size=4), max_size=3),
+    texts=st.lists(TEXT, min_size=1, max_size=8),
+    at_once=st.sampled_from([1, 10, 1 << 15]),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_rows_looked_up_together_share_what_each_shares_by_itself(
+    tasks: list[list[str]], texts: list[str], at_once: int, data: st.DataObject
+) -> None:
+    runs = [runs_of(f"task_{n}", [example(row) for row in rows], 3, validation=1) for n, rows in enumerate(tasks)]
+    expected = [next((found for each in runs if (found := overlap(each, text)) is not None), None) for text in texts]
+    rows = data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contamination, "WORDS_AT_ONCE", at_once)
+        found = Contamination(texts.__getitem__, runs)
+        assert found.of_all(rows[:10]) == [expected[row] for row in rows[:10]]
+        assert found.of_all(rows) == [expected[row] for row in rows]
+        assert list(found.found()) == [(row, expected[row]) for row in dict.fromkeys(rows) if expected[row] is not None]
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=9), max_size=5), st.sets(st.integers(1, 7), max_size=4))
+def test_runs_of_several_texts_are_those_of_each_and_none_is_of_two(texts: list[list[str]], sizes: set[int]) -> None:
+    found = ngrams_in(texts, sizes)
+    for size, runs in found.items():
+        expected = [(text, place) for text, each in enumerate(texts) for place in range(len(each) - size + 1)]
+        assert list(zip(runs.text.tolist(), runs.place.tolist(), strict=True)) == expected
+        hashes = [ngrams(each, size) for each in texts]
+        np.testing.assert_array_equal(runs.hashes, np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    assert set(found) == sizes
 
 
 def test_runs_are_known_by_their_words_and_the_order_of_these() -> None:

