@@ -17,7 +17,9 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from gradstore import _cli_options, cli
+from gradstore import cli
+from gradstore._cli.options import HELP
+from gradstore._cli.selections import SELECTED
 
 from tests import canned
 from tests.canned import Answerer, Asked, CannedServer, Said, in_turn
@@ -153,7 +155,7 @@ def test_an_option_is_there_for_every_field_a_request_has() -> None:
     assert {"--model", "--lora-r", "--lora-target", "--warmup-ratio", "--selection", "--wait", "--dry-run"} <= options
     options = {option for parameter in ALL["gradstore gradients create"].params for option in parameter.opts}
     assert {"--dim", "--checkpoint", "--token-budget"} <= options
-    assert not set(_cli_options.HELP) - {parameter.name for command in ALL.values() for parameter in command.params}, (
+    assert not set(HELP) - {parameter.name for command in ALL.values() for parameter in command.params}, (
         "a text that no command uses"
     )
 
@@ -615,7 +617,7 @@ def test_select_prints_the_best_rows_and_tells_the_id(run: Run) -> None:
     ran, asked = asked_by(run, selecting, "select", "--task", "mmlu", "--task", "bbh", "--pct", "0.05", "--dim", "64")
     assert asked[0].query["task"] == ["mmlu", "bbh"]
     assert asked[0].query["dim"] == ["64"]
-    assert ran.out.splitlines()[0].split() == list(cli.SELECTED)
+    assert ran.out.splitlines()[0].split() == list(SELECTED)
     assert len(ran.out.splitlines()) == 21
     assert "sel_1: 30 of 600 rows" in ran.err
     ran, _ = asked_by(run, selecting, "select", "--task", "mmlu", "--k", "30", "--limit", "0", "--json")

@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli_options import given, takes
-from gradstore._cli_output import Columns, is_terminal, print_json, print_object, print_table, say
+from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.nouns import group_of
+from gradstore._cli.options import Json, Reference, Wait, given, takes
+from gradstore._cli.output import Columns, is_terminal, print_json, print_object, print_table, say
+from gradstore._cli.session import session
 from gradstore.types import Attribution, AttributionRecipe, AttributionRequest, AttributionResult, InfluentialRow, Job
 
-if TYPE_CHECKING:
-    from gradstore import GradientStore
-
-Session = Callable[[typer.Context], AbstractContextManager["GradientStore"]]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Wait until the job is done; Ctrl-C leaves it at work.")]
 Parts = Annotated[bool, typer.Option("--parts", help="Print the part of each checkpoint in the scores, too.")]
 TEXTS = {
     "datasets": "Pool by id or name, where several have features; repeat to search several.",
@@ -34,70 +30,65 @@ TEXTS = {
     "text": "Show the beginning of each example's text.",
 }
 
+attributions = group_of("attributions", JOBS, help="Training examples behind what a model said.", own_show=True)
 
-def add(app: typer.Typer, group: typer.Typer, *, session: Session, started: Callable[..., None]) -> None:
-    """Add the commands; `session` opens the client of a command, and `started` prints a job that was started."""
 
-    @app.command()
-    @takes(endpoints.attributions_create, request=AttributionRequest, texts=TEXTS)
-    def why(
-        ctx: typer.Context,
-        prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model was asked.")],
-        response: Annotated[str, typer.Argument(metavar="RESPONSE", help="What it said.")],
-        *,
-        parts: Parts = False,
-        as_json: Json = False,
-        **fields: Any,
-    ) -> None:
-        """Show the training examples behind what a model said.
+@takes(endpoints.attributions_create, request=AttributionRequest, texts=TEXTS)
+def why(
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model was asked.")],
+    response: Annotated[str, typer.Argument(metavar="RESPONSE", help="What it said.")],
+    *,
+    parts: Parts = False,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Show the training examples behind what a model said.
 
-        Prints those that make the answer likelier when they are trained on, and those that oppose it most. The same
-        question again is answered from what exists. Options that are left out must have one candidate in the store.
-        """
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        with session(ctx) as store:
-            job = store.attributions.create({"messages": turns}, **given(fields))
-            say(f"attribution {job.id}")
-            done = store.attributions.wait(job, progress=is_terminal(), poll=0.5)
-            if as_json:
-                print_json(done)
-            else:
-                print_result(done.result, parts=parts)
+    Prints those that make the answer likelier when they are trained on, and those that oppose it most. The same
+    question again is answered from what exists. Options that are left out must have one candidate in the store.
+    """
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    with session(ctx) as store:
+        job = store.attributions.create({"messages": turns}, **given(fields))
+        say(f"attribution {job.id}")
+        done = store.attributions.wait(job, progress=is_terminal(), poll=0.5)
+        if as_json:
+            print_json(done)
+        else:
+            print_result(done.result, parts=parts)
 
-    @group.command("create")
-    @takes(endpoints.attributions_create, request=AttributionRequest, texts=TEXTS)
-    def create(
-        ctx: typer.Context,
-        file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL of what the model said; - is stdin.")],
-        *,
-        wait: Wait = False,
-        as_json: Json = False,
-        **fields: Any,
-    ) -> None:
-        """Find the training examples behind each row of a file.
 
-        Rows are as datasets have them: prompt and completion, or messages. Prints the job's id, or with --wait what
-        was found.
-        """
-        rows = _rows(file)
-        with session(ctx) as store:
-            started(store, "attributions", store.attributions.create(rows, **given(fields)), wait=wait, as_json=as_json)
+@attributions.command("create")
+@takes(endpoints.attributions_create, request=AttributionRequest, texts=TEXTS)
+def create_attributions(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL of what the model said; - is stdin.")],
+    *,
+    wait: Wait = False,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Find the training examples behind each row of a file.
 
-    @group.command("show")
-    def show(
-        ctx: typer.Context,
-        reference: Annotated[str, typer.Argument(metavar="ID", help="Id or name.")],
-        *,
-        parts: Parts = False,
-        as_json: Json = False,
-    ) -> None:
-        """Print what was found. Before that, everything known about the job."""
-        with session(ctx) as store:
-            job: Job[Any, Any] = store.attributions.get(reference)
-            if as_json or job.result is None:
-                print_object(job, as_json=as_json)
-            else:
-                print_result(job.result, parts=parts)
+    Rows are as datasets have them: prompt and completion, or messages. Prints the job's id, or with --wait what
+    was found.
+    """
+    rows = _rows(file)
+    with session(ctx) as store:
+        job = store.attributions.create(rows, **given(fields))
+        started(store, "attributions", job, wait=wait, as_json=as_json, show=print_result)
+
+
+@attributions.command("show")
+def show_attribution(ctx: typer.Context, reference: Reference, *, parts: Parts = False, as_json: Json = False) -> None:
+    """Print what was found. Before that, everything known about the job."""
+    with session(ctx) as store:
+        job: Job[Any, Any] = store.attributions.get(reference)
+        if as_json or job.result is None:
+            print_object(job, as_json=as_json)
+        else:
+            print_result(job.result, parts=parts)
 
 
 def print_result(result: AttributionResult, *, parts: bool = False) -> None:

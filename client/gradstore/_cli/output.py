@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradstore.types import FinetuneResult, GradientsResult
+from gradstore.types import FinetuneResult, GradientsResult, Turn
 
 Columns = Mapping[str, Callable[[Any], object]]
 
@@ -90,8 +90,9 @@ def ago(moment: datetime) -> str:
     return f"{seconds:.0f} s"
 
 
-def shortened(text: str, length: int) -> str:
-    """A text as one line of at most so many characters."""
+def beginning(turns: Iterable[Turn], length: int) -> str:
+    """What is said in these turns, as one line of at most so many characters."""
+    text = " ⏎ ".join(turn.prefix + turn.content for turn in turns)
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
 

@@ -1,7 +1,8 @@
-"""Command-line options made from the functions they are for, so that a new argument is an option at once.
+"""Options and arguments: those that several commands have, and those made from the functions they are for.
 
-A command takes the arguments of a function of `_endpoints.py` or `recipes.py`, with the texts of `HELP`. What a shell
-cannot say directly is said in parts: a list by repeating its option, the adapter's shape by four options.
+Made, so that a new argument is an option at once: a command takes the arguments of a function of `_endpoints.py` or
+`recipes.py`, with the texts of `HELP`. What a shell cannot say directly is said in parts: a list by repeating its
+option, the adapter's shape by four options.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +22,22 @@ from gradstore._signatures import expanded
 from gradstore.types import LoraSettings
 
 CommandT = TypeVar("CommandT", bound=Callable[..., None])
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until the job is done; Ctrl-C leaves it at work.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and start nothing.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most; the job goes on.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="How many to print; else all.")]
+Rows = Annotated[int, typer.Option("--limit", min=0, help="How many rows to print; 0 prints all.")]
+Reference = Annotated[str, typer.Argument(metavar="ID", help="Id or name.")]
+LocalPath = Annotated[Path, typer.Argument(metavar="PATH", exists=True, help="File, zip or folder of this machine.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make; a path in .zip gets the zip.")]
+
+AS_TRAINED = {
+    "max_length": "Tokens kept of a row; by default as the run was trained.",
+    "precision": "Number type of the base model while it computes; by default as the run was trained.",
+    "template": "How a conversation is written as text; by default as the run was trained.",
+}
 
 HELP = {
     "adam": "Adam's direction as LESS's code has it (less), or with bias correction (exact).",

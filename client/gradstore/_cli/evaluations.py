@@ -1,0 +1,65 @@
+"""The commands of evaluations, and the table of what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from gradstore import _endpoints as endpoints
+from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.nouns import group_of
+from gradstore._cli.options import AS_TRAINED, Json, Reference, Wait, given, takes
+from gradstore._cli.output import Columns, print_object, print_table
+from gradstore._cli.session import session
+from gradstore.types import EvaluationRequest, EvaluationResult, Interval
+
+MEASURED: Columns = {
+    "model": lambda row: row.model,
+    "task": lambda row: row.task_name,
+    "subtask": lambda row: row.subtask or "(all)",
+    "examples": lambda row: row.examples,
+    "loss": lambda row: row.loss,
+    "95 %": lambda row: _interval(row.loss_interval),
+    "metric": lambda row: row.metric,
+    "value": lambda row: row.value,
+    "95 % ": lambda row: _interval(row.interval),
+}
+
+evaluations = group_of("evaluations", JOBS, help="Models measured on tasks.", own_show=True)
+
+
+@evaluations.command("create")
+@takes(
+    endpoints.evaluations_create,
+    request=EvaluationRequest,
+    texts={**AS_TRAINED, "checkpoint": "Checkpoint by id or name."},
+)
+def create_evaluation(ctx: typer.Context, *, wait: Wait = False, as_json: Json = False, **fields: Any) -> None:
+    """Measure a model on the test rows of tasks.
+
+    The model is a fine-tune, a checkpoint or a base model. Prints the job's id, or with --wait what was measured.
+    """
+    with session(ctx) as store:
+        job = store.evaluations.create(**given(fields))
+        started(store, "evaluations", job, wait=wait, as_json=as_json, show=print_measured)
+
+
+@evaluations.command("show")
+def show_evaluation(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
+    """Print what was measured. Before that, everything known about the job."""
+    with session(ctx) as store:
+        job = store.evaluations.get(reference)
+        if as_json or job.result is None:
+            print_object(job, as_json=as_json)
+        else:
+            print_measured(job.result)
+
+
+def print_measured(result: EvaluationResult) -> None:
+    """Print a row for each model, task and subtask."""
+    print_table(result.rows, MEASURED)
+
+
+def _interval(interval: Interval | None) -> str | None:
+    return None if interval is None else f"{interval.low:.4g} to {interval.high:.4g}"

@@ -1,0 +1,124 @@
+"""Jobs of every kind: what is printed of them in a list and when they start, and the commands of `jobs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstore import errors
+from gradstore._cli.nouns import add_delete, add_show, bare_group
+from gradstore._cli.options import Json, Limit, Timeout, Wait
+from gradstore._cli.output import Columns, ago, is_terminal, print_json, print_list, print_object, say, say_lost_rows
+from gradstore._cli.session import session
+from gradstore.types import Job, JobKind, JobStatus
+
+if TYPE_CHECKING:
+    from gradstore import GradientStore
+
+JobReference = Annotated[str, typer.Argument(metavar="JOB", help="Id or name of the job.")]
+
+
+def _progress(job: Job[Any, Any]) -> str:
+    return f"{job.progress.done:,}/{job.progress.total:,} {job.progress.unit}"
+
+
+JOBS: Columns = {
+    "id": lambda job: job.id,
+    "name": lambda job: job.name,
+    "status": lambda job: job.status,
+    "progress": _progress,
+    "age": lambda job: ago(job.created_at),
+}
+jobs = bare_group("jobs", help="Work of all kinds: look, wait, cancel, go on.")
+add_show(jobs, "jobs")
+add_delete(
+    jobs,
+    "jobs",
+    help="Delete finished scoring jobs; their scores stay. Other jobs are deleted as what they are.",
+)
+
+
+def started(
+    store: GradientStore,
+    noun: str,
+    job: Job[Any, Any],
+    *,
+    wait: bool,
+    as_json: bool,
+    show: Callable[[Any], None] | None = None,
+) -> None:
+    """Print a job that was started, or, with `wait`, as it ended: its result by `show`, else its id."""
+    if wait:
+        try:
+            job = getattr(store, noun).wait(job, progress=is_terminal())
+        except KeyboardInterrupt:
+            say(f"the job goes on: gradstore jobs wait {job.id}")
+            raise
+    elif not job.finished:
+        say(f"{job.kind} {job.id} is {job.status}: gradstore jobs wait {job.id}")
+    say_lost_rows(job.result)
+    if as_json:
+        print_json(job)
+    elif show is not None and job.result is not None:
+        show(job.result)
+    else:
+        typer.echo(job.id)
+
+
+@jobs.command("list")
+def list_jobs(
+    ctx: typer.Context,
+    *,
+    kind: Annotated[JobKind | None, typer.Option(help="Only jobs of this kind.")] = None,
+    status: Annotated[JobStatus | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """List the jobs, the newest first."""
+    with session(ctx) as store:
+        print_list(
+            islice(store.jobs.list(kind=kind, status=status), limit),
+            {"kind": lambda job: job.kind, **JOBS},
+            as_json=as_json,
+        )
+
+
+@jobs.command("wait")
+def wait_for_job(ctx: typer.Context, job: JobReference, *, timeout: Timeout = None, as_json: Json = False) -> None:
+    """Wait until a job has succeeded. Prints its id; exit code 3 where it fails."""
+    with session(ctx) as store:
+        done = store.jobs.wait(job, progress=is_terminal(), timeout=timeout)
+        if as_json:
+            print_json(done)
+        else:
+            typer.echo(done.id)
+
+
+@jobs.command("watch")
+def watch_job(ctx: typer.Context, job: JobReference, *, as_json: Json = False) -> None:
+    """Print a line whenever a job changes. Ends when it is finished; exit code 3 where it fails."""
+    with session(ctx) as store:
+        for state in store.jobs.events(job):
+            if as_json:
+                print_json(state)
+            else:
+                typer.echo(f"{state.status:<9}  {_progress(state)}")
+            if state.finished and state.status != "succeeded":
+                raise errors.JobFailed(state)
+
+
+@jobs.command("cancel")
+def cancel_job(ctx: typer.Context, job: JobReference, *, as_json: Json = False) -> None:
+    """Stop a job; what it finished stays."""
+    with session(ctx) as store:
+        print_object(store.jobs.cancel(job), as_json=True) if as_json else typer.echo(store.jobs.cancel(job).id)
+
+
+@jobs.command("retry")
+def retry_job(ctx: typer.Context, job: JobReference, *, wait: Wait = False, as_json: Json = False) -> None:
+    """Go on with a failed or cancelled job from where it stopped."""
+    with session(ctx) as store:
+        started(store, "jobs", store.jobs.retry(job), wait=wait, as_json=as_json)
