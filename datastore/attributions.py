@@ -1,8 +1,8 @@
 """Attributions: which training examples speak for, and against, what a model has said.
 
 A request's rows are questions: the worker computes their features as those of a task are computed, at every checkpoint
-of the pool's (worker/attributions.py), and keeps them under their content; then each dataset is searched by itself and
-what was found is merged. Everything here does without torch.
+of the pool's (worker/kinds/attributions.py), and keeps them under their content; then each dataset is searched by
+itself and what was found is merged. Everything here does without torch.
 """
 
 from __future__ import annotations
