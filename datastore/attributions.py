@@ -35,8 +35,9 @@ from datastore.identity import content_id
 from datastore.index import INDEX_ROWS, Index, Indexes, available
 from datastore.influence import Mask, everywhere
 from datastore.leases import Jobs, NewShard
+from datastore.parameters import Query
 from datastore.questions import QuestionFeature, Questions
-from datastore.recipes import Query, Recipes
+from datastore.recipes import Recipes
 from datastore.rows import Example
 from datastore.schema import JobRow
 from datastore.search import Ends, Extreme, Pool, exact

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from datastore.errors import ForeignProjection, InvalidFeatures
 from datastore.imports import find
 from datastore.leases import MAKE_FEATURES, collection
-from datastore.recipes import Query
+from datastore.parameters import Query
 from datastore.store import OpenStore
 from tests.bruteforce import aggregated, influences
 from tests.serving import Service, problem_of, serving
