@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from datastore import scores
 from datastore.dtypes import decode
+from datastore.parameters import Query
 from datastore.products import NUMPY, Kernel
-from datastore.recipes import Query
 from datastore.scores import ScoreCache, Target
 from datastore.segments import FeatureView
 from datastore.shards import CHUNK_ROWS

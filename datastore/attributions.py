@@ -1,8 +1,8 @@
 """Attributions: which training examples speak for, and against, what a model has said.
 
 A request's rows are questions: the worker computes their features as those of a task are computed, at every checkpoint
-of the pool's (worker/attributions.py), and keeps them under their content; then each dataset is searched by itself and
-what was found is merged. Everything here does without torch.
+of the pool's (worker/kinds/attributions.py), and keeps them under their content; then each dataset is searched by
+itself and what was found is merged. Everything here does without torch.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from datastore.identity import content_id
 from datastore.index import INDEX_ROWS, Index, Indexes, available
 from datastore.influence import Mask, everywhere
 from datastore.leases import Jobs, NewShard
+from datastore.parameters import Query
 from datastore.questions import QuestionFeature, Questions
-from datastore.recipes import Query, Recipes
+from datastore.recipes import Recipes
 from datastore.rows import Example
 from datastore.schema import JobRow
 from datastore.search import Ends, Extreme, Pool, exact

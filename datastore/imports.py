@@ -3,7 +3,7 @@
 The files are read by a worker, since LESS's are torch's (worker/imports.py). Nothing is recorded of them before all
 their rows are found sound: a refused import leaves nothing behind. The projection of others is a random matrix that
 nobody here can make again, so features of it are compared only with features that their importer calls by the same
-name (`projection_id`); see `datastore/recipes.py`.
+name (`projection_id`); see `SHARED` of datastore/parameters.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from datastore.errors import Conflict, InvalidFeatures, InvalidInput, NotEnoughS
 from datastore.features import MAX_REPORTED, Plan, PlannedFeatureSet, described, excluded_rows, record
 from datastore.identity import content_id
 from datastore.leases import Claim, Jobs, NewShard
-from datastore.recipes import FOREIGN
+from datastore.parameters import FOREIGN
 from datastore.schema import FeatureSetRow, JobFeatureRow, JobRow, ShardRow
 from datastore.segments import stored_bytes
 from datastore.settings import Settings

@@ -73,6 +73,11 @@ class Claim:
         """The attempt's number in the store, unlike that of any other shard or attempt."""
         return self.shard << ATTEMPT_BITS | self.attempt
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What the log's lines about it are marked with."""
+        return {"job": self.job, "kind": self.kind, "shard": self.number, "attempt": self.attempt}
+
 
 @dataclass(frozen=True)
 class NewChunk:

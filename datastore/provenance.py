@@ -32,7 +32,7 @@ from datastore.catalog import Catalog
 from datastore.errors import NotFound
 from datastore.features import UNPROJECTED
 from datastore.leases import Jobs
-from datastore.recipes import OF_GRADIENTS
+from datastore.parameters import OF_GRADIENTS
 
 _NAMES = {"datasets": "dataset", "tasks": "task", "checkpoints": "checkpoint"}
 """Fields of a recipe that /select has under another name."""

@@ -1,90 +1,33 @@
 """From the parameters of /select and /scores to a recipe: every default resolved to an id.
 
-With one candidate a parameter may be left out; with several the answer lists them (`Ambiguous`); where features are
-missing the answer is the POST that computes them (`GradientsMissing`).
+With one candidate a parameter may be left out; with several, and where features are missing, the answer says how to go
+on (datastore/advice.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-from urllib.parse import urlencode
+from dataclasses import dataclass, field
+from typing import Any
 
-from gradstore.types import (
-    AdamForm,
-    Aggregate,
-    Combine,
-    Dataset,
-    DedupeBy,
-    FeatureDtype,
-    FeatureKind,
-    FeatureSet,
-    Precision,
-    ProblemItem,
-    Quantisation,
-    Reduction,
-    Run,
-    SelectionMethod,
-    SelectionRecipe,
-    StoredProjection,
-    Strategy,
-    Task,
-    TemplateName,
-)
+from gradstore.types import Dataset, FeatureSet, Run, SelectionMethod, SelectionRecipe, Task
 
+from datastore import advice
 from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
-from datastore.errors import Ambiguous, Conflict, ForeignProjection, GradientsMissing, InvalidInput, NotFound
+from datastore.errors import Conflict, InvalidInput, NotFound
 from datastore.features import UNPROJECTED, Features
+from datastore.parameters import ASKED, OWN, OWN_KINDS, SHARED, Candidate, Query, refuse_idle, said, with_method
 from datastore.schema import SelectionRow
 from datastore.selection import rules
 from datastore.selection.contamination import DEFAULT_NGRAM
 
-
-@dataclass(frozen=True)
-class Query:
-    """What a user says about the scores wanted; None and () leave it to what there is."""
-
-    tasks: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    run: str | None = None
-    checkpoints: Sequence[str] = ()
-    weights: Sequence[str] | None = None
-    kind: FeatureKind | None = None
-    adam: AdamForm | None = None
-    reduction: Reduction | None = None
-    dim: int | None = None
-    dtype: FeatureDtype | None = None
-    converted_from: FeatureDtype | Literal["none"] | None = None
-    projection: StoredProjection | None = None
-    projection_id: str | None = None
-    seed: int | None = None
-    template: TemplateName | None = None
-    max_length: int | None = None
-    precision: Precision | None = None
-    quantisation: Quantisation | Literal["none"] | None = None
-    method: SelectionMethod | None = None
-    aggregate: Aggregate | None = None
-    combine: Combine | None = None
-    selection_seed: int | None = None
-    pct: float | None = None
-    k: int | None = None
-    exclude: Sequence[str] = ()
-    exclude_ids: Sequence[str] = ()
-    strategy: Strategy | None = None
-    among: int | None = None
-    clusters: int | None = None
-    quota: Sequence[str] = ()
-    dedupe: float | None = None
-    dedupe_by: DedupeBy | None = None
-    match: str | None = None
-    ngram: int | None = None
-    decontaminate: Sequence[str] = ()
-    exclude_contaminated: bool | None = None
+REMEMBERED = 1024  # queries of which it is remembered what they meant
+_WITHOUT_TASKS: frozenset[SelectionMethod] = frozenset({"random"})
+_TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
+"""A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
 
 
 @dataclass(frozen=True)
@@ -106,49 +49,6 @@ class Pools:
     parameters: dict[str, Any]
     sets: dict[str, list[FeatureSet]]
     """Of each dataset, in the order of the checkpoints."""
-
-
-REMEMBERED = 1024  # queries of which it is remembered what they meant
-FOREIGN = "foreign"
-"""The projection of imported features."""
-_OWN = ("kind", "adam")
-"""Parameters of a pool's features that its task's may have otherwise."""
-_SHARED = (
-    "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "projection_version",
-    "seed", "template", "max_length", "precision", "quantisation",
-)  # fmt: skip
-"""Parameters in which the features of pool and task must agree: like is compared with like."""
-_ASKED = tuple(name for name in (*_OWN, *_SHARED) if name != "projection_version")
-"""Parameters that a query can name."""
-_NONE = ("quantisation", "converted_from")
-"""Parameters whose absence can be asked for, as `none`."""
-OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
-"""Parameters that say nothing about hidden states; the dim of these is the model's."""
-_OWN_KINDS: tuple[Literal["rds", "embedding"], ...] = ("rds", "embedding")
-"""Methods that compare the features of the kind of their name, which no other method takes."""
-_MODELS = {"rds": "base model as it is", "embedding": "sentence encoder"}
-"""What the features of a method are best taken at."""
-_WITHOUT_TASKS: frozenset[SelectionMethod] = frozenset({"random"})
-_UNUSED: dict[SelectionMethod, tuple[str, ...]] = {
-    "influence": (),
-    "rds": (),
-    "embedding": (),
-    "bm25": ("run", "checkpoints", *_ASKED),
-    "random": ("run", "checkpoints", *_ASKED, "aggregate", "combine"),
-}
-"""Parameters of a query that a method does nothing with."""
-_TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
-"""A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A way to answer: pools, checkpoints and parameters for which every feature exists."""
-
-    run: Run | None
-    checkpoints: tuple[str, ...]
-    parameters: dict[str, Any]
-    pools: dict[str, list[FeatureSet]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,8 +77,8 @@ class Recipes:
         return recipe, sources
 
     def _resolve(self, query: Query, path: str) -> tuple[SelectionRecipe, Sources]:
-        query = _with_method(query)
-        _refuse_idle(query)
+        query = with_method(query)
+        refuse_idle(query)
         if not query.tasks and query.method not in _WITHOUT_TASKS:
             raise rules.refused("task", f"method={query.method} selects for a task: name one (task)")
         rules.check(query)
@@ -189,9 +89,9 @@ class Recipes:
         found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
         complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
         if not complete:
-            raise self._missing_task(found, tasks)
+            raise advice.missing_task(found, tasks, features=self.features)
         if len(complete) > 1:
-            raise _ambiguous(query, [candidate for candidate, _ in complete], path)
+            raise advice.ambiguous(query, [candidate for candidate, _ in complete], path)
         candidate, targets = complete[0]
         return self._recipe(query, candidate, targets), Sources(datasets=candidate.pools, tasks=targets)
 
@@ -207,8 +107,8 @@ class Recipes:
             return Sources(datasets={}, tasks={})
         if not recipe.checkpoints:
             raise rules.refused("checkpoints", f"method={recipe.method} compares features: a recipe has checkpoints")
-        shared = {name: getattr(recipe, name) for name in _SHARED}
-        own = {name: getattr(recipe, name) for name in _OWN}
+        shared = {name: getattr(recipe, name) for name in SHARED}
+        own = {name: getattr(recipe, name) for name in OWN}
         known = _TASK_KINDS if recipe.task_kind not in UNPROJECTED else ((recipe.task_kind, None),)
         forms = [form for form in known if form[0] == recipe.task_kind and recipe.task_adam in (None, form[1])]
         pools = {dataset: self._stored({"dataset": dataset}, recipe, [own | shared]) for dataset in recipe.datasets}
@@ -246,10 +146,7 @@ class Recipes:
         if not datasets:
             raise Conflict("there is no dataset to select from: upload one with POST /datasets")
         if len(datasets) > 1 and not query.datasets and query.match is None:
-            shared = {**_choice(query), "method": query.method, "task": list(query.tasks)}
-            shared |= {"aggregate": query.aggregate, "combine": query.combine}
-            choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in datasets]
-            raise Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
+            raise advice.several_datasets(query, datasets, path)
         nothing = dict.fromkeys(name for name, field in SelectionRecipe.model_fields.items() if field.is_required())
         return SelectionRecipe.model_validate(
             nothing
@@ -290,19 +187,19 @@ class Recipes:
         """The pools that a query without tasks means; raises as `resolve` does. Whoever asks projects here, so imported
         features are none of them.
         """
-        query = _with_method(query)
-        _refuse_idle(query)
+        query = with_method(query)
+        refuse_idle(query)
         candidates = self._candidates(query)
-        found = [candidate for candidate in candidates if not _is_foreign(candidate)]
+        found = [candidate for candidate in candidates if not candidate.is_foreign]
         if not found:
-            raise _foreign(candidates[0].parameters["projection_id"], lacking="what is computed here")
+            raise advice.foreign(candidates[0].parameters["projection_id"], lacking="what is computed here")
         if len(found) > 1:
-            raise _ambiguous(query, found, path)
+            raise advice.ambiguous(query, found, path)
         candidate = found[0]
         run = candidate.run.id if candidate.run else None
         return Pools(run, candidate.checkpoints, self._weights(candidate), candidate.parameters, candidate.pools)
 
-    def _candidates(self, query: Query) -> list[_Candidate]:
+    def _candidates(self, query: Query) -> list[Candidate]:
         """The pools that fit a query, whatever its tasks have. Raises `NotFound` and `GradientsMissing`."""
         datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
         checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
@@ -312,7 +209,7 @@ class Recipes:
         near = self._pool_candidates(query, datasets, run, checkpoints)
         found = [candidate for candidate in near if len(candidate.pools) == max(1, len(datasets))]
         if not found:
-            raise self._missing_pool(query, datasets, run, checkpoints, near)
+            raise advice.missing_pool(query, datasets, run, checkpoints, near, catalog=self.catalog)
         return found
 
     def _stored(
@@ -324,28 +221,25 @@ class Recipes:
             sets = [each for each in known if all(getattr(each, name) == value for name, value in variant.items())]
             if (chosen := _in_order(sets, recipe.checkpoints)) is not None:
                 return chosen
-        body = {**owner, "checkpoints": list(recipe.checkpoints), **_body(variants[0])}
-        raise GradientsMissing(
-            f"the features that this was made from are not stored any more: {_post(body)}", body=body
-        )
+        raise advice.not_stored(owner, recipe.checkpoints, variants[0])
 
     def _pool_candidates(
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
-    ) -> list[_Candidate]:
+    ) -> list[Candidate]:
         """What fits the query; of the datasets that it names a candidate may have only some."""
         known = self.features.complete(datasets=datasets or list(self.catalog.dataset_sizes()))
-        wanted = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
+        wanted = {name: value for name in ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
         for feature in known:
-            if feature.kind in _OWN_KINDS and feature.kind != query.kind:
+            if feature.kind in OWN_KINDS and feature.kind != query.kind:
                 continue
-            if all(_said(name, getattr(feature, name)) == value for name, value in wanted.items()):
-                key = tuple(getattr(feature, name) for name in (*_OWN, *_SHARED))
+            if all(said(name, getattr(feature, name)) == value for name, value in wanted.items()):
+                key = tuple(getattr(feature, name) for name in (*OWN, *SHARED))
                 groups[key][feature.dataset or ""].append(feature)
         trainings = self._trainings(run, checkpoints, [feature.checkpoint for feature in known])
         found = []
         for key, pools in groups.items():
-            parameters = dict(zip((*_OWN, *_SHARED), key, strict=True))
+            parameters = dict(zip((*OWN, *SHARED), key, strict=True))
             for training, members in trainings:
                 covered = {
                     dataset: chosen
@@ -354,9 +248,9 @@ class Recipes:
                 }
                 if datasets and covered:
                     ordered = {dataset: covered[dataset] for dataset in datasets if dataset in covered}
-                    found.append(_Candidate(training, members, parameters, ordered))
+                    found.append(Candidate(training, members, parameters, ordered))
                 elif not datasets:
-                    found += [_Candidate(training, members, parameters, {one: sets}) for one, sets in covered.items()]
+                    found += [Candidate(training, members, parameters, {one: sets}) for one, sets in covered.items()]
         return found
 
     def _trainings(
@@ -371,13 +265,11 @@ class Recipes:
         alone = [] if run else [checkpoint for checkpoint in dict.fromkeys(known) if checkpoint not in in_runs]
         return [*members, *((None, (checkpoint,)) for checkpoint in alone)]
 
-    def _targets(self, candidate: _Candidate, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
+    def _targets(self, candidate: Candidate, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
         """The tasks' feature sets that go with a candidate."""
         known = self.features.complete(tasks=[task.id for task in tasks])
         fitting = [
-            feature
-            for feature in known
-            if all(getattr(feature, name) == candidate.parameters[name] for name in _SHARED)
+            feature for feature in known if all(getattr(feature, name) == candidate.parameters[name] for name in SHARED)
         ]
         kind = candidate.parameters["kind"]
         found = {}
@@ -390,7 +282,7 @@ class Recipes:
                     break
         return found
 
-    def _recipe(self, query: Query, candidate: _Candidate, targets: dict[str, list[FeatureSet]]) -> SelectionRecipe:
+    def _recipe(self, query: Query, candidate: Candidate, targets: dict[str, list[FeatureSet]]) -> SelectionRecipe:
         kinds = {(features[0].kind, features[0].adam) for features in targets.values()}
         if len(kinds) > 1:
             raise InvalidInput("the tasks' features are of different kinds: compute them alike with POST /gradients")
@@ -410,7 +302,7 @@ class Recipes:
             **self._resolved(query, list(candidate.pools)),
         )
 
-    def _weights(self, candidate: _Candidate) -> list[float]:
+    def _weights(self, candidate: Candidate) -> list[float]:
         """Mean learning rate of each checkpoint over their sum (LESS, eq. 3)."""
         members = candidate.run.checkpoints if candidate.run else []
         of_run = {checkpoint.id: checkpoint.learning_rate for checkpoint in members}
@@ -439,116 +331,6 @@ class Recipes:
             raise rules.refused("exclude", f"{reference!r} is the name of {ids}: say which by its id")
         return found[0]
 
-    def _missing_task(
-        self, found: Sequence[tuple[_Candidate, dict[str, list[FeatureSet]]]], tasks: Sequence[Task]
-    ) -> GradientsMissing | ForeignProjection:
-        """The POST for a task without features; none makes features that go with imported ones."""
-        ours = [(candidate, targets) for candidate, targets in found if not _is_foreign(candidate)]
-        candidate, targets = (ours or found)[0]
-        missing = next(task for task in tasks if task.id not in targets)
-        if not ours:
-            return _foreign(candidate.parameters["projection_id"], lacking=f"the task {missing.name}")
-        known = self.features.complete(tasks=[missing.id])
-        foreign = sorted({each.projection_id for each in known if each.projection_id is not None})
-        note = f" (its imported ones have the foreign projection {', '.join(map(repr, foreign))})" if foreign else ""
-        return _task_post(candidate, missing, note=note)
-
-    def _missing_pool(
-        self,
-        query: Query,
-        datasets: Sequence[str],
-        run: Run | None,
-        checkpoints: tuple[str, ...],
-        near: Sequence[_Candidate],
-    ) -> GradientsMissing | ForeignProjection:
-        """The POST for a dataset without features, computed as those of the others are where others have some."""
-        foreign = [candidate for candidate in near if _is_foreign(candidate)]
-        if query.projection == FOREIGN or query.projection_id is not None or (foreign and foreign == list(near)):
-            named = query.projection_id or next((each.parameters["projection_id"] for each in foreign), None)
-            return _foreign(named, lacking=_lacking(datasets, foreign))
-        if near:
-            ours = [candidate for candidate in near if candidate not in foreign]
-            nearest = max(ours, key=lambda candidate: len(candidate.pools))
-            owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
-            body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
-            posts = _posts(body, nearest.parameters)
-            return GradientsMissing(f"{owner} has no features that go with the others': {posts}", body=body)
-        own = query.method in _OWN_KINDS
-        body = {"dataset": datasets[0] if datasets else _only(self.catalog.dataset_sizes()) or "<dataset>"}
-        if checkpoints:
-            body["checkpoints"] = list(checkpoints)
-        elif own and run is None:
-            body["checkpoints"] = ["<checkpoint>"]
-        else:
-            body["run"] = run.id if run else _only(one.id for one in self.catalog.all_runs()) or "<run>"
-        asked = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
-        body |= _body(asked)
-        owners = " and ".join(datasets) or "any dataset"
-        detail = f"there are no features of {owners} at every checkpoint asked for: {_posts(body, asked)}"
-        if body.get("checkpoints") == ["<checkpoint>"]:
-            model = _MODELS[query.method or ""]
-            detail += f', where <checkpoint> is the {model} that POST /checkpoints {{"model": "…"}} registers'
-        return GradientsMissing(detail, body=body)
-
-
-def _with_method(query: Query) -> Query:
-    """The query with its method, and how this takes rows and tasks together where nothing else is asked for.
-
-    A kind that one method has to itself names the method. Raises `InvalidInput` where it names another.
-    """
-    by_kind = next((kind for kind in _OWN_KINDS if kind == query.kind), None)
-    method = query.method or by_kind or "influence"
-    own = next((kind for kind in _OWN_KINDS if kind == method), None)
-    if own is not None and query.kind not in (None, own):
-        detail = f"method={method} compares features of kind={own} only: leave kind out"
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="kind")])
-    if by_kind and method == "influence":
-        detail = f"features of kind={by_kind} are compared by method={by_kind}"
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="method")])
-    if method == "random":
-        return replace(query, method=method)
-    several = len(set(query.tasks)) > 1 and method != "influence"
-    return replace(
-        query,
-        method=method,
-        kind=own or query.kind,
-        aggregate=query.aggregate or ("less" if method == "influence" else "max"),
-        combine=query.combine or ("round-robin" if several else "max"),
-    )
-
-
-def _refuse_idle(query: Query) -> None:
-    """Refuse what narrows nothing: what the method does without, and what no feature of the kind could ever have."""
-    method = query.method or "influence"
-    unused = [name for name in _UNUSED[method] if getattr(query, name) not in (None, (), [])]
-    if unused:
-        detail = f"method={method} does nothing with {' and '.join(unused)}: leave it out"
-        parameters = {"checkpoints": "checkpoint"}
-        raise InvalidInput(
-            detail, errors=[ProblemItem(detail=detail, parameter=parameters.get(name, name)) for name in unused]
-        )
-    own: dict[str, tuple[str, ...]] = {
-        **dict.fromkeys(UNPROJECTED, OF_GRADIENTS),
-        "sgd": ("adam",),
-        "sign": ("adam",),
-    }
-    idle = own.get(query.kind or "", ())
-    named = [name for name in idle if getattr(query, name) is not None]
-    if named:
-        detail = f"features of kind={query.kind} have no {' and no '.join(named)}: leave it out"
-        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter=name) for name in named])
-
-
-def _only(ids: Iterable[str]) -> str | None:
-    """The id, where there is one alone."""
-    found = list(ids)
-    return found[0] if len(found) == 1 else None
-
-
-def _training(candidate: _Candidate) -> dict[str, object]:
-    """A candidate's checkpoints as POST /gradients takes them."""
-    return {"run": candidate.run.id} if candidate.run else {"checkpoints": list(candidate.checkpoints)}
-
 
 def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[FeatureSet] | None:
     """One feature set for each checkpoint, or None when one is missing."""
@@ -556,101 +338,3 @@ def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[Fe
     if not all(checkpoint in by_checkpoint for checkpoint in checkpoints):
         return None
     return [by_checkpoint[checkpoint] for checkpoint in checkpoints]
-
-
-def _is_foreign(candidate: _Candidate) -> bool:
-    """Whether a candidate's features are imported."""
-    return bool(candidate.parameters["projection"] == FOREIGN)
-
-
-def _lacking(datasets: Sequence[str], candidates: Sequence[_Candidate]) -> str:
-    """The first of the datasets that the imported features closest to what is asked for do without."""
-    pools = max((candidate.pools for candidate in candidates), key=len, default={})
-    return next((dataset for dataset in datasets if dataset not in pools), "the pool")
-
-
-def _foreign(projection_id: str | None, *, lacking: str) -> ForeignProjection:
-    """Say that features of a foreign projection are compared with their like only, and what lacks these."""
-    return ForeignProjection(
-        f"the imported features have the foreign projection {projection_id!r}, of which {lacking} has none: features "
-        "of different projections cannot be compared. Import the others with the same projection_id (POST /imports), "
-        "or have all of them computed here (POST /gradients)"
-    )
-
-
-def _task_post(candidate: _Candidate, missing: Task, *, note: str) -> GradientsMissing:
-    of_pool = candidate.parameters
-    shared = {name: of_pool[name] for name in _ASKED if name not in _OWN or of_pool["kind"] in UNPROJECTED}
-    body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
-    return GradientsMissing(
-        f"the task {missing.name} has no features that go with the pool's{note}: {_posts(body, shared)}", body=body
-    )
-
-
-def _body(parameters: dict[str, Any]) -> dict[str, object]:
-    """Parameters as POST /gradients takes them; of what was converted, those of what it was made from."""
-    several = {"dim": "dims", "kind": "kinds"}
-    if parameters.get("converted_from") not in (None, "none"):
-        parameters = {**parameters, "dtype": parameters["converted_from"]}
-    return {
-        several.get(name, name): [value] if name in several else value
-        for name, value in _telling(parameters).items()
-        if name in _ASKED
-        and value is not None
-        and name != "converted_from"
-        and (name, value) != ("quantisation", "none")
-    }
-
-
-def _posts(body: dict[str, object], parameters: dict[str, Any]) -> str:
-    """The requests that make features with these parameters: the computation, and a conversion where there is one."""
-    if parameters.get("converted_from") in (None, "none"):
-        return _post(body)
-    owner = {name: body[name] for name in ("dataset", "task") if name in body}
-    second = json.dumps({**owner, "dtype": parameters["dtype"]})
-    return f"{_post(body)}, and POST /conversions {second} then makes what goes with it"
-
-
-def _telling(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters without those that say nothing about their kind."""
-    hidden = parameters.get("kind") in UNPROJECTED
-    return {name: value for name, value in parameters.items() if not (hidden and name in OF_GRADIENTS)}
-
-
-def _said(name: str, value: Any) -> Any:
-    """A parameter as a query names it: features without quantisation, or conversion, can be asked for, too."""
-    return "none" if name in _NONE and value is None else value
-
-
-def _post(body: dict[str, object]) -> str:
-    return f"POST /gradients {json.dumps(body)} computes them"
-
-
-def _ambiguous(query: Query, candidates: Sequence[_Candidate], path: str) -> Ambiguous:
-    choices = [f"{path}?{urlencode(_parameters(query, candidate), doseq=True)}" for candidate in candidates]
-    differing = ", ".join(("dataset", "run", "checkpoint", *_ASKED))
-    return Ambiguous(
-        f"{len(choices)} sets of features fit; say which one is meant ({differing}), for example {choices[0]}",
-        choices=choices,
-    )
-
-
-def _parameters(query: Query, candidate: _Candidate) -> dict[str, Any]:
-    chosen = {**_choice(query), "task": list(query.tasks), "dataset": list(candidate.pools)}
-    if candidate.run is not None and not query.checkpoints:
-        chosen["run"] = candidate.run.id
-    else:
-        chosen["checkpoint"] = list(candidate.checkpoints)
-    telling = _telling(candidate.parameters)
-    chosen |= {name: _said(name, telling[name]) for name in _ASKED if name in telling}
-    return _said_only(chosen | {"aggregate": query.aggregate, "combine": query.combine})
-
-
-def _choice(query: Query) -> dict[str, Any]:
-    """What a query says about how rows are chosen, as an URL says it."""
-    values = {name: getattr(query, name) for name in rules.OF_THE_CHOICE}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _said_only(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if value is not None and value is not False and value != []}

@@ -47,9 +47,10 @@ from datastore.finetunes import Finetunes
 from datastore.identity import content_id
 from datastore.influence import Floats, Mask, Subtasks, everywhere, queries, reduce, usable_rows
 from datastore.leases import Claim, Jobs, NewShard
+from datastore.parameters import Query
 from datastore.preconditioning import MAX_DIM
 from datastore.predictions import Target, fold_of, losses_of, members, predictions, sums, targets_of
-from datastore.recipes import Query, Recipes, Sources
+from datastore.recipes import Recipes, Sources
 from datastore.schema import JobRow, ShardRow
 from datastore.segments import Rows
 from datastore.selection.top import candidates, count, top

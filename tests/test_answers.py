@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from datastore import answers
 from datastore.errors import GradientsMissing, InUse, InvalidInput
 from datastore.influence import normalise
-from datastore.recipes import Query, Sources
+from datastore.parameters import Query
+from datastore.recipes import Sources
 from datastore.selection import diversity
 from tests.stores import DIM, Store, numbers, request, task_numbers
 

@@ -355,7 +355,7 @@ def test_a_question_has_the_influence_that_a_tasks_row_would_have(place: Workpla
 
 def test_what_was_computed_is_not_computed_again(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     first = found(place, k=3)
-    monkeypatch.setattr("worker.attributions.make_engine", None)
+    monkeypatch.setattr("worker.kinds.attributions.make_engine", None)
     second = found(place, k=5)
     assert (first.computed_rows, second.computed_rows) == (2, 0)
     assert [row.row for row in second.data[0].most][:3] == [row.row for row in first.data[0].most]

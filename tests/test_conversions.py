@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from datastore.dtypes import decode, encode
 from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput, NotEnoughSpace, NotFound
-from datastore.recipes import Query
+from datastore.parameters import Query
 from tests.stores import Store, numbers, request, task_numbers
 from worker.context import Context
 from worker.jobs import run

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from datastore.errors import ForeignProjection, InvalidFeatures
 from datastore.imports import find
 from datastore.leases import MAKE_FEATURES, collection
-from datastore.recipes import Query
+from datastore.parameters import Query
 from datastore.store import OpenStore
 from tests.bruteforce import aggregated, influences
 from tests.serving import Service, problem_of, serving
@@ -32,7 +32,8 @@ from tests.stores import Store
 from worker.context import Context
 from worker.heartbeat import Heartbeat
 from worker.imports import Table, open_table
-from worker.jobs import KINDS, _import, run
+from worker.jobs import KINDS, run
+from worker.kinds import imports
 
 ROWS, DIM = 1100, 24  # more than a chunk
 
@@ -290,7 +291,7 @@ def test_a_killed_import_is_done_by_the_next_worker(store: GradientStore, servic
     claim = context.jobs.claim("killed", kinds=KINDS)
     assert claim is not None
     with Heartbeat(context.jobs, claim, leaving=context.leaving) as heartbeat:
-        commit = _import(claim, context, heartbeat)  # written, and never committed
+        commit = imports.work(claim, context, heartbeat)  # written, and never committed
     context.jobs.release(claim)
     assert work(service) == ["succeeded"]
     assert not commit()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from datastore.bm25 import NO_WORDS
 from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput
-from datastore.recipes import Query
+from datastore.parameters import Query
 from service.routes.select import SelectQuery
 from tests.bruteforce import aggregated
 from tests.stores import Store, numbers, request, task_numbers, with_config

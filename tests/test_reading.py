@@ -102,7 +102,7 @@ def test_a_worker_reads_each_shard_but_its_first_while_another_is_computed(
         return read(*arguments, **options)  # type: ignore[arg-type]
 
     read = reading.read
-    monkeypatch.setattr("worker.jobs.read", noted)
+    monkeypatch.setattr("worker.kinds.gradients.read", noted)
     job = start(place, 3000)
     work_until_left(place.context, once=True)
     assert place.job(job).status == "succeeded"

@@ -10,7 +10,7 @@ import pytest
 from gradstore.types import GradientsRequest
 
 from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
-from datastore.recipes import Query
+from datastore.parameters import Query
 from datastore.schema import TaskRow
 from tests.stores import DIM, Store, numbers, request, task_numbers, with_config
 

@@ -14,8 +14,8 @@ from gradstore.types import FeatureSet, ScoringResult
 from datastore import scores as scoring
 from datastore.influence import TaskScores
 from datastore.leases import Jobs
+from datastore.parameters import Query
 from datastore.products import NUMPY, NumpyKernel
-from datastore.recipes import Query
 from datastore.scores import ScoreCache, Target, missing_pieces, score, score_piece
 from datastore.segments import FeatureView
 from datastore.shards import CHUNK_ROWS

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from datastore.catalog import Catalog
 from datastore.leases import Claim, Jobs
-from datastore.recipes import Query
+from datastore.parameters import Query
 from datastore.scoring import Scoring
 from service.scoring import ScoringWorker
 from tests.stores import Store

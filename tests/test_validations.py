@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from datastore.errors import Ambiguous, Conflict, Damaged, GradientsMissing, InvalidInput, NotFound
 from datastore.influence import influence
 from datastore.leases import Claim
-from datastore.recipes import Query
+from datastore.parameters import Query
 from datastore.schema import DatasetRow
 from datastore.trainings import Measured, Training
 from tests.stores import DIM, Numbers, Store, numbers, request, task_numbers

@@ -24,7 +24,7 @@ from sqlalchemy import select
 
 from datastore.errors import Ambiguous, GradientsMissing, InvalidInput
 from datastore.evaluations import passes
-from datastore.recipes import Query
+from datastore.parameters import Query
 from datastore.schema import ChunkRow, JobRow, ShardRow
 from tests import bruteforce
 from tests.processes import wait_for

@@ -5,8 +5,8 @@ still pays and fits, timing two batches of real rows each time, and what they co
 of 1,024 rows of 371 tokens on a CPU, which gains nothing beyond some 1,024 tokens. Rows that would not pay for the
 search get the usual budget.
 
-What is found depends on the machine and its load: it is recorded on the job (worker/jobs.py), whose batch plans follow
-from its record, and changes features by rounding only.
+What is found depends on the machine and its load: it is recorded on the job (worker/kinds/gradients.py), whose batch
+plans follow from its record, and changes features by rounding only.
 """
 
 from __future__ import annotations

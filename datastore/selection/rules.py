@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from gradstore.types import DedupeBy, ProblemItem, Quota, SelectionMethod, SelectionRecipe
 
 from datastore.errors import InvalidInput
+from datastore.parameters import Query
 from datastore.selection.diversity import MAX_CENTERS_AMONG
-
-if TYPE_CHECKING:
-    from datastore.recipes import Query
 
 WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset({"random", "bm25"})
 """Methods that read no features."""

@@ -37,7 +37,8 @@ from pydantic import Field, model_validator
 from datastore.answers import vector
 from datastore.errors import Conflict
 from datastore.influence import TaskScores
-from datastore.recipes import Query, Sources
+from datastore.parameters import Query
+from datastore.recipes import Sources
 from service.dependencies import Backend, BackendDep
 from service.files import NPY, PARQUET, SAFETENSORS, Format, npy, parquet, safetensors, wanted_format, wanted_type
 from service.routes.selections import CSV, NDJSON, as_csv, as_ndjson

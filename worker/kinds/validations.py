@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from gradstore.types import TrainingRecipe
 
@@ -16,18 +17,19 @@ from worker.engines import within_memory
 from worker.evaluate import losses
 from worker.finetune import Trained, train
 from worker.heartbeat import Heartbeat
+from worker.kinds import Commit
 
 TOKENS, LEAST_TOKENS = 8192, 512
 """Padded tokens of a batch in which losses are measured, and how few are tried where these do not fit the memory."""
 
 
-def measure(claim: Claim, context: Context, heartbeat: Heartbeat) -> str:
-    """Do a shard's training unless it has been done before, and return its name."""
+def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
+    """Do one training unless it has been done before; with the last one goes what all of them come to."""
     training = context.validations.training(claim.plan, claim.payload)
     if context.validations.trainings.get(training.key) is None:
         measured = _measured(training, context, heartbeat)
         context.validations.trainings.put(training, measured)
-    return training.key
+    return partial(context.validations.finish, claim, training.key)
 
 
 def _measured(training: Training, context: Context, heartbeat: Heartbeat) -> Measured:

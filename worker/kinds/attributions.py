@@ -8,7 +8,7 @@ question asked about another pool, or with another k, costs no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,13 @@ from worker import budgets
 from worker.context import Context
 from worker.engines import kind_of, make_engine, within_memory
 from worker.heartbeat import Heartbeat
+from worker.kinds import Commit
 from worker.loaded import Base
 from worker.projection import PROJECTION_VERSION
 from worker.reading import Rows, read
 
 
-def attribute(claim: Claim, context: Context, heartbeat: Heartbeat) -> Callable[[], bool]:
+def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     """Compute what is missing of the questions' features, search the pools, and return the commit of the result."""
     began = time.monotonic()
     request = AttributionRequest.model_validate(claim.request)

@@ -1,0 +1,186 @@
+"""What a query is answered with where its features are missing, or where several fit.
+
+Missing features are answered with the POST that computes them, as those are computed that they are to be compared with
+(`GradientsMissing`); several with a URL for each (`Ambiguous`); and features of which no POST makes the like, imported
+ones, with what can be done instead (`ForeignProjection`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from gradstore.types import FeatureSet, Run, Task
+
+from datastore.catalog import Catalog
+from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing
+from datastore.features import UNPROJECTED, Features
+from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, Candidate, Query, said, telling
+from datastore.selection import rules
+
+_MODELS = {"rds": "base model as it is", "embedding": "sentence encoder"}
+"""What the features of a method are best taken at."""
+
+
+def missing_task(
+    found: Sequence[tuple[Candidate, dict[str, list[FeatureSet]]]], tasks: Sequence[Task], *, features: Features
+) -> GradientsMissing | ForeignProjection:
+    """The POST for a task without features; none makes features that go with imported ones."""
+    ours = [(candidate, targets) for candidate, targets in found if not candidate.is_foreign]
+    candidate, targets = (ours or found)[0]
+    missing = next(task for task in tasks if task.id not in targets)
+    if not ours:
+        return foreign(candidate.parameters["projection_id"], lacking=f"the task {missing.name}")
+    known = features.complete(tasks=[missing.id])
+    imported = sorted({each.projection_id for each in known if each.projection_id is not None})
+    note = f" (its imported ones have the foreign projection {', '.join(map(repr, imported))})" if imported else ""
+    return _task_post(candidate, missing, note=note)
+
+
+def missing_pool(
+    query: Query,
+    datasets: Sequence[str],
+    run: Run | None,
+    checkpoints: tuple[str, ...],
+    near: Sequence[Candidate],
+    *,
+    catalog: Catalog,
+) -> GradientsMissing | ForeignProjection:
+    """The POST for a dataset without features, computed as those of the others are where others have some."""
+    imported = [candidate for candidate in near if candidate.is_foreign]
+    if query.projection == FOREIGN or query.projection_id is not None or (imported and imported == list(near)):
+        named = query.projection_id or next((each.parameters["projection_id"] for each in imported), None)
+        return foreign(named, lacking=_lacking(datasets, imported))
+    if near:
+        ours = [candidate for candidate in near if candidate not in imported]
+        nearest = max(ours, key=lambda candidate: len(candidate.pools))
+        owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
+        body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
+        posts = _posts(body, nearest.parameters)
+        return GradientsMissing(f"{owner} has no features that go with the others': {posts}", body=body)
+    own = query.method in OWN_KINDS
+    body = {"dataset": datasets[0] if datasets else _only(catalog.dataset_sizes()) or "<dataset>"}
+    if checkpoints:
+        body["checkpoints"] = list(checkpoints)
+    elif own and run is None:
+        body["checkpoints"] = ["<checkpoint>"]
+    else:
+        body["run"] = run.id if run else _only(one.id for one in catalog.all_runs()) or "<run>"
+    asked = {name: value for name in ASKED if (value := getattr(query, name)) is not None}
+    body |= _body(asked)
+    owners = " and ".join(datasets) or "any dataset"
+    detail = f"there are no features of {owners} at every checkpoint asked for: {_posts(body, asked)}"
+    if body.get("checkpoints") == ["<checkpoint>"]:
+        model = _MODELS[query.method or ""]
+        detail += f', where <checkpoint> is the {model} that POST /checkpoints {{"model": "…"}} registers'
+    return GradientsMissing(detail, body=body)
+
+
+def not_stored(owner: dict[str, str], checkpoints: Sequence[str], parameters: dict[str, Any]) -> GradientsMissing:
+    """The POST for features that a recipe was made from, and that have been deleted since."""
+    body = {**owner, "checkpoints": list(checkpoints), **_body(parameters)}
+    return GradientsMissing(f"the features that this was made from are not stored any more: {_post(body)}", body=body)
+
+
+def foreign(projection_id: str | None, *, lacking: str) -> ForeignProjection:
+    """Say that features of a foreign projection are compared with their like only, and what lacks these."""
+    return ForeignProjection(
+        f"the imported features have the foreign projection {projection_id!r}, of which {lacking} has none: features "
+        "of different projections cannot be compared. Import the others with the same projection_id (POST /imports), "
+        "or have all of them computed here (POST /gradients)"
+    )
+
+
+def ambiguous(query: Query, candidates: Sequence[Candidate], path: str) -> Ambiguous:
+    """Say that one of these candidates is to be named; each choice is a URL that does."""
+    choices = [f"{path}?{urlencode(_parameters(query, candidate), doseq=True)}" for candidate in candidates]
+    differing = ", ".join(("dataset", "run", "checkpoint", *ASKED))
+    return Ambiguous(
+        f"{len(choices)} sets of features fit; say which one is meant ({differing}), for example {choices[0]}",
+        choices=choices,
+    )
+
+
+def several_datasets(query: Query, datasets: Sequence[str], path: str) -> Ambiguous:
+    """Say that one of these datasets is to be named; each choice is a URL that does."""
+    shared = {**_choice(query), "method": query.method, "task": list(query.tasks)}
+    shared |= {"aggregate": query.aggregate, "combine": query.combine}
+    choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in datasets]
+    return Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
+
+
+def _task_post(candidate: Candidate, missing: Task, *, note: str) -> GradientsMissing:
+    of_pool = candidate.parameters
+    shared = {name: of_pool[name] for name in ASKED if name not in OWN or of_pool["kind"] in UNPROJECTED}
+    body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
+    return GradientsMissing(
+        f"the task {missing.name} has no features that go with the pool's{note}: {_posts(body, shared)}", body=body
+    )
+
+
+def _lacking(datasets: Sequence[str], candidates: Sequence[Candidate]) -> str:
+    """The first of the datasets that the imported features closest to what is asked for do without."""
+    pools = max((candidate.pools for candidate in candidates), key=len, default={})
+    return next((dataset for dataset in datasets if dataset not in pools), "the pool")
+
+
+def _only(ids: Iterable[str]) -> str | None:
+    """The id, where there is one alone."""
+    found = list(ids)
+    return found[0] if len(found) == 1 else None
+
+
+def _training(candidate: Candidate) -> dict[str, object]:
+    """A candidate's checkpoints as POST /gradients takes them."""
+    return {"run": candidate.run.id} if candidate.run else {"checkpoints": list(candidate.checkpoints)}
+
+
+def _body(parameters: dict[str, Any]) -> dict[str, object]:
+    """Parameters as POST /gradients takes them; of what was converted, those of what it was made from."""
+    several = {"dim": "dims", "kind": "kinds"}
+    if parameters.get("converted_from") not in (None, "none"):
+        parameters = {**parameters, "dtype": parameters["converted_from"]}
+    return {
+        several.get(name, name): [value] if name in several else value
+        for name, value in telling(parameters).items()
+        if name in ASKED
+        and value is not None
+        and name != "converted_from"
+        and (name, value) != ("quantisation", "none")
+    }
+
+
+def _posts(body: dict[str, object], parameters: dict[str, Any]) -> str:
+    """The requests that make features with these parameters: the computation, and a conversion where there is one."""
+    if parameters.get("converted_from") in (None, "none"):
+        return _post(body)
+    owner = {name: body[name] for name in ("dataset", "task") if name in body}
+    second = json.dumps({**owner, "dtype": parameters["dtype"]})
+    return f"{_post(body)}, and POST /conversions {second} then makes what goes with it"
+
+
+def _post(body: dict[str, object]) -> str:
+    return f"POST /gradients {json.dumps(body)} computes them"
+
+
+def _parameters(query: Query, candidate: Candidate) -> dict[str, Any]:
+    chosen = {**_choice(query), "task": list(query.tasks), "dataset": list(candidate.pools)}
+    if candidate.run is not None and not query.checkpoints:
+        chosen["run"] = candidate.run.id
+    else:
+        chosen["checkpoint"] = list(candidate.checkpoints)
+    own = telling(candidate.parameters)
+    chosen |= {name: said(name, own[name]) for name in ASKED if name in own}
+    return _said_only(chosen | {"aggregate": query.aggregate, "combine": query.combine})
+
+
+def _choice(query: Query) -> dict[str, Any]:
+    """What a query says about how rows are chosen, as an URL says it."""
+    values = {name: getattr(query, name) for name in rules.OF_THE_CHOICE}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _said_only(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None and value is not False and value != []}

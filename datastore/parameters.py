@@ -1,0 +1,175 @@
+"""The parameters of /select and /scores: what a query can say, and what of it a method or a kind has a use for.
+
+They name features (`ASKED`), or say how rows are scored and chosen by them. Some must be the same in the features of a
+pool and of its task (`SHARED`), and some say nothing about a kind. What fits a query is a `Candidate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from gradstore.types import (
+    AdamForm,
+    Aggregate,
+    Combine,
+    DedupeBy,
+    FeatureDtype,
+    FeatureKind,
+    FeatureSet,
+    Precision,
+    ProblemItem,
+    Quantisation,
+    Reduction,
+    Run,
+    SelectionMethod,
+    StoredProjection,
+    Strategy,
+    TemplateName,
+)
+
+from datastore.errors import InvalidInput
+from datastore.features import UNPROJECTED
+
+FOREIGN = "foreign"
+"""The projection of imported features."""
+OWN = ("kind", "adam")
+"""Parameters of a pool's features that its task's may have otherwise."""
+SHARED = (
+    "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "projection_version",
+    "seed", "template", "max_length", "precision", "quantisation",
+)  # fmt: skip
+"""Parameters in which the features of pool and task must agree: like is compared with like."""
+ASKED = tuple(name for name in (*OWN, *SHARED) if name != "projection_version")
+"""Parameters that a query can name."""
+_NONE = ("quantisation", "converted_from")
+"""Parameters whose absence can be asked for, as `none`."""
+OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
+"""Parameters that say nothing about hidden states; the dim of these is the model's."""
+OWN_KINDS: tuple[Literal["rds", "embedding"], ...] = ("rds", "embedding")
+"""Methods that compare the features of the kind of their name, which no other method takes."""
+_UNUSED: dict[SelectionMethod, tuple[str, ...]] = {
+    "influence": (),
+    "rds": (),
+    "embedding": (),
+    "bm25": ("run", "checkpoints", *ASKED),
+    "random": ("run", "checkpoints", *ASKED, "aggregate", "combine"),
+}
+"""Parameters of a query that a method does nothing with."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a user says about the scores wanted; None and () leave it to what there is."""
+
+    tasks: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    run: str | None = None
+    checkpoints: Sequence[str] = ()
+    weights: Sequence[str] | None = None
+    kind: FeatureKind | None = None
+    adam: AdamForm | None = None
+    reduction: Reduction | None = None
+    dim: int | None = None
+    dtype: FeatureDtype | None = None
+    converted_from: FeatureDtype | Literal["none"] | None = None
+    projection: StoredProjection | None = None
+    projection_id: str | None = None
+    seed: int | None = None
+    template: TemplateName | None = None
+    max_length: int | None = None
+    precision: Precision | None = None
+    quantisation: Quantisation | Literal["none"] | None = None
+    method: SelectionMethod | None = None
+    aggregate: Aggregate | None = None
+    combine: Combine | None = None
+    selection_seed: int | None = None
+    pct: float | None = None
+    k: int | None = None
+    exclude: Sequence[str] = ()
+    exclude_ids: Sequence[str] = ()
+    strategy: Strategy | None = None
+    among: int | None = None
+    clusters: int | None = None
+    quota: Sequence[str] = ()
+    dedupe: float | None = None
+    dedupe_by: DedupeBy | None = None
+    match: str | None = None
+    ngram: int | None = None
+    decontaminate: Sequence[str] = ()
+    exclude_contaminated: bool | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to answer: pools, checkpoints and parameters for which every feature exists."""
+
+    run: Run | None
+    checkpoints: tuple[str, ...]
+    parameters: dict[str, Any]
+    pools: dict[str, list[FeatureSet]] = field(default_factory=dict)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether its features are imported."""
+        return bool(self.parameters["projection"] == FOREIGN)
+
+
+def with_method(query: Query) -> Query:
+    """The query with its method, and how this takes rows and tasks together where nothing else is asked for.
+
+    A kind that one method has to itself names the method. Raises `InvalidInput` where it names another.
+    """
+    by_kind = next((kind for kind in OWN_KINDS if kind == query.kind), None)
+    method = query.method or by_kind or "influence"
+    own = next((kind for kind in OWN_KINDS if kind == method), None)
+    if own is not None and query.kind not in (None, own):
+        detail = f"method={method} compares features of kind={own} only: leave kind out"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="kind")])
+    if by_kind and method == "influence":
+        detail = f"features of kind={by_kind} are compared by method={by_kind}"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="method")])
+    if method == "random":
+        return replace(query, method=method)
+    several = len(set(query.tasks)) > 1 and method != "influence"
+    return replace(
+        query,
+        method=method,
+        kind=own or query.kind,
+        aggregate=query.aggregate or ("less" if method == "influence" else "max"),
+        combine=query.combine or ("round-robin" if several else "max"),
+    )
+
+
+def refuse_idle(query: Query) -> None:
+    """Refuse what narrows nothing: what the method does without, and what no feature of the kind could ever have."""
+    method = query.method or "influence"
+    unused = [name for name in _UNUSED[method] if getattr(query, name) not in (None, (), [])]
+    if unused:
+        detail = f"method={method} does nothing with {' and '.join(unused)}: leave it out"
+        parameters = {"checkpoints": "checkpoint"}
+        raise InvalidInput(
+            detail, errors=[ProblemItem(detail=detail, parameter=parameters.get(name, name)) for name in unused]
+        )
+    own: dict[str, tuple[str, ...]] = {
+        **dict.fromkeys(UNPROJECTED, OF_GRADIENTS),
+        "sgd": ("adam",),
+        "sign": ("adam",),
+    }
+    idle = own.get(query.kind or "", ())
+    named = [name for name in idle if getattr(query, name) is not None]
+    if named:
+        detail = f"features of kind={query.kind} have no {' and no '.join(named)}: leave it out"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter=name) for name in named])
+
+
+def telling(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters without those that say nothing about their kind."""
+    hidden = parameters.get("kind") in UNPROJECTED
+    return {name: value for name, value in parameters.items() if not (hidden and name in OF_GRADIENTS)}
+
+
+def said(name: str, value: Any) -> Any:
+    """A parameter as a query names it: features without quantisation, or conversion, can be asked for, too."""
+    return "none" if name in _NONE and value is None else value

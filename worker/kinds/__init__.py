@@ -1,0 +1,23 @@
+"""What is done for each kind of job: a module a kind, whose `work` computes a shard and answers with its commit.
+
+    gradients.py     features of a range of rows     finetunes.py     a training, its run and checkpoints
+    conversions.py   stored features, rounded        evaluations.py   losses and metrics on test rows
+    imports.py       features of other programs      validations.py   a training that is measured and not kept
+    scoring.py       a piece of a pool's scores      attributions.py  questions' features, and their search
+
+They load, call and record; the arithmetic is in the modules beside this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from datastore.leases import Claim
+from worker.context import Context
+from worker.heartbeat import Heartbeat
+
+Commit = Callable[[], bool]
+"""Writes and commits what a shard came to; whether it was in time. The next shard may be computed meanwhile."""
+
+Work = Callable[[Claim, Context, Heartbeat], Commit]
+"""Computes a shard. What it raises becomes its job's error (worker/jobs.py)."""
