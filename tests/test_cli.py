@@ -257,6 +257,22 @@ def test_wrong_usage_is_exit_code_2(run: Run, words: tuple[str, ...]) -> None:
     assert ran.err
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("less", "pool.jsonl", "--task", "mmlu", "--task", "bbh", "--model", "m"), "--task"),
+        (("select", "--pct", "0.05", "--k=3", "--pct=0.1"), "--pct"),
+        (("selections", "export", "best", "-o", "one", "--output", "two"), "--output"),
+    ],
+)
+def test_an_option_of_one_value_is_refused_where_it_is_given_twice(
+    run: Run, words: tuple[str, ...], option: str
+) -> None:
+    ran = run(*words)
+    assert ran.code == 2
+    assert f"{option} takes one value, and is given 2 times" in ran.err
+
+
 @pytest.mark.parametrize("words", [("jobs", "wait", "ft_1"), ("jobs", "watch", "ft_1")], ids=" ".join)
 def test_a_failed_job_is_exit_code_3(run: Run, words: tuple[str, ...]) -> None:
     failed = canned.job("failed", error=canned.problem(500, "out of memory: try a smaller device_batch_size"))

@@ -27,6 +27,7 @@ from gradstore._cli.evaluations import evaluations, print_measured
 from gradstore._cli.finetunes import finetunes
 from gradstore._cli.gradients import conversions, gradients, imports
 from gradstore._cli.jobs import jobs
+from gradstore._cli.once import App
 from gradstore._cli.options import Json, given, takes
 from gradstore._cli.output import is_terminal, print_json, print_object, say, say_lost_rows
 from gradstore._cli.scores import distribution, overlaps, scores
@@ -117,7 +118,7 @@ def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
     return typer.main.get_command(app)
 
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gradstore._cli.once import App
 from gradstore._cli.options import Json, Limit, Reference
 from gradstore._cli.output import Columns, print_list, print_object
 from gradstore._cli.session import session
@@ -40,7 +41,7 @@ def group_of(noun: str, columns: Columns, *, help: str, own_show: bool = False) 
 
 def bare_group(noun: str, *, help: str) -> typer.Typer:
     """The group of a noun, without a command."""
-    return typer.Typer(name=noun, cls=Verbs, no_args_is_help=True, help=help)
+    return App(name=noun, cls=Verbs, no_args_is_help=True, help=help)
 
 
 def add_list(group: typer.Typer, noun: str, columns: Columns) -> None:
