@@ -19,7 +19,6 @@ import pytest
 import typer
 from gradstore import cli
 from gradstore._cli.options import HELP
-from gradstore._cli.selections import SELECTED
 
 from tests import canned
 from tests.canned import Answerer, Asked, CannedServer, Said, in_turn
@@ -193,6 +192,8 @@ ADVICE = {
         "it is deleted with what it made: gradstore finetunes delete ft_1",
     'POST /gradients {"dataset": "<dataset>", "checkpoints": ["a", "b"], "max_length": 64} computes them':
         "gradstore gradients create --dataset '<dataset>' --checkpoint a --checkpoint b --max-length 64 computes them",
+    'the base model as it is that POST /checkpoints {"model": "…"} registers':
+        "the base model as it is that gradstore checkpoints register --model '…' registers",
     "/fraction: 5 % is 0.05": "fraction: 5 % is 0.05",
 }  # fmt: skip
 
@@ -621,7 +622,18 @@ def test_watching_prints_every_state(run: Run) -> None:
 # Selection --------------------------------------------------------------------------------------------------------
 
 
+def naming(asked: Asked) -> Said | None:
+    """A dataset and a task with names, and one of each that is deleted."""
+    if asked.path.endswith("/gone"):
+        return Said(canned.problem(404, "no such thing", type="not-found"), status=404)
+    made = {"datasets": canned.dataset("tulu"), "tasks": canned.task("mmlu")}
+    noun = asked.path.split("/")[1]
+    return Said(made[noun]) if noun in made else None
+
+
 def selecting(asked: Asked) -> Said:
+    if (named := naming(asked)) is not None:
+        return named
     if asked.path.endswith("/content"):
         return Said(body=b"file,row\n" if asked.headers["Accept"] == "text/csv" else b'{"row": 1}\n')
     start = int(asked.query.get("after", ["0"])[0])
@@ -633,8 +645,11 @@ def test_select_prints_the_best_rows_and_tells_the_id(run: Run) -> None:
     ran, asked = asked_by(run, selecting, "select", "--task", "mmlu", "--task", "bbh", "--pct", "0.05", "--dim", "64")
     assert asked[0].query["task"] == ["mmlu", "bbh"]
     assert asked[0].query["dim"] == ["64"]
-    assert ran.out.splitlines()[0].split() == list(SELECTED)
-    assert len(ran.out.splitlines()) == 21
+    heading, first, *others = (line.split() for line in ran.out.splitlines())
+    assert heading == ["rank", "score", "dataset", "row", "id", "origin", "task", "subtask"]
+    assert (first[heading.index("dataset")], first[heading.index("task")]) == ("tulu", "mmlu")
+    assert len(others) == 19
+    assert sum(one.path.startswith(("/tasks", "/datasets")) for one in asked) == 2, "a name is asked for once"
     assert "sel_1: 30 of 600 rows" in ran.err
     ran, _ = asked_by(run, selecting, "select", "--task", "mmlu", "--k", "30", "--limit", "0", "--json")
     assert len(json.loads(ran.out)["data"]) == 30
@@ -659,14 +674,16 @@ def test_a_selection_can_be_looked_at_again(run: Run) -> None:
 
 
 def test_scores_are_printed_or_saved(run: Run, tmp_path: Path) -> None:
-    row = {"dataset": "d", "row": 0, "id": None, "origin": "a", "score": None, "task": None, "subtask": None}
+    row = {"dataset": "gone", "row": 0, "id": None, "origin": "a", "score": None, "task": None, "subtask": None}
     page = {"recipe": canned.recipe(), "rows": 1, "data": [row], "has_more": False}
 
     def answer(asked: Asked) -> Said:
-        return Said(page) if asked.headers["Accept"] == "application/json" else Said(body=b"array")
+        if asked.headers["Accept"] != "application/json":
+            return Said(body=b"array")
+        return naming(asked) or Said(page)
 
     ran, _ = asked_by(run, answer, "scores", "--task", "mmlu")
-    assert ran.out.splitlines()[1].split() == ["d", "0", "–", "–", "a", "–", "–"]
+    assert ran.out.splitlines()[1].split() == ["gone", "0", "–", "–", "a", "–", "–"]
     ran, _ = asked_by(run, answer, "scores", "--task", "mmlu", "-o", str(tmp_path / "scores.npy"))
     assert (tmp_path / "scores.npy").read_bytes() == b"array"
     assert asked_by(run, answer, "scores", "--task", "mmlu", "-o", str(tmp_path / "scores.txt"))[0].code == 2

@@ -118,7 +118,7 @@ def less(
         progress=progress,
     )
 
-    step(f"selection of the best {pct:.3g}")
+    step(f"selection of the best {100 * pct:.3g} %")
     features = pool_gradients.result.feature_sets[0]
     selection = store.select(
         task=target.id,

@@ -9,20 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
+from gradstore._cli.names import Names
 from gradstore._cli.options import Json, Rows, Timeout, given, takes
 from gradstore._cli.output import Columns, is_terminal, print_json, print_list, print_table
-from gradstore._cli.selections import SCORING, SELECTED
+from gradstore._cli.selections import SCORING, selected
 from gradstore._cli.session import session
 
-SCORED: Columns = {name: SELECTED[name] for name in ("dataset", "row", "score", "id", "origin", "task", "subtask")}
-
-SHARED: Columns = {
-    "task": lambda pair: pair.tasks[0],
-    "and": lambda pair: pair.tasks[1],
-    "shared rows": lambda pair: pair.shared,
-    "jaccard": lambda pair: pair.jaccard,
-    "rank correlation": lambda pair: pair.rank_correlation,
-}
+SCORED = ("dataset", "row", "score", "id", "origin", "task", "subtask")
 
 CUTS: Columns = {
     "fraction": lambda cut: cut[0],
@@ -30,6 +23,17 @@ CUTS: Columns = {
     "score": lambda cut: cut[2],
     "origins": lambda cut: ", ".join(f"{name} {count:,}" for name, count in cut[3] if count),
 }
+
+
+def shared(names: Names) -> Columns:
+    """What is printed of a pair of tasks."""
+    return {
+        "task": lambda pair: names.task(pair.tasks[0]),
+        "and": lambda pair: names.task(pair.tasks[1]),
+        "shared rows": lambda pair: pair.shared,
+        "jaccard": lambda pair: pair.jaccard,
+        "rank correlation": lambda pair: pair.rank_correlation,
+    }
 
 
 @takes(endpoints.scores, without=["limit", "after", "wait"], texts=SCORING)
@@ -50,7 +54,8 @@ def scores(
             store.save_scores(output, progress=is_terminal(), timeout=timeout, **given(fields))
             return
         rows = store.scores(progress=is_terminal(), timeout=timeout, **given(fields))
-        print_list(islice(rows, limit or None), SCORED, as_json=as_json)
+        columns = selected(Names(store))
+        print_list(islice(rows, limit or None), {name: columns[name] for name in SCORED}, as_json=as_json)
 
 
 @takes(
@@ -79,4 +84,4 @@ def overlaps(ctx: typer.Context, *, as_json: Json = False, timeout: Timeout = No
     """Print what the selections of several tasks share, and how far the tasks agree on the whole pool."""
     with session(ctx) as store:
         found = store.overlaps(progress=is_terminal(), timeout=timeout, **given(fields))
-        print_json(found) if as_json else print_table(found.pairs, SHARED)
+        print_json(found) if as_json else print_table(found.pairs, shared(Names(store)))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
+from gradstore._cli.names import Names
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import Json, Reference, Rows, Timeout, given, takes
 from gradstore._cli.output import (
@@ -39,17 +40,6 @@ SCORING = {
     "task": "Task by id or name; repeat for several.",
 }
 
-SELECTED: Columns = {
-    "rank": lambda row: row.rank,
-    "score": lambda row: row.score,
-    "dataset": lambda row: row.dataset,
-    "row": lambda row: row.row,
-    "id": lambda row: row.id,
-    "origin": lambda row: row.origin,
-    "task": lambda row: row.task,
-    "subtask": lambda row: row.subtask,
-}
-
 EXPLAINED: Columns = {
     "rank": lambda row: row.rank,
     "score": lambda row: row.score,
@@ -73,6 +63,20 @@ selections = group_of(
     help="What select has answered.",
     own_show=True,
 )
+
+
+def selected(names: Names) -> Columns:
+    """What is printed of a chosen row."""
+    return {
+        "rank": lambda row: row.rank,
+        "score": lambda row: row.score,
+        "dataset": lambda row: names.dataset(row.dataset),
+        "row": lambda row: row.row,
+        "id": lambda row: row.id,
+        "origin": lambda row: row.origin,
+        "task": lambda row: names.task(row.task),
+        "subtask": lambda row: row.subtask,
+    }
 
 
 @takes(endpoints.select, without=["limit", "wait"], texts=SCORING)
@@ -111,7 +115,8 @@ def select(
         say(f"{chosen.id}: {chosen.count:,} of {chosen.pool:,} rows")
         for reason, count in chosen.left_out.items():
             say(f"  {count:,} rows left out: {reason}")
-        _say_what_to_know(chosen)
+        names = Names(store)
+        _say_what_to_know(chosen, names)
         if output is not None:
             store.selections.save(chosen.id, output, progress=is_terminal())
         if as_lines or as_csv:
@@ -119,7 +124,7 @@ def select(
         elif as_json:
             print_json(chosen)
         elif output is None:
-            print_table(chosen.data, SELECTED)
+            print_table(chosen.data, selected(names))
 
 
 def _recipe(said: str | None) -> dict[str, Any] | str | None:
@@ -134,7 +139,7 @@ def _recipe(said: str | None) -> dict[str, Any] | str | None:
     return recipe
 
 
-def _say_what_to_know(chosen: Selection) -> None:
+def _say_what_to_know(chosen: Selection, names: Names) -> None:
     """Tell what did not go as asked, and what the chosen rows share with tasks' rows."""
     for note in chosen.notes:
         say(f"  {note}")
@@ -143,7 +148,7 @@ def _say_what_to_know(chosen: Selection) -> None:
         share = f"share {found.ngram} words in a row with a task's"
         say(f"  {found.chosen:,} rows {share}; --exclude-contaminated drops them:")
         for one in found.overlaps[:3]:
-            say(f"    row {one.row} and {one.split} row {one.task_row} of {one.task}: {one.text[:80]}")
+            say(f"    row {one.row} and {one.split} row {one.task_row} of {names.task(one.task)}: {one.text[:80]}")
     if found is not None and found.dropped:
         say(f"  {found.dropped:,} rows passed over that share {found.ngram} words in a row with a task's")
 
@@ -170,7 +175,7 @@ def show_selection(ctx: typer.Context, reference: Reference, *, as_json: Json = 
 def selection_rows(ctx: typer.Context, reference: Reference, *, limit: Rows = 20, as_json: Json = False) -> None:
     """Print the chosen rows' places and scores, best first."""
     with session(ctx) as store:
-        print_list(islice(store.selections.rows(reference), limit or None), SELECTED, as_json=as_json)
+        print_list(islice(store.selections.rows(reference), limit or None), selected(Names(store)), as_json=as_json)
 
 
 @selections.command("content")

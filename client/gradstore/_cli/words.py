@@ -14,6 +14,7 @@ from gradstore.types import Problem
 
 REQUESTS = (
     (r"GET /(\w+) lists what there is", r"`gradstore \1 list` shows what there is"),
+    (r'POST /checkpoints \{"model": "([^"]*)"\}', r"gradstore checkpoints register --model '\1'"),
     (r"POST /jobs/(\w+)/(\w+)", r"gradstore jobs \2 \1"),
     (r"DELETE /(\w+)/(\w+)", r"gradstore \1 delete \2"),
     (r"\bsend replace=true", "say --replace"),
