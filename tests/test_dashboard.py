@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import numpy as np
 import pytest
-from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus
+from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus, Problem
 from playwright.sync_api import Browser, Error, Route, expect
 
 from datastore.attributions import Answered
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.services
 
 expect.set_options(timeout=20_000)
 LARGE = 200_000  # rows
+FULL = Problem(type="not-enough-space", title="Not enough space", status=507, detail="the disk is full: free 2 GB")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def visit(browser: Browser, service: Service) -> Iterator[Visit]:
     with visiting(browser, service.url) as found:
         yield found
+
+
+def send(route: Route, old: str = "", new: str = "") -> None:
+    """Let a request go on, with another word in its address; one that was given up is gone."""
+    with contextlib.suppress(Error):
+        route.continue_(url=route.request.url.replace(old, new))
 
 
 def answer(service: Service, path: str, **params: Any) -> Any:
@@ -210,8 +217,7 @@ def test_the_key_is_asked_for_and_never_shown(browser: Browser, tmp_path: Path) 
         visit.page.get_by_role("button", name="Log out").click()
         visit.heading("Log in")
         assert visit.page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
-        assert all("401" in complaint for complaint in visit.complaints)  # what the browser writes of every 401
-        visit.complaints.clear()
+        visit.forgive("401")
 
 
 def test_a_server_that_goes_away_is_told_and_found_again(browser: Browser, tmp_path: Path) -> None:
@@ -225,8 +231,7 @@ def test_a_server_that_goes_away_is_told_and_found_again(browser: Browser, tmp_p
         with serving(tmp_path / "store", port=port):
             visit.page.get_by_role("button", name="Try again").click()
             visit.heading("Jobs")
-        assert all("ERR_CONNECTION" in complaint for complaint in visit.complaints)
-        visit.complaints.clear()
+        visit.forgive("ERR_CONNECTION")
 
 
 # Overview -----------------------------------------------------------------------------------------------------------
@@ -441,6 +446,35 @@ def test_what_the_cut_takes_is_selected(visit: Visit, service: Service) -> None:
     assert {name: count for name, count in shown.items() if count} == chosen["origins"]
 
 
+@pytest.fixture
+def unscored(tmp_path: Path) -> Iterator[Service]:
+    """A service over the store of the pictures that leaves the computing of scores to the test."""
+    shown(tmp_path).catalog.close()
+    with serving(tmp_path / "store") as running:
+        running.backend.scorer.stop()
+        yield running
+
+
+def test_scores_that_cannot_be_computed_are_told_and_computed_again_only_where_that_is_wanted(
+    browser: Browser, unscored: Service
+) -> None:
+    with visiting(browser, unscored.url) as visit:
+        visit.page.route("**/scores/distribution?*", lambda route: send(route, "wait=5", "wait=0"))
+        visit.page.goto(f"{visit.url}/dashboard/#/scores?task=mmlu")
+        computing, told = visit.page.get_by_text("Computing scores: 0 of"), visit.page.get_by_role("alert")
+        expect(computing).to_be_visible()
+        claim = unscored.backend.jobs.claim("test", kinds=["scoring"])
+        assert claim is not None
+        assert unscored.backend.jobs.fail(claim, FULL, permanent=True)
+        expect(told).to_contain_text(FULL.detail)
+        assert answer(unscored, f"/jobs/{claim.job}")["status"] == "failed"
+        visit.page.get_by_role("button", name="Try again").click()
+        expect(computing).to_be_visible()
+        unscored.backend.jobs.cancel(claim.job)
+        expect(told).to_contain_text(f"{claim.job}, which computes these scores, was cancelled")
+        visit.forgive("409")
+
+
 # Selections ---------------------------------------------------------------------------------------------------------
 
 
@@ -566,8 +600,7 @@ def test_an_answer_that_comes_late_does_not_stand_for_a_newer_question(visit: Vi
     of_two, of_three = held
     of_three.continue_()
     expect(rows).to_have_count(3)
-    with contextlib.suppress(Error):  # where it was given up
-        of_two.continue_()
+    send(of_two)
     visit.page.wait_for_timeout(500)
     expect(rows).to_have_count(3)
 
