@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import numpy as np
 import pytest
+import typer
+from gradstore import cli
 from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus, Problem
 from playwright.sync_api import Browser, Error, Route, expect
 
@@ -97,6 +100,31 @@ def test_the_files_ask_nobody_else() -> None:
         if address != "http://www.w3.org/2000/svg"
     }
     assert not addresses
+
+
+def advised() -> list[str]:
+    """The commands that the pages advise."""
+    text = "".join(path.read_text() for path in sorted(FOLDER.rglob("*.js")))
+    literals = {words for _, words in re.findall(r"""(["'])(gradstore .*?)\1""", text)} - {"gradstore key"}
+    return sorted({command for words in literals for command in words.split(r"\n")})
+
+
+def parse(command: Any, words: list[str], parent: Any = None) -> None:
+    """Read words as the command line does, down to the last command, and run nothing."""
+    context = command.make_context(command.name, words, parent=parent)
+    if hasattr(command, "commands"):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(inner, rest, context)
+
+
+@pytest.mark.parametrize("command", advised())
+def test_the_command_line_understands_what_the_pages_advise(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pool.jsonl", "mmlu.zip", "bbh.zip"):
+        (tmp_path / name).touch()
+    parse(typer.main.get_command(cli.app), shlex.split(command)[1:])
 
 
 def test_with_a_key_the_files_are_open_and_the_data_are_not(tmp_path: Path) -> None:
