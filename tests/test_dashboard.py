@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import parse_qs, urlsplit
@@ -57,6 +57,34 @@ def send(route: Route, old: str = "", new: str = "") -> None:
     """Let a request go on, with another word in its address; one that was given up is gone."""
     with contextlib.suppress(Error):
         route.continue_(url=route.request.url.replace(old, new))
+
+
+@contextlib.contextmanager
+def held(visit: Visit, pattern: str, then: Callable[[Route], None] = send) -> Iterator[list[Route]]:
+    """Keep back what is asked meanwhile, and let it go on in the end."""
+    routes: list[Route] = []
+
+    def hold(route: Route) -> None:
+        routes.append(route)
+
+    visit.page.route(pattern, hold)
+    yield routes
+    visit.page.unroute(pattern, hold)
+    for route in routes:
+        then(route)
+
+
+@contextlib.contextmanager
+def refused(visit: Visit, pattern: str) -> Iterator[None]:
+    """Answer what is asked meanwhile as a server whose disk is full."""
+
+    def refuse(route: Route) -> None:
+        route.fulfill(status=FULL.status, json=FULL.model_dump(mode="json"))
+
+    visit.page.route(pattern, refuse)
+    yield
+    visit.page.unroute(pattern, refuse)
+    visit.forgive(str(FULL.status))
 
 
 def answer(service: Service, path: str, **params: Any) -> Any:
@@ -393,6 +421,60 @@ def test_rows_are_searched_and_paged(visit: Visit, service: Service) -> None:
     visit.page.get_by_role("button", name="Go", exact=True).click()
     last = answer(service, "/datasets/tulu-sample/rows", origin="cot", after=ROWS - 1)["data"]
     expect(titles).to_have_text([f"Row {row['row']}" for row in last])
+
+
+# Lists --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with four datasets, four selections and four jobs."""
+    with serving(tmp_path_factory.mktemp("several") / "store") as running:
+        for number in range(4):
+            pool = running.pool(10 + number)["id"]
+            answer(running, "/select", method="random", dataset=pool, k=2)
+            running.finetune(dataset=pool)
+        yield running
+
+
+def thin(route: Route) -> None:
+    """Let a request for fifty things go on as one for one thing."""
+    limit = int(parse_qs(urlsplit(route.request.url).query)["limit"][0])
+    send(route, f"limit={limit}", f"limit={limit // 50}")
+
+
+LISTS = pytest.mark.parametrize("name", ["datasets", "selections", "jobs"])
+
+
+@LISTS
+def test_a_double_click_shows_one_page_more(browser: Browser, several: Service, name: str) -> None:
+    with visiting(browser, several.url) as visit:
+        visit.page.route(f"**/{name}?*", thin)
+        visit.open(name, title=name.title())
+        lines, more = visit.page.locator("tbody th"), visit.page.get_by_role("button", name="Show more")
+        expect(lines).to_have_count(1)
+        with held(visit, f"**/{name}?*", thin):
+            more.dblclick()
+            expect(more).to_be_disabled()
+        expect(lines).to_have_count(2)
+        visit.page.wait_for_timeout(500)
+        assert len(set(lines.all_inner_texts())) == lines.count() == 2
+        more.press("Enter")
+        expect(lines).to_have_count(3)
+        expect(more).to_be_focused()
+
+
+@LISTS
+def test_a_page_more_that_is_refused_is_told_and_tried_again(browser: Browser, several: Service, name: str) -> None:
+    with visiting(browser, several.url) as visit:
+        visit.page.route(f"**/{name}?*", thin)
+        visit.open(name, title=name.title())
+        with refused(visit, f"**/{name}?*"):
+            visit.page.get_by_role("button", name="Show more").click()
+            expect(visit.page.get_by_role("alert")).to_contain_text(FULL.detail)
+        visit.page.get_by_role("button", name="Try again").click()
+        expect(visit.page.locator("tbody th")).to_have_count(2)
+        expect(visit.page.get_by_role("alert")).to_have_count(0)
 
 
 # Scores -------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 import { follow, get, isAborted, pause, post } from "../api.js";
 import { fill, h } from "../dom.js";
 import { ago, bytes, called, decimal, duration, percent, whole } from "../format.js";
+import { LISTED, moreButton } from "../lists.js";
 import { badge, choice, empty, facts, failure, heading, named, panel, scrolling, table } from "../parts.js";
 
-const LISTED = 50; // jobs of a page
 const REFRESH = 2000; // milliseconds between two looks at the list
 
 /** Fill the page: all jobs, or the one that the address names. */
@@ -20,9 +20,11 @@ async function showAll(main, context) {
   const body = h("tbody");
   const place = h("div");
   const note = h("p", { class: "note", role: "status" });
-  const more = h("button", { type: "button", class: "quiet", onclick: () => ((shown += LISTED), refresh()) }, "Show more");
   const lines = new Map();
   let shown = LISTED;
+  const more = moreButton(() => ((shown += LISTED), refresh().catch(failed)));
+
+  const failed = (error) => context.failed(error, place, refresh);
 
   async function refresh() {
     const kind = params.get("kind"), status = params.get("status");
@@ -41,7 +43,7 @@ async function showAll(main, context) {
   function filter(name) {
     return (value) => {
       remember({ [name]: value });
-      refresh().catch((error) => context.failed(error, place, refresh));
+      refresh().catch(failed);
     };
   }
 
