@@ -376,6 +376,49 @@ def test_the_list_of_jobs_keeps_itself_up_to_date_and_the_focus_where_it_is(visi
     expect(row).to_contain_text("cancelled")
 
 
+def test_a_list_of_jobs_that_was_refused_keeps_itself_up_to_date_again(visit: Visit, service: Service) -> None:
+    visit.open("jobs", title="Jobs")
+    told, again = visit.page.get_by_role("alert"), visit.page.get_by_role("button", name="Try again", exact=True)
+    with refused(visit, "**/jobs?*"):
+        expect(told).to_contain_text(FULL.detail)
+        with visit.page.expect_response("**/jobs?*"):
+            again.click()
+        expect(told).to_contain_text(FULL.detail)
+    again.click()
+    expect(visit.page.get_by_role("table")).to_be_visible()
+    expect(told).to_have_count(0)
+    job = gradients(service, 3)
+    expect(visit.page.locator(f"tr[data-job={job['id']}]")).to_be_visible()
+
+
+def test_a_look_at_the_jobs_that_comes_late_does_not_stand_for_a_newer_choice(visit: Visit) -> None:
+    visit.open("jobs", title="Jobs")
+    rows = visit.page.get_by_role("table").locator("tbody tr")
+    unfiltered = "**/jobs?limit=*"
+    with held(visit, unfiltered):
+        with visit.page.expect_request(unfiltered):
+            pass  # the list looks by itself
+        visit.page.get_by_label("State").select_option("failed")
+        expect(rows).to_have_count(1)
+    visit.page.wait_for_timeout(500)
+    assert rows.count() == 1
+
+
+def test_a_job_that_cannot_be_followed_is_told_and_tried_again(visit: Visit, service: Service) -> None:
+    job = gradients(service, 4)
+    told, again = visit.page.get_by_role("alert"), visit.page.get_by_role("button", name="Try again", exact=True)
+    with refused(visit, "**/events"):
+        visit.open(f"jobs/{job['id']}", title="job 4")
+        expect(told).to_contain_text(FULL.detail)
+    with refused(visit, f"**/jobs/{job['id']}"):
+        again.click()
+        expect(told).to_contain_text(FULL.detail)
+    again.click()
+    expect(told).to_have_count(0)
+    service.http.post(f"/jobs/{job['id']}/cancel")
+    expect(visit.page.locator(".badge")).to_contain_text("cancelled")
+
+
 def test_a_failed_job_shows_why_in_the_servers_words(visit: Visit, service: Service) -> None:
     failed = answer(service, "/jobs", status="failed")["data"][0]
     visit.open(f"jobs/{failed['id']}", title=failed["name"])
@@ -752,6 +795,21 @@ def test_a_typed_answer_is_attributed_to_examples(visit: Visit, service: Service
     visit.picture("attribution")
     opened(visit, service, "question")
     expect(visit.page.get_by_role("table").locator("tbody tr")).to_contain_text("How many pieces of fruit")
+
+
+def test_an_attribution_that_cannot_be_followed_is_told_and_tried_again(visit: Visit, service: Service) -> None:
+    asked = {"rows": [{"prompt": "How many fish?", "completion": "Two."}], "k": 3}
+    job = service.http.post("/attributions", json=asked).json()
+    told, again = visit.page.get_by_role("alert"), visit.page.get_by_role("button", name="Try again", exact=True)
+    with refused(visit, "**/events"):
+        visit.page.goto(f"{visit.url}/dashboard/#/attributions/{job['id']}")
+        expect(told).to_contain_text(FULL.detail)
+        with visit.page.expect_response("**/events"):
+            again.click()
+        expect(told).to_contain_text(FULL.detail)
+    again.click()
+    expect(visit.page.get_by_text("Waiting for a worker …")).to_be_visible()
+    service.http.post(f"/jobs/{job['id']}/cancel")
 
 
 def test_trainings_and_evaluations_stand_side_by_side(visit: Visit, service: Service) -> None:

@@ -83,6 +83,16 @@ export function pause(milliseconds, signal) {
   });
 }
 
+/** Signals of which each gives up the one before: an answer that comes late does not stand for a newer question. */
+export function successive(signal) {
+  let last = null;
+  return () => {
+    last?.abort();
+    last = new AbortController();
+    return AbortSignal.any([signal, last.signal]);
+  };
+}
+
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
