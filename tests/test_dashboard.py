@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import parse_qs, urlsplit
@@ -12,7 +13,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import numpy as np
 import pytest
-from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus
+import typer
+from gradstore import cli
+from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus, Problem
 from playwright.sync_api import Browser, Error, Route, expect
 
 from datastore.attributions import Answered
@@ -26,6 +29,7 @@ pytestmark = pytest.mark.services
 
 expect.set_options(timeout=20_000)
 LARGE = 200_000  # rows
+FULL = Problem(type="not-enough-space", title="Not enough space", status=507, detail="the disk is full: free 2 GB")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,40 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def visit(browser: Browser, service: Service) -> Iterator[Visit]:
     with visiting(browser, service.url) as found:
         yield found
+
+
+def send(route: Route, old: str = "", new: str = "") -> None:
+    """Let a request go on, with another word in its address; one that was given up is gone."""
+    with contextlib.suppress(Error):
+        route.continue_(url=route.request.url.replace(old, new))
+
+
+@contextlib.contextmanager
+def held(visit: Visit, pattern: str, then: Callable[[Route], None] = send) -> Iterator[list[Route]]:
+    """Keep back what is asked meanwhile, and let it go on in the end."""
+    routes: list[Route] = []
+
+    def hold(route: Route) -> None:
+        routes.append(route)
+
+    visit.page.route(pattern, hold)
+    yield routes
+    visit.page.unroute(pattern, hold)
+    for route in routes:
+        then(route)
+
+
+@contextlib.contextmanager
+def refused(visit: Visit, pattern: str) -> Iterator[None]:
+    """Answer what is asked meanwhile as a server whose disk is full."""
+
+    def refuse(route: Route) -> None:
+        route.fulfill(status=FULL.status, json=FULL.model_dump(mode="json"))
+
+    visit.page.route(pattern, refuse)
+    yield
+    visit.page.unroute(pattern, refuse)
+    visit.forgive(str(FULL.status))
 
 
 def answer(service: Service, path: str, **params: Any) -> Any:
@@ -90,6 +128,31 @@ def test_the_files_ask_nobody_else() -> None:
         if address != "http://www.w3.org/2000/svg"
     }
     assert not addresses
+
+
+def advised() -> list[str]:
+    """The commands that the pages advise."""
+    text = "".join(path.read_text() for path in sorted(FOLDER.rglob("*.js")))
+    literals = {words for _, words in re.findall(r"""(["'])(gradstore .*?)\1""", text)} - {"gradstore key"}
+    return sorted({command for words in literals for command in words.split(r"\n")})
+
+
+def parse(command: Any, words: list[str], parent: Any = None) -> None:
+    """Read words as the command line does, down to the last command, and run nothing."""
+    context = command.make_context(command.name, words, parent=parent)
+    if hasattr(command, "commands"):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(inner, rest, context)
+
+
+@pytest.mark.parametrize("command", advised())
+def test_the_command_line_understands_what_the_pages_advise(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pool.jsonl", "mmlu.zip", "bbh.zip"):
+        (tmp_path / name).touch()
+    parse(typer.main.get_command(cli.app), shlex.split(command)[1:])
 
 
 def test_with_a_key_the_files_are_open_and_the_data_are_not(tmp_path: Path) -> None:
@@ -210,8 +273,7 @@ def test_the_key_is_asked_for_and_never_shown(browser: Browser, tmp_path: Path) 
         visit.page.get_by_role("button", name="Log out").click()
         visit.heading("Log in")
         assert visit.page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
-        assert all("401" in complaint for complaint in visit.complaints)  # what the browser writes of every 401
-        visit.complaints.clear()
+        visit.forgive("401")
 
 
 def test_a_server_that_goes_away_is_told_and_found_again(browser: Browser, tmp_path: Path) -> None:
@@ -225,8 +287,7 @@ def test_a_server_that_goes_away_is_told_and_found_again(browser: Browser, tmp_p
         with serving(tmp_path / "store", port=port):
             visit.page.get_by_role("button", name="Try again").click()
             visit.heading("Jobs")
-        assert all("ERR_CONNECTION" in complaint for complaint in visit.complaints)
-        visit.complaints.clear()
+        visit.forgive("ERR_CONNECTION")
 
 
 # Overview -----------------------------------------------------------------------------------------------------------
@@ -315,6 +376,49 @@ def test_the_list_of_jobs_keeps_itself_up_to_date_and_the_focus_where_it_is(visi
     expect(row).to_contain_text("cancelled")
 
 
+def test_a_list_of_jobs_that_was_refused_keeps_itself_up_to_date_again(visit: Visit, service: Service) -> None:
+    visit.open("jobs", title="Jobs")
+    told, again = visit.page.get_by_role("alert"), visit.page.get_by_role("button", name="Try again", exact=True)
+    with refused(visit, "**/jobs?*"):
+        expect(told).to_contain_text(FULL.detail)
+        with visit.page.expect_response("**/jobs?*"):
+            again.click()
+        expect(told).to_contain_text(FULL.detail)
+    again.click()
+    expect(visit.page.get_by_role("table")).to_be_visible()
+    expect(told).to_have_count(0)
+    job = gradients(service, 3)
+    expect(visit.page.locator(f"tr[data-job={job['id']}]")).to_be_visible()
+
+
+def test_a_look_at_the_jobs_that_comes_late_does_not_stand_for_a_newer_choice(visit: Visit) -> None:
+    visit.open("jobs", title="Jobs")
+    rows = visit.page.get_by_role("table").locator("tbody tr")
+    unfiltered = "**/jobs?limit=*"
+    with held(visit, unfiltered):
+        with visit.page.expect_request(unfiltered):
+            pass  # the list looks by itself
+        visit.page.get_by_label("State").select_option("failed")
+        expect(rows).to_have_count(1)
+    visit.page.wait_for_timeout(500)
+    assert rows.count() == 1
+
+
+def test_a_job_that_cannot_be_followed_is_told_and_tried_again(visit: Visit, service: Service) -> None:
+    job = gradients(service, 4)
+    told, again = visit.page.get_by_role("alert"), visit.page.get_by_role("button", name="Try again", exact=True)
+    with refused(visit, "**/events"):
+        visit.open(f"jobs/{job['id']}", title="job 4")
+        expect(told).to_contain_text(FULL.detail)
+    with refused(visit, f"**/jobs/{job['id']}"):
+        again.click()
+        expect(told).to_contain_text(FULL.detail)
+    again.click()
+    expect(told).to_have_count(0)
+    service.http.post(f"/jobs/{job['id']}/cancel")
+    expect(visit.page.locator(".badge")).to_contain_text("cancelled")
+
+
 def test_a_failed_job_shows_why_in_the_servers_words(visit: Visit, service: Service) -> None:
     failed = answer(service, "/jobs", status="failed")["data"][0]
     visit.open(f"jobs/{failed['id']}", title=failed["name"])
@@ -360,6 +464,60 @@ def test_rows_are_searched_and_paged(visit: Visit, service: Service) -> None:
     visit.page.get_by_role("button", name="Go", exact=True).click()
     last = answer(service, "/datasets/tulu-sample/rows", origin="cot", after=ROWS - 1)["data"]
     expect(titles).to_have_text([f"Row {row['row']}" for row in last])
+
+
+# Lists --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with four datasets, four selections and four jobs."""
+    with serving(tmp_path_factory.mktemp("several") / "store") as running:
+        for number in range(4):
+            pool = running.pool(10 + number)["id"]
+            answer(running, "/select", method="random", dataset=pool, k=2)
+            running.finetune(dataset=pool)
+        yield running
+
+
+def thin(route: Route) -> None:
+    """Let a request for fifty things go on as one for one thing."""
+    limit = int(parse_qs(urlsplit(route.request.url).query)["limit"][0])
+    send(route, f"limit={limit}", f"limit={limit // 50}")
+
+
+LISTS = pytest.mark.parametrize("name", ["datasets", "selections", "jobs"])
+
+
+@LISTS
+def test_a_double_click_shows_one_page_more(browser: Browser, several: Service, name: str) -> None:
+    with visiting(browser, several.url) as visit:
+        visit.page.route(f"**/{name}?*", thin)
+        visit.open(name, title=name.title())
+        lines, more = visit.page.locator("tbody th"), visit.page.get_by_role("button", name="Show more")
+        expect(lines).to_have_count(1)
+        with held(visit, f"**/{name}?*", thin):
+            more.dblclick()
+            expect(more).to_be_disabled()
+        expect(lines).to_have_count(2)
+        visit.page.wait_for_timeout(500)
+        assert len(set(lines.all_inner_texts())) == lines.count() == 2
+        more.press("Enter")
+        expect(lines).to_have_count(3)
+        expect(more).to_be_focused()
+
+
+@LISTS
+def test_a_page_more_that_is_refused_is_told_and_tried_again(browser: Browser, several: Service, name: str) -> None:
+    with visiting(browser, several.url) as visit:
+        visit.page.route(f"**/{name}?*", thin)
+        visit.open(name, title=name.title())
+        with refused(visit, f"**/{name}?*"):
+            visit.page.get_by_role("button", name="Show more").click()
+            expect(visit.page.get_by_role("alert")).to_contain_text(FULL.detail)
+        visit.page.get_by_role("button", name="Try again").click()
+        expect(visit.page.locator("tbody th")).to_have_count(2)
+        expect(visit.page.get_by_role("alert")).to_have_count(0)
 
 
 # Scores -------------------------------------------------------------------------------------------------------------
@@ -439,6 +597,35 @@ def test_what_the_cut_takes_is_selected(visit: Visit, service: Service) -> None:
     rows = visit.page.get_by_role("table", name="Chosen rows of each origin").locator("tbody tr")
     shown = {row.locator("th").inner_text(): int(row.locator("td").nth(1).inner_text()) for row in rows.all()}
     assert {name: count for name, count in shown.items() if count} == chosen["origins"]
+
+
+@pytest.fixture
+def unscored(tmp_path: Path) -> Iterator[Service]:
+    """A service over the store of the pictures that leaves the computing of scores to the test."""
+    shown(tmp_path).catalog.close()
+    with serving(tmp_path / "store") as running:
+        running.backend.scorer.stop()
+        yield running
+
+
+def test_scores_that_cannot_be_computed_are_told_and_computed_again_only_where_that_is_wanted(
+    browser: Browser, unscored: Service
+) -> None:
+    with visiting(browser, unscored.url) as visit:
+        visit.page.route("**/scores/distribution?*", lambda route: send(route, "wait=5", "wait=0"))
+        visit.page.goto(f"{visit.url}/dashboard/#/scores?task=mmlu")
+        computing, told = visit.page.get_by_text("Computing scores: 0 of"), visit.page.get_by_role("alert")
+        expect(computing).to_be_visible()
+        claim = unscored.backend.jobs.claim("test", kinds=["scoring"])
+        assert claim is not None
+        assert unscored.backend.jobs.fail(claim, FULL, permanent=True)
+        expect(told).to_contain_text(FULL.detail)
+        assert answer(unscored, f"/jobs/{claim.job}")["status"] == "failed"
+        visit.page.get_by_role("button", name="Try again").click()
+        expect(computing).to_be_visible()
+        unscored.backend.jobs.cancel(claim.job)
+        expect(told).to_contain_text(f"{claim.job}, which computes these scores, was cancelled")
+        visit.forgive("409")
 
 
 # Selections ---------------------------------------------------------------------------------------------------------
@@ -566,8 +753,7 @@ def test_an_answer_that_comes_late_does_not_stand_for_a_newer_question(visit: Vi
     of_two, of_three = held
     of_three.continue_()
     expect(rows).to_have_count(3)
-    with contextlib.suppress(Error):  # where it was given up
-        of_two.continue_()
+    send(of_two)
     visit.page.wait_for_timeout(500)
     expect(rows).to_have_count(3)
 
@@ -609,6 +795,21 @@ def test_a_typed_answer_is_attributed_to_examples(visit: Visit, service: Service
     visit.picture("attribution")
     opened(visit, service, "question")
     expect(visit.page.get_by_role("table").locator("tbody tr")).to_contain_text("How many pieces of fruit")
+
+
+def test_an_attribution_that_cannot_be_followed_is_told_and_tried_again(visit: Visit, service: Service) -> None:
+    asked = {"rows": [{"prompt": "How many fish?", "completion": "Two."}], "k": 3}
+    job = service.http.post("/attributions", json=asked).json()
+    told, again = visit.page.get_by_role("alert"), visit.page.get_by_role("button", name="Try again", exact=True)
+    with refused(visit, "**/events"):
+        visit.page.goto(f"{visit.url}/dashboard/#/attributions/{job['id']}")
+        expect(told).to_contain_text(FULL.detail)
+        with visit.page.expect_response("**/events"):
+            again.click()
+        expect(told).to_contain_text(FULL.detail)
+    again.click()
+    expect(visit.page.get_by_text("Waiting for a worker …")).to_be_visible()
+    service.http.post(f"/jobs/{job['id']}/cancel")
 
 
 def test_trainings_and_evaluations_stand_side_by_side(visit: Visit, service: Service) -> None:

@@ -37,13 +37,14 @@ export async function post(path, body = undefined, signal = undefined) {
   return (await send("POST", path, { body, signal })).json();
 }
 
-/** The JSON answer to a GET that may need scores first; `onJob` hears of the job that computes them. */
+/** The JSON answer to a GET that may need scores first; `onJob` hears of the job that computes them. Its failure is thrown. */
 export async function getScored(path, params, signal, onJob) {
   for (;;) {
     const response = await send("GET", path, { params: { ...params, wait: 5 }, signal });
     if (response.status !== 202) return response.json();
-    const job = await response.json();
-    for await (const state of follow(job.id, signal)) onJob(state);
+    let job = await response.json();
+    for await (job of follow(job.id, signal)) onJob(job);
+    if (job.error) throw new Refused(job.error); // asked again, the server would start it anew; of a cancelled one it says so itself
   }
 }
 
@@ -80,6 +81,16 @@ export function pause(milliseconds, signal) {
     const timer = setTimeout(resolve, milliseconds);
     signal.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
   });
+}
+
+/** Signals of which each gives up the one before: an answer that comes late does not stand for a newer question. */
+export function successive(signal) {
+  let last = null;
+  return () => {
+    last?.abort();
+    last = new AbortController();
+    return AbortSignal.any([signal, last.signal]);
+  };
 }
 
 async function* events(body) {

@@ -48,13 +48,24 @@ function contextOf({ parts, params }, signal) {
       for (const [name, value] of Object.entries(changes)) value === null || value === "" ? params.delete(name) : params.set(name, value);
       history.replaceState(null, "", `#/${parts.map(encodeURIComponent).join("/")}${params.size ? `?${params}` : ""}`);
     },
-    /** Show an error in its place, or ask for the key. */
-    failed(error, element, again) {
-      if (isAborted(error) || signal.aborted) return;
-      if (error.body?.status === UNAUTHENTICATED) logIn();
-      else fill(element, failure(error, again));
-    },
+    failed,
   };
+
+  /** Show an error in its place, or ask for the key; where trying `again` fails, that error stands there. */
+  function failed(error, element, again = null) {
+    if (isAborted(error) || signal.aborted) return;
+    if (error.body?.status === UNAUTHENTICATED) logIn();
+    else fill(element, failure(error, again && retry));
+
+    async function retry() {
+      fill(element);
+      try {
+        await again();
+      } catch (newer) {
+        failed(newer, element, again);
+      }
+    }
+  }
 }
 
 async function show({ moved = true } = {}) {

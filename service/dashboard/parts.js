@@ -1,6 +1,6 @@
 // What several pages are made of: headings, tables, panels, errors, empty states, a row's text.
 
-import { NoAnswer } from "./api.js";
+import { NoAnswer, successive } from "./api.js";
 import { fill, fresh, h } from "./dom.js";
 
 /** The head of a page. */
@@ -107,17 +107,15 @@ function foldable(text) {
   return h("div", {}, shown, button);
 }
 
-const onTheirWay = new WeakMap(); // the AbortController of the work that is to fill a place
+const signals = new WeakMap(); // of the work that is to fill a place
 
 /**
  * Run `work`, which is given a signal, and put what it returns into `place`; an error stands there with a button that
  * tries again. Work that was to fill the same place before is given up.
  */
 export async function into(place, work, context) {
-  onTheirWay.get(place)?.abort();
-  const newer = new AbortController();
-  onTheirWay.set(place, newer);
-  const signal = AbortSignal.any([context.signal, newer.signal]);
+  if (!signals.has(place)) signals.set(place, successive(context.signal));
+  const signal = signals.get(place)();
   fill(place, loading());
   try {
     const found = await work(signal);

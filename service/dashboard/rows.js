@@ -1,6 +1,6 @@
 // Rows a page at a time, with their text: searched by text and origin, forth and back, to a row by its place.
 
-import { get } from "./api.js";
+import { get, successive } from "./api.js";
 import { fill, fresh, h } from "./dom.js";
 import { choice, empty, loading, panel } from "./parts.js";
 
@@ -13,28 +13,28 @@ export function rowsPanel(title, { read, shown, told, nothing, origins, last = n
   const { params, remember, signal } = context;
   const place = h("div"), note = h("p", { class: "note", role: "status" });
   const before = []; // where the pages before this one began
-  let following = null, asked = null;
+  const newest = successive(signal);
+  let following = null;
   const here = () => Number(params.get("after") ?? 0);
   const list = (data) => h("ol", { class: "rows" }, data.map(shown));
   const back = h("button", { type: "button", class: "quiet", onclick: () => load(before.pop() ?? 0) }, "Previous");
   const forth = h("button", { type: "button", class: "quiet", onclick: () => go(following) }, "Next");
 
   async function load(after) {
-    asked?.abort();
-    const own = (asked = new AbortController());
+    const own = newest();
     remember({ after: after ? String(after) : null });
     const wanted = { origin: params.get("origin"), q: params.get("q") };
     back.disabled = forth.disabled = true;
     fill(place, loading());
     try {
-      const found = await read(wanted, after, AbortSignal.any([signal, own.signal]), (data, text) => fill(place, list(data), loading(text)));
+      const found = await read(wanted, after, own, (data, text) => fill(place, list(data), loading(text)));
       following = found.next;
       fill(place, found.data.length ? list(found.data) : empty(nothing));
       note.textContent = found.data.length ? told(found.data) : "";
       back.disabled = !before.length && !after;
       forth.disabled = following === null;
     } catch (error) {
-      if (!own.signal.aborted) context.failed(error, place, () => load(after));
+      if (!own.aborted) context.failed(error, place, () => load(after));
     }
   }
 

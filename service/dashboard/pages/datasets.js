@@ -4,6 +4,7 @@ import { get } from "../api.js";
 import { bar, colour, columns, stack } from "../charts.js";
 import { fill, h } from "../dom.js";
 import { ago, bytes, called, percent, plural, whole } from "../format.js";
+import { listPanel } from "../lists.js";
 import { conversation, empty, facts, heading, into, named, panel, table } from "../parts.js";
 import { rowsPanel, wholePage } from "../rows.js";
 
@@ -17,17 +18,8 @@ export async function show(main, context) {
 // All datasets
 
 async function showAll(main, context) {
-  const place = h("div");
-  const more = h("button", { type: "button", class: "quiet", onclick: () => load() }, "Show more");
-  const found = [];
-  async function load() {
-    const page = await get("datasets", { limit: 50, after: found.at(-1)?.id }, context.signal);
-    found.push(...page.data);
-    more.hidden = !page.has_more;
-    fill(place, found.length ? list(found) : empty("There is no dataset yet: upload a pool of examples.", "gradstore datasets upload pool.jsonl --name pool"));
-  }
-  await load();
-  fill(main, heading("Datasets", "Pools of examples to choose from, named by their content."), h("div", { class: "panel" }, place, h("div", { class: "pager" }, more)));
+  const all = await listPanel("datasets", (found) => (found.length ? list(found) : empty("There is no dataset yet: upload a pool of examples.", "gradstore datasets upload pool.jsonl --name pool")), context);
+  fill(main, heading("Datasets", "Pools of examples to choose from, named by their content."), all);
 }
 
 function list(datasets) {

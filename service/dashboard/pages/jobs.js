@@ -1,11 +1,11 @@
 // Jobs as they go: a list that keeps itself up to date, and one job with its events, its errors and what it made.
 
-import { follow, get, isAborted, pause, post } from "../api.js";
+import { follow, get, isAborted, pause, post, successive } from "../api.js";
 import { fill, h } from "../dom.js";
 import { ago, bytes, called, decimal, duration, percent, whole } from "../format.js";
+import { LISTED, moreButton } from "../lists.js";
 import { badge, choice, empty, facts, failure, heading, named, panel, scrolling, table } from "../parts.js";
 
-const LISTED = 50; // jobs of a page
 const REFRESH = 2000; // milliseconds between two looks at the list
 
 /** Fill the page: all jobs, or the one that the address names. */
@@ -20,32 +20,51 @@ async function showAll(main, context) {
   const body = h("tbody");
   const place = h("div");
   const note = h("p", { class: "note", role: "status" });
-  const more = h("button", { type: "button", class: "quiet", onclick: () => ((shown += LISTED), refresh()) }, "Show more");
   const lines = new Map();
+  const more = moreButton(() => ((shown += LISTED), watch().catch(failed)));
+  const newest = successive(signal);
+  const failed = (error) => context.failed(error, place, watch);
   let shown = LISTED;
 
-  async function refresh() {
+  async function refresh(own) {
     const kind = params.get("kind"), status = params.get("status");
-    let page = await get("jobs", { kind, status, limit: Math.min(shown, 1000) }, signal);
+    const page = await get("jobs", { kind, status, limit: Math.min(shown, 1000) }, own);
     note.textContent = "";
     more.hidden = !page.has_more || shown >= 1000;
     if (!page.data.length) {
       fill(place, empty(kind || status ? "No job is like this." : "Nothing has been started yet.", kind || status ? null : "gradstore less pool.jsonl --task mmlu --model Qwen/Qwen3-0.6B"));
       return;
     }
-    const listed = page.data.map((job) => line(lines, job, context, refresh));
+    const listed = page.data.map((job) => line(lines, job, context, watch));
     if (listed.length !== body.children.length || listed.some((row, number) => row !== body.children[number])) fill(body, listed);
     if (!body.isConnected) fill(place, jobsTable(body));
+  }
+
+  /** Look at the list, and wait for a server that does not answer. */
+  async function look(own) {
+    try {
+      await refresh(own);
+    } catch (error) {
+      if (isAborted(error) || error.body) throw error;
+      note.textContent = "The server does not answer; trying again …";
+    }
+  }
+
+  /** Look at the list now and from now on, in place of what has looked until now. */
+  async function watch() {
+    const own = newest();
+    await look(own);
+    keepFresh(look, own).catch(failed);
   }
 
   function filter(name) {
     return (value) => {
       remember({ [name]: value });
-      refresh().catch((error) => context.failed(error, place, refresh));
+      watch().catch(failed);
     };
   }
 
-  const [choices] = await Promise.all([offered(signal), refresh()]);
+  const [choices] = await Promise.all([offered(signal), refresh(signal)]);
   const kinds = [["", "all kinds"], ...choices("kind")];
   const states = [["", "all states"], ...choices("status")];
   fill(
@@ -58,7 +77,7 @@ async function showAll(main, context) {
       place,
       h("div", { class: "pager" }, more, note)),
   );
-  keepFresh(refresh, note, signal, context, place);
+  keepFresh(look, newest()).catch(failed);
 }
 
 /** What the server's own description says can be asked for: a new kind of job needs nothing here. */
@@ -70,17 +89,11 @@ async function offered(signal) {
   };
 }
 
-async function keepFresh(refresh, note, signal, context, place) {
+async function keepFresh(look, signal) {
   for (;;) {
     await pause(REFRESH, signal);
     if (signal.aborted) return;
-    try {
-      await refresh();
-    } catch (error) {
-      if (isAborted(error) || signal.aborted) return;
-      if (error.body) return context.failed(error, place, () => refresh());
-      note.textContent = "The server does not answer; trying again …";
-    }
+    await look(signal);
   }
 }
 
@@ -90,7 +103,7 @@ function jobsTable(body) {
 }
 
 /** A job's line of the table, made once and changed in place, so that a button keeps the focus while numbers move. */
-function line(lines, job, context, refresh) {
+function line(lines, job, context, watch) {
   const known = lines.get(job.id);
   if (known) {
     known.update(job);
@@ -105,7 +118,7 @@ function line(lines, job, context, refresh) {
     if (status !== null) context.announce(`${now.kind} ${called(now)} is ${now.status}`);
     status = now.status;
     fill(state, badge(status));
-    fill(actions, buttons(now, refresh, (error) => context.failed(error, done, refresh)));
+    fill(actions, buttons(now, watch, (error) => context.failed(error, done, watch)));
   }
   update(job);
   const name = h("th", { scope: "row" }, named(job, `#/jobs/${encodeURIComponent(job.id)}`));
@@ -135,22 +148,23 @@ async function showOne(main, context) {
   const { parts, signal } = context;
   const id = encodeURIComponent(parts[1]);
   const first = await get(`jobs/${id}`, {}, signal);
-  const live = h("div", { class: "panel" }), outcome = h("div"), note = h("p", { class: "note", role: "status" });
+  const live = h("div", { class: "panel" }), refused = h("div"), outcome = h("div"), note = h("p", { class: "note", role: "status" });
   fill(
     main,
     h("p", {}, h("a", { href: "#/jobs" }, "← All jobs")),
     heading(called(first), `${first.kind} ${first.id}`),
     live,
     note,
+    refused,
     outcome,
     panel("What was asked for", h("pre", {}, h("code", {}, JSON.stringify(first.request, null, 2)))),
   );
 
+  const failed = (error) => context.failed(error, refused, watch);
   let status = null;
   function update(job) {
     note.textContent = "";
-    const again = () => watch();
-    const state = h("div", { class: "heading" }, badge(job.status), h("div", {}, buttons(job, again, (error) => context.failed(error, outcome, again))));
+    const state = h("div", { class: "heading" }, badge(job.status), h("div", {}, buttons(job, watch, failed)));
     if (job.status === status) {
       fill(live.lastChild, progress(job), times(job));
       return;
@@ -158,6 +172,7 @@ async function showOne(main, context) {
     if (status !== null) context.announce(`The job is ${job.status}`);
     status = job.status;
     fill(live, state, h("div", {}, progress(job), times(job)));
+    fill(refused);
     fill(outcome, job.error && panel("Why it failed", failure({ body: job.error, message: job.error.detail })), job.result && panel("What it made", results(job)));
   }
 
@@ -168,14 +183,12 @@ async function showOne(main, context) {
     followed = true;
     try {
       for await (const job of follow(parts[1], signal, () => (note.textContent = "The server does not answer; trying again …"))) update(job);
-    } catch (error) {
-      context.failed(error, outcome, watch);
     } finally {
       followed = false;
     }
   }
   update(first);
-  watch().catch((error) => context.failed(error, outcome, watch));
+  watch().catch(failed);
 }
 
 function times(job) {

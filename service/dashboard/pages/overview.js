@@ -25,7 +25,7 @@ const STEPS = [
   [(counts) => counts.gradients > 1, "Compute the gradients of pool and task", "gradstore gradients create --dataset pool --run <run>\ngradstore gradients create --task mmlu --run <run>"],
   [(counts) => counts.selections, "Select the examples that help", "gradstore select --task mmlu --pct 0.05"],
   [(counts) => counts.finetunes > 1, "Train on the selection", "gradstore finetunes create --selection <selection> --model Qwen/Qwen3-0.6B"],
-  [(counts) => counts.evaluations, "Measure what it brought", "gradstore evaluations create --finetune <fine-tune> --tasks mmlu"],
+  [(counts) => counts.evaluations, "Measure what it brought", "gradstore evaluations create --finetune <fine-tune> --task mmlu"],
 ];
 
 const PART_NAMES = {

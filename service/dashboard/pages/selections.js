@@ -5,6 +5,7 @@ import { allTasks, taskNames } from "../asking.js";
 import { bar, colour } from "../charts.js";
 import { fill, h } from "../dom.js";
 import { ago, called, decimal, percent, plural, whole } from "../format.js";
+import { listPanel } from "../lists.js";
 import { conversation, empty, facts, heading, named, panel, table } from "../parts.js";
 import { ROWS, rowsPanel, wholePage } from "../rows.js";
 
@@ -26,18 +27,9 @@ const hasFeatures = ({ recipe }) => recipe.kind !== null;
 // All selections
 
 async function showAll(main, context) {
-  const place = h("div");
   const names = taskNames(await allTasks(context.signal));
-  const more = h("button", { type: "button", class: "quiet", onclick: () => load() }, "Show more");
-  const found = [];
-  async function load() {
-    const page = await get("selections", { limit: 50, after: found.at(-1)?.id }, context.signal);
-    found.push(...page.data);
-    more.hidden = !page.has_more;
-    fill(place, found.length ? list(found, names) : empty("Nothing has been selected yet.", "gradstore select --task mmlu --pct 0.05"));
-  }
-  await load();
-  fill(main, heading("Selections", "The rows that help a task most, as they were chosen."), h("div", { class: "panel" }, place, h("div", { class: "pager" }, more)));
+  const all = await listPanel("selections", (found) => (found.length ? list(found, names) : empty("Nothing has been selected yet.", "gradstore select --task mmlu --pct 0.05")), context);
+  fill(main, heading("Selections", "The rows that help a task most, as they were chosen."), all);
 }
 
 function list(selections, names) {

@@ -56,7 +56,7 @@ function losses(jobs) {
 // Evaluations
 
 function evaluations(jobs) {
-  if (!jobs.length) return panel("Evaluations", empty("Nothing has been measured yet.", "gradstore evaluations create --finetune <fine-tune> --tasks mmlu"));
+  if (!jobs.length) return panel("Evaluations", empty("Nothing has been measured yet.", "gradstore evaluations create --finetune <fine-tune> --task mmlu"));
   const place = h("div");
   const boxes = chooser("Evaluations", jobs, (chosen) => fill(place, chosen.length ? measurements(chosen) : empty("Choose an evaluation.")));
   return panel("Evaluations", boxes, place);
