@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets, Origins, RowLabels, joined
-from datastore.errors import Damaged, NotFound
+from datastore.errors import Busy, Damaged, NotFound
 from datastore.identity import content_id
-from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores, everywhere
+from datastore.influence import NO_SUBTASK, Mask, TaskScores, everywhere
 from datastore.recipes import Recipes, Sources
 from datastore.rows import Example
 from datastore.schema import SelectionRow
@@ -38,6 +38,7 @@ from datastore.selection_files import SCHEMA, SelectionFiles
 from datastore.shapes import example
 from datastore.strict_json import parse
 
+LONGEST_WAIT = 30.0  # seconds for the selection before, where rows are compared by their features
 REPORTED = 20
 """Overlaps with tasks' rows that an answer tells."""
 _Names = Sequence[tuple[str | None, tuple[str, ...]]]
@@ -102,12 +103,26 @@ class Answers:
         """Choose rows by their scores and record the selection. Raises `Conflict` where no row can be chosen.
 
         One selection whose rows are compared by their features is made at a time; who asks for the same meanwhile is
-        given what was made.
+        given what was made. Raises `Busy` where that takes longer than `LONGEST_WAIT`.
         """
-        compares = needs_features(recipe) is not None
-        with self._comparing if compares else nullcontext():
-            known = self.find(recipe, limit=limit, after=after) if compares else None
+        if needs_features(recipe) is None:
+            return self._select(recipe, sources, scores, limit=limit, after=after)
+        with self._alone():
+            known = self.find(recipe, limit=limit, after=after)
             return self._select(recipe, sources, scores, limit=limit, after=after) if known is None else known
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Held while rows are compared with each other. Raises `Busy`."""
+        if not self._comparing.acquire(timeout=LONGEST_WAIT):
+            raise Busy(
+                "another selection whose rows are compared by their features is still being made, and one is made at a "
+                "time: ask again in a minute"
+            )
+        try:
+            yield
+        finally:
+            self._comparing.release()
 
     def _select(
         self, recipe: SelectionRecipe, sources: Sources, scores: Sequence[TaskScores], *, limit: int, after: int
@@ -257,8 +272,9 @@ class Answers:
     def _material(self, recipe: SelectionRecipe, sources: Sources, pool: Pool) -> Iterator[Material]:
         """What a choice looks at beside scores; its texts are read while the context is open."""
 
-        def features(rows: Sequence[int]) -> Floats:
-            return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights).unit(rows)
+        @cache
+        def stored() -> PoolFeatures:
+            return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights)
 
         tasks = dict.fromkeys([*recipe.tasks, *recipe.decontaminate])
         with ExitStack() as stack:
@@ -271,7 +287,7 @@ class Answers:
             yield Material(
                 origins=pool.origins,
                 text=text,
-                features=features,
+                features=lambda rows: stored().unit(rows),
                 contamination=Contamination(
                     text, [self.runs.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
                 ),

@@ -11,7 +11,9 @@
     ├── TooLarge
     ├── NotEnoughSpace
     ├── Damaged
+    ├── BucketUnreachable
     ├── HubUnreachable
+    ├── Busy
     └── Conflict
         ├── NameTaken
         ├── InUse
@@ -111,6 +113,10 @@ class HubUnreachable(GradstoreError):
             "this machine says it: try again later, or send the commit's 40 digits as `revision`"
         )
         self.model = model
+
+
+class Busy(GradstoreError):
+    """Others are being answered, one after the other, and this one's turn has not come: to be asked again."""
 
 
 class Conflict(GradstoreError):

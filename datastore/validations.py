@@ -35,6 +35,7 @@ from gradstore.types import (
     ValidationRequest,
     ValidationResult,
 )
+from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
@@ -57,8 +58,8 @@ from datastore.selection.top import candidates, count, top
 from datastore.tasks import Tasks
 from datastore.trainings import Measured, Training, Trainings
 
-KEPT = 100
-"""Score vectors whose best rows a process remembers."""
+KEPT = 16
+"""Score vectors whose best rows a process remembers, 4 bytes a row."""
 REPEATS = 5
 """Trainings without the best rows, and random draws, of a leave-top-k-out validation."""
 
@@ -111,7 +112,7 @@ class Validations:
     recipes: Recipes
     finetunes: Finetunes
     trainings: Trainings
-    _best: dict[str, set[int]] = field(default_factory=dict)
+    _best: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     """The best rows by some scores, which several trainings leave out."""
 
     # Users' side ------------------------------------------------------------------------------------------------------
@@ -316,12 +317,13 @@ class Validations:
         if "subset" in payload:
             return sorted(_draw(f"subset {seed} {payload['subset']}", pool, kept))
         if "draw" in payload:
-            left_out = set(_draw(f"draw {seed} {payload['draw']}", pool, pool - kept))
+            left_out = np.array(_draw(f"draw {seed} {payload['draw']}", pool, pool - kept), np.int32)
         else:
             left_out = self._best_rows(plan, payload["best"])
-        return [row for row in range(pool) if row not in left_out]
+        rows: list[int] = np.delete(np.arange(pool), left_out).tolist()
+        return rows
 
-    def _best_rows(self, plan: dict[str, Any], number: int) -> set[int]:
+    def _best_rows(self, plan: dict[str, Any], number: int) -> NDArray[np.int32]:
         """The rows that a training without the best ones leaves out."""
         key = content_id("best", [plan["scores"][number], plan["pool_rows"], plan["rows"], plan["recipe"]["seed"]])
         if key not in self._best:
@@ -332,7 +334,7 @@ class Validations:
             chosen = top(score, candidates(valid, None), plan["pool_rows"] - plan["rows"])
             if len(chosen) < plan["pool_rows"] - plan["rows"]:
                 raise Conflict(f"only {len(chosen):,} rows of the pool have a score: leave out at most as many")
-            self._best[key] = set(chosen.tolist())
+            self._best[key] = chosen.astype(np.int32)
         return self._best[key]
 
     def _vector(
@@ -390,6 +392,7 @@ class Validations:
                     trackstar=scores["precondition"] == "trackstar",
                 )
             predicted = sums(values, subsets)
+            del values  # before the next are made
             yield _Finding(
                 values=spearman(predicted, -losses),
                 samples=resampled(predicted, -losses, samples=plan["bootstrap_samples"], seed=plan["recipe"]["seed"]),

@@ -283,6 +283,7 @@ def test_a_recipe_alone_gives_its_selection_again(ready: Service) -> None:
         ({"checkpoints": [], "checkpoint_weights": []}, "a recipe has checkpoints"),
         ({"k": 10**20, "pct": None}, "less than or equal"),
         ({"strategy": "clusters", "selection_seed": 0, "among": 10**20}, "less than or equal"),
+        ({"dedupe": 0.9}, "dedupe_by is features or text"),
         ({"quota": {}}, "no share"),
         ({"quota": {"nobody": 0.5}}, "no row has the origin"),
         ({"quota": {"pool.jsonl": -1}}, "no fraction"),
