@@ -27,7 +27,7 @@ from datastore.rows import Example
 from datastore.schema import SelectionRow
 from datastore.scoring import Scoring
 from datastore.selection.choose import Chosen, Lengths, Material, choose, chosen_from
-from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, Overlap, RunIndex
+from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, NgramIndex, Overlap
 from datastore.selection.features import PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
 from datastore.selection.rules import needs_features, refused
@@ -45,7 +45,7 @@ _Names = Sequence[tuple[str | None, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolLabels:
     """The rows of one or several datasets, one after the other."""
 
     datasets: Sequence[str]
@@ -76,7 +76,7 @@ class Answers:
     datasets: Datasets
     recipes: Recipes
     scoring: Scoring
-    runs: RunIndex
+    ngrams: NgramIndex
     files: SelectionFiles
     _comparing: Lock = field(default_factory=Lock, compare=False, repr=False)
     """Held while rows are compared with each other: what that takes is taken once."""
@@ -219,7 +219,7 @@ class Answers:
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
-        return self.files.sweep(older_than=older_than) + self.runs.sweep(older_than=older_than)
+        return self.files.sweep(older_than=older_than) + self.ngrams.sweep(older_than=older_than)
 
     def _answer(self, row: SelectionRow, *, limit: int, after: int) -> Selection:
         data = self.files.page(row.id, limit=limit, after=after) if limit else []
@@ -235,8 +235,8 @@ class Answers:
             }
         )
 
-    def _pool(self, recipe: SelectionRecipe) -> Pool:
-        return Pool(recipe.datasets, [self.datasets.label_columns(dataset) for dataset in recipe.datasets])
+    def _pool(self, recipe: SelectionRecipe) -> PoolLabels:
+        return PoolLabels(recipe.datasets, [self.datasets.label_columns(dataset) for dataset in recipe.datasets])
 
     def _names(self, recipe: SelectionRecipe, sources: Sources) -> _Names:
         """Each task of the scores and its subtasks, as they are numbered."""
@@ -245,7 +245,7 @@ class Answers:
         known = self.scoring.subtasks(recipe, sources)
         return [(task, known[task]) for task in recipe.tasks]
 
-    def _excluded(self, recipe: SelectionRecipe, pool: Pool) -> Mask | None:
+    def _excluded(self, recipe: SelectionRecipe, pool: PoolLabels) -> Mask | None:
         """Rows to leave out: those with the text of an excluded example, or an excluded id (n,); None for none."""
         if not recipe.exclude and not recipe.exclude_ids:
             return None
@@ -269,7 +269,7 @@ class Answers:
         return np.concatenate(keys)
 
     @contextmanager
-    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: Pool) -> Iterator[Material]:
+    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: PoolLabels) -> Iterator[Material]:
         """What a choice looks at beside scores; its texts are read while the context is open."""
 
         @cache
@@ -289,13 +289,13 @@ class Answers:
                 text=text,
                 features=lambda rows: stored().unit(rows),
                 contamination=Contamination(
-                    text, [self.runs.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
+                    text, [self.ngrams.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
                 ),
                 lengths=self._lengths(recipe),
             )
 
     def _contamination(
-        self, recipe: SelectionRecipe, pool: Pool, chosen: Chosen, found: Contamination
+        self, recipe: SelectionRecipe, pool: PoolLabels, chosen: Chosen, found: Contamination
     ) -> types.Contamination | None:
         """What the chosen rows share with tasks' rows."""
         if not found.tasks:
@@ -313,7 +313,7 @@ class Answers:
             overlaps=[self._overlap(pool, row, overlap) for row, overlap in (kept + dropped)[:REPORTED]],
         )
 
-    def _overlap(self, pool: Pool, row: int, overlap: Overlap) -> types.Overlap:
+    def _overlap(self, pool: PoolLabels, row: int, overlap: Overlap) -> types.Overlap:
         ((number, place),) = locate([row], pool.sizes)
         return types.Overlap(
             dataset=pool.datasets[number],
@@ -359,7 +359,7 @@ def vector(scores: Sequence[TaskScores], recipe: SelectionRecipe) -> CombinedSco
     return combine(scores, recipe.combine or "max")
 
 
-def _table(pool: Pool, chosen: Chosen, names: _Names) -> pa.Table:
+def _table(pool: PoolLabels, chosen: Chosen, names: _Names) -> pa.Table:
     places = locate(chosen.rows.tolist(), pool.sizes)
     tasks = chosen.task.tolist()
     origins = pa.array(pool.origins.names, pa.string())

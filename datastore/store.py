@@ -24,7 +24,7 @@ from datastore.questions import Questions
 from datastore.recipes import Recipes
 from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
-from datastore.selection.contamination import RunIndex
+from datastore.selection.contamination import NgramIndex
 from datastore.selection_files import SelectionFiles
 from datastore.settings import Settings
 from datastore.tasks import Tasks
@@ -75,8 +75,8 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     texts = TextScoring(catalog, datasets, tasks, cache)
     scoring = Scoring(catalog, jobs, features, tasks, cache, texts)
     jobs.results["scoring"] = scoring.result
-    runs, files = RunIndex(tasks, settings.ngrams), SelectionFiles(settings.selections)
-    answers = Answers(catalog, datasets, recipes, scoring, runs, files)
+    ngrams, files = NgramIndex(tasks, settings.ngrams), SelectionFiles(settings.selections)
+    answers = Answers(catalog, datasets, recipes, scoring, ngrams, files)
     return OpenStore(
         settings=settings,
         catalog=catalog,

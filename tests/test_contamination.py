@@ -17,7 +17,7 @@ from datastore.rows import Example
 from datastore.selection import contamination
 from datastore.selection import words as hashing
 from datastore.selection.choose import Chosen, Lengths, Material, choose
-from datastore.selection.contamination import Contamination, Overlap, RunIndex, TaskRuns, runs_of
+from datastore.selection.contamination import Contamination, NgramIndex, Overlap, TaskNgrams, runs_of
 from datastore.selection.draws import draw
 from datastore.selection.make_up import Labelled
 from datastore.selection.words import ngrams, ngrams_in
@@ -30,7 +30,7 @@ def example(text: str) -> Example:
     return Example(id=None, origin="o", prompt=text, completion="")
 
 
-def overlap(runs: TaskRuns, text: str) -> Overlap | None:
+def overlap(runs: TaskNgrams, text: str) -> Overlap | None:
     return Contamination(lambda _: text, [runs]).of(0)
 
 
@@ -145,7 +145,7 @@ def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     (folder / "test.jsonl").write_text(line.format("second"))
     tasks = Tasks(tmp_path / "tasks")
     task = tasks.store("jsonl", folder).id
-    index = RunIndex(tasks, tmp_path / "ngrams")
+    index = NgramIndex(tasks, tmp_path / "ngrams")
     runs = index.of(task, 13)
     assert (runs.validation, runs.unchecked, len(list((tmp_path / "ngrams").iterdir()))) == (1, 0, 1)
     monkeypatch.setattr(contamination, "runs_of", None)

@@ -32,7 +32,7 @@ from gradstore._cli.options import Json, given, takes
 from gradstore._cli.output import is_terminal, print_json, print_object, say, say_lost_rows
 from gradstore._cli.scores import distribution, overlaps, scores
 from gradstore._cli.selections import select, selections
-from gradstore._cli.session import REFUSED, UNREAD, Target, session
+from gradstore._cli.session import REFUSED, UNREAD, Server, session
 from gradstore._cli.tasks import KINDS, tasks
 from gradstore._cli.validations import validations
 from gradstore.types import FinetuneRequest
@@ -159,7 +159,7 @@ def root(
     The usual way: datasets upload, tasks upload, finetunes create (warm-up), gradients create for both, select,
     finetunes create on the selection, evaluations create. Or all of it at once: less.
     """
-    ctx.obj = Target(url, api_key)
+    ctx.obj = Server(url, api_key)
 
 
 @app.command()
