@@ -51,8 +51,13 @@ def missing_pool(
     """The POST for a dataset without features, computed as those of the others are where others have some."""
     imported = [fit for fit in near if fit.is_foreign]
     if query.projection == FOREIGN or query.projection_id is not None or (imported and imported == list(near)):
-        named = query.projection_id or next((each.parameters["projection_id"] for each in imported), None)
-        return foreign(named, lacking=_lacking(datasets, imported))
+        if not imported:
+            called = "" if query.projection_id is None else f" with the projection_id {query.projection_id!r}"
+            return ForeignProjection(
+                f"{_lacking(datasets, imported)} has no imported features{called} at the checkpoints asked for: GET "
+                "/imports lists what there is, and POST /imports imports others"
+            )
+        return foreign(imported[0].parameters["projection_id"], lacking=_lacking(datasets, imported))
     if near:
         ours = [fit for fit in near if fit not in imported]
         nearest = max(ours, key=lambda fit: len(fit.pools))

@@ -32,7 +32,7 @@ from datastore.selection.features import PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
 from datastore.selection.rules import needs_features, refused
 from datastore.selection.tasks import CombinedScores, combine
-from datastore.selection.top import candidates, wanted
+from datastore.selection.top import candidates, fewer, wanted
 from datastore.selection.words import text_of
 from datastore.selection_files import SCHEMA, SelectionFiles
 from datastore.shapes import example
@@ -143,7 +143,12 @@ class Answers:
             "origins": pool.origins.counts(chosen.rows),
             "pool_origins": pool.origins.counts(),
             "contamination": None if contamination is None else contamination.model_dump(mode="json"),
-            "notes": [*self.scoring.notes(sources), *chosen.notes],
+            "notes": [
+                *self.scoring.notes(sources),
+                *self._unknown_ids(recipe, pool),
+                *fewer(recipe.k, k),
+                *chosen.notes,
+            ],
         }
         id = selection_id(recipe)
         self.files.write(id, _table(pool, chosen, self._names(recipe, sources)))
@@ -256,6 +261,13 @@ class Answers:
         if recipe.exclude_ids:
             excluded |= np.asarray(pc.is_in(pool.ids, value_set=pa.array(recipe.exclude_ids, pa.string())))
         return excluded
+
+    def _unknown_ids(self, recipe: SelectionRecipe, pool: PoolLabels) -> list[str]:
+        """What to say where ids to leave out are no row's."""
+        known = pc.is_in(pa.array(recipe.exclude_ids, pa.string()), value_set=pool.ids.combine_chunks())
+        unknown = [id for id, found in zip(recipe.exclude_ids, known.to_pylist(), strict=True) if not found]
+        told = f"no row has {len(unknown):,} of the ids to leave out, such as {unknown[0]!r}" if unknown else ""
+        return [told] if told else []
 
     def _text_keys(self, reference: str) -> NDArray[np.uint64]:
         """A key of the text of each example of a dataset or selection (n,)."""

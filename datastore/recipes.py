@@ -7,7 +7,7 @@ on (datastore/advice.py).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
 from datastore.errors import Conflict, InvalidInput, NotFound
 from datastore.features import UNPROJECTED, Features
-from datastore.parameters import ASKED, OWN, OWN_KINDS, SHARED, Fit, Query, refuse_idle, said, with_method
+from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, SHARED, Fit, Query, refuse_idle, said, with_method
 from datastore.schema import SelectionRow
 from datastore.selection import rules
 from datastore.selection.contamination import DEFAULT_NGRAM
@@ -95,6 +95,20 @@ class Recipes:
         fit, targets = complete[0]
         return self._recipe(query, fit, targets), Sources(datasets=fit.pools, tasks=targets)
 
+    def sent(self, recipe: SelectionRecipe) -> Sources:
+        """The features that a recipe reads that somebody sends, and whose run must be the one of its checkpoints.
+
+        Raises what `sources` does.
+        """
+        if recipe.run is not None:
+            run = self.catalog.run(recipe.run)
+            members = {checkpoint.id for checkpoint in run.checkpoints}
+            if run.id != recipe.run:
+                raise rules.refused("run", f"a recipe holds ids, and {recipe.run!r} is the name of {run.id}")
+            if not members.issuperset(recipe.checkpoints):
+                raise rules.refused("run", f"{run.id} has not all of the recipe's checkpoints: leave it out, as null")
+        return self.sources(recipe)
+
     def sources(self, recipe: SelectionRecipe) -> Sources:
         """The features that a recipe reads. Raises `NotFound`, `InvalidInput` and `GradientsMissing`."""
         if not recipe.tasks and recipe.method not in _WITHOUT_TASKS:
@@ -105,6 +119,9 @@ class Recipes:
             raise rules.refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
         if recipe.method in rules.WITHOUT_FEATURES:
             return Sources(datasets={}, tasks={})
+        kind = recipe.method if recipe.method in OWN_KINDS else None
+        if kind != (recipe.kind if recipe.kind in OWN_KINDS else None):
+            raise rules.refused("kind", f"method={recipe.method} does not compare features of kind={recipe.kind}")
         if not recipe.checkpoints:
             raise rules.refused("checkpoints", f"method={recipe.method} compares features: a recipe has checkpoints")
         shared = {name: getattr(recipe, name) for name in SHARED}
@@ -237,26 +254,23 @@ class Recipes:
                 key = tuple(getattr(feature, name) for name in (*OWN, *SHARED))
                 groups[key][feature.dataset or ""].append(feature)
         trainings = self._trainings(run, checkpoints, [feature.checkpoint for feature in known])
-        found = []
+        found: list[Fit] = []
         for key, pools in groups.items():
             parameters = dict(zip((*OWN, *SHARED), key, strict=True))
-            for training, members in trainings:
-                covered = {
-                    dataset: chosen
-                    for dataset, sets in pools.items()
-                    if (chosen := _in_order(sets, members)) is not None
-                }
-                if datasets and covered:
-                    ordered = {dataset: covered[dataset] for dataset in datasets if dataset in covered}
-                    found.append(Fit(training, members, parameters, ordered))
-                elif not datasets:
-                    found += [Fit(training, members, parameters, {one: sets}) for one, sets in covered.items()]
+            fits = [fit for training in trainings for fit in _covering(pools, parameters, datasets, *training)]
+            if not fits and parameters["projection"] == FOREIGN and not run and not checkpoints:
+                at = dict.fromkeys(feature.checkpoint for sets in pools.values() for feature in sets)
+                fits = [fit for one in at for fit in _covering(pools, parameters, datasets, None, (one,))]
+            found += fits
         return found
 
     def _trainings(
         self, run: Run | None, checkpoints: tuple[str, ...], known: Sequence[str]
     ) -> list[tuple[Run | None, tuple[str, ...]]]:
-        """What is asked for, or else every run, and by itself every checkpoint of `known` that belongs to none."""
+        """What is asked for, or else every run, and by itself every checkpoint of `known` that belongs to none.
+
+        Imported features of one checkpoint of a run are by themselves where no run has all: see `_pool_fits`.
+        """
         if checkpoints:
             return [(run, checkpoints)]
         runs = [run] if run else self.catalog.all_runs()
@@ -328,6 +342,23 @@ class Recipes:
             ids = " and ".join(one.id for one in found)
             raise rules.refused("exclude", f"{reference!r} is the name of {ids}: say which by its id")
         return found[0]
+
+
+def _covering(
+    pools: Mapping[str, list[FeatureSet]],
+    parameters: dict[str, Any],
+    datasets: Sequence[str],
+    run: Run | None,
+    checkpoints: tuple[str, ...],
+) -> list[Fit]:
+    """The datasets with features at all of these checkpoints: together where they are named, else each by itself."""
+    covered = {
+        dataset: chosen for dataset, sets in pools.items() if (chosen := _in_order(sets, checkpoints)) is not None
+    }
+    if not datasets:
+        return [Fit(run, checkpoints, parameters, {one: sets}) for one, sets in covered.items()]
+    ordered = {dataset: covered[dataset] for dataset in datasets if dataset in covered}
+    return [Fit(run, checkpoints, parameters, ordered)] if ordered else []
 
 
 def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[FeatureSet] | None:

@@ -93,7 +93,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         recipes=recipes,
         scoring=scoring,
         answers=answers,
-        cards=Cards(catalog, jobs),
+        cards=Cards(catalog, jobs, recipes),
         validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
         attributions=Attributions(
             catalog, jobs, datasets, recipes, features, Questions(settings.questions), Indexes(settings.indexes)

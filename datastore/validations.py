@@ -287,7 +287,8 @@ class Validations:
     def result(self, claim: Claim, key: str) -> ValidationResult:
         """What a validation comes to whose trainings are all done; `key` is the claim's own.
 
-        Raises `Damaged` where a training is missing, and `Conflict` where no target has both loss and feature.
+        Raises `Damaged` where a training is missing, and `Conflict` where no target has both loss and feature, or no
+        loss differs between trainings.
         """
         plan = claim.plan
         payloads = self._payloads(claim, key)
@@ -379,6 +380,11 @@ class Validations:
         """The linear datamodeling score of each of the scores."""
         losses = np.stack([loss for _, loss in trainings])
         losses = losses.reshape(-1, plan["repeats"], len(targets)).mean(axis=1)
+        if not np.ptp(losses, axis=0).any():
+            raise Conflict(
+                "every training ended with the same losses, so nothing can be correlated with them: train for more "
+                "steps (epochs, fraction), or at a higher learning_rate"
+            )
         subsets = members((self._rows(plan, {"subset": number}) for number in range(len(losses))), plan["pool_rows"])
         for number, (scores, (pool, task)) in enumerate(zip(plan["scores"], views, strict=True)):
             if scores["control"] is not None:

@@ -86,7 +86,8 @@ def _choose(recipe: SelectionRecipe, walks: Walks, k: int, material: Material) -
     keep = _filter(recipe, walks, material, k)
     notes: list[str] = []
     if recipe.strategy == "k-center":
-        return of_tasks(walks, _apart(recipe, walks, keep, k, material))
+        notes += [f"of {k:,} rows instead of among={recipe.among:,}"] if recipe.among and recipe.among < k else []
+        return of_tasks(walks, _apart(recipe, walks, keep, k, material), notes)
     if recipe.strategy == "clusters":
         picks = _of_clusters(recipe, walks, keep, k, material, notes)
     elif recipe.quota is not None:
