@@ -17,7 +17,7 @@ from gradstore.types import FeatureSet, Run, Task
 from datastore.catalog import Catalog
 from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing
 from datastore.features import UNPROJECTED, Features
-from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, Candidate, Query, said, telling
+from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, Fit, Query, said, telling
 from datastore.selection import rules
 
 _MODELS = {"rds": "base model as it is", "embedding": "sentence encoder"}
@@ -25,18 +25,18 @@ _MODELS = {"rds": "base model as it is", "embedding": "sentence encoder"}
 
 
 def missing_task(
-    found: Sequence[tuple[Candidate, dict[str, list[FeatureSet]]]], tasks: Sequence[Task], *, features: Features
+    found: Sequence[tuple[Fit, dict[str, list[FeatureSet]]]], tasks: Sequence[Task], *, features: Features
 ) -> GradientsMissing | ForeignProjection:
     """The POST for a task without features; none makes features that go with imported ones."""
-    ours = [(candidate, targets) for candidate, targets in found if not candidate.is_foreign]
-    candidate, targets = (ours or found)[0]
+    ours = [(fit, targets) for fit, targets in found if not fit.is_foreign]
+    fit, targets = (ours or found)[0]
     missing = next(task for task in tasks if task.id not in targets)
     if not ours:
-        return foreign(candidate.parameters["projection_id"], lacking=f"the task {missing.name}")
+        return foreign(fit.parameters["projection_id"], lacking=f"the task {missing.name}")
     known = features.complete(tasks=[missing.id])
     imported = sorted({each.projection_id for each in known if each.projection_id is not None})
     note = f" (its imported ones have the foreign projection {', '.join(map(repr, imported))})" if imported else ""
-    return _task_post(candidate, missing, note=note)
+    return _task_post(fit, missing, note=note)
 
 
 def missing_pool(
@@ -44,18 +44,23 @@ def missing_pool(
     datasets: Sequence[str],
     run: Run | None,
     checkpoints: tuple[str, ...],
-    near: Sequence[Candidate],
+    near: Sequence[Fit],
     *,
     catalog: Catalog,
 ) -> GradientsMissing | ForeignProjection:
     """The POST for a dataset without features, computed as those of the others are where others have some."""
-    imported = [candidate for candidate in near if candidate.is_foreign]
+    imported = [fit for fit in near if fit.is_foreign]
     if query.projection == FOREIGN or query.projection_id is not None or (imported and imported == list(near)):
-        named = query.projection_id or next((each.parameters["projection_id"] for each in imported), None)
-        return foreign(named, lacking=_lacking(datasets, imported))
+        if not imported:
+            called = "" if query.projection_id is None else f" with the projection_id {query.projection_id!r}"
+            return ForeignProjection(
+                f"{_lacking(datasets, imported)} has no imported features{called} at the checkpoints asked for: GET "
+                "/imports lists what there is, and POST /imports imports others"
+            )
+        return foreign(imported[0].parameters["projection_id"], lacking=_lacking(datasets, imported))
     if near:
-        ours = [candidate for candidate in near if candidate not in imported]
-        nearest = max(ours, key=lambda candidate: len(candidate.pools))
+        ours = [fit for fit in near if fit not in imported]
+        nearest = max(ours, key=lambda fit: len(fit.pools))
         owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
         body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
         posts = _posts(body, nearest.parameters)
@@ -93,9 +98,9 @@ def foreign(projection_id: str | None, *, lacking: str) -> ForeignProjection:
     )
 
 
-def ambiguous(query: Query, candidates: Sequence[Candidate], path: str) -> Ambiguous:
-    """Say that one of these candidates is to be named; each choice is a URL that does."""
-    choices = [f"{path}?{urlencode(_parameters(query, candidate), doseq=True)}" for candidate in candidates]
+def ambiguous(query: Query, fits: Sequence[Fit], path: str) -> Ambiguous:
+    """Say that one of these fits is to be named; each choice is a URL that does."""
+    choices = [f"{path}?{urlencode(_parameters(query, fit), doseq=True)}" for fit in fits]
     differing = ", ".join(("dataset", "run", "checkpoint", *ASKED))
     return Ambiguous(
         f"{len(choices)} sets of features fit; say which one is meant ({differing}), for example {choices[0]}",
@@ -111,18 +116,18 @@ def several_datasets(query: Query, datasets: Sequence[str], path: str) -> Ambigu
     return Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
 
 
-def _task_post(candidate: Candidate, missing: Task, *, note: str) -> GradientsMissing:
-    of_pool = candidate.parameters
+def _task_post(fit: Fit, missing: Task, *, note: str) -> GradientsMissing:
+    of_pool = fit.parameters
     shared = {name: of_pool[name] for name in ASKED if name not in OWN or of_pool["kind"] in UNPROJECTED}
-    body: dict[str, object] = {"task": missing.id, **_training(candidate), **_body(shared)}
+    body: dict[str, object] = {"task": missing.id, **_training(fit), **_body(shared)}
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's{note}: {_posts(body, shared)}", body=body
     )
 
 
-def _lacking(datasets: Sequence[str], candidates: Sequence[Candidate]) -> str:
+def _lacking(datasets: Sequence[str], fits: Sequence[Fit]) -> str:
     """The first of the datasets that the imported features closest to what is asked for do without."""
-    pools = max((candidate.pools for candidate in candidates), key=len, default={})
+    pools = max((fit.pools for fit in fits), key=len, default={})
     return next((dataset for dataset in datasets if dataset not in pools), "the pool")
 
 
@@ -132,9 +137,9 @@ def _only(ids: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _training(candidate: Candidate) -> dict[str, object]:
-    """A candidate's checkpoints as POST /gradients takes them."""
-    return {"run": candidate.run.id} if candidate.run else {"checkpoints": list(candidate.checkpoints)}
+def _training(fit: Fit) -> dict[str, object]:
+    """A fit's checkpoints as POST /gradients takes them."""
+    return {"run": fit.run.id} if fit.run else {"checkpoints": list(fit.checkpoints)}
 
 
 def _body(parameters: dict[str, Any]) -> dict[str, object]:
@@ -165,13 +170,13 @@ def _post(body: dict[str, object]) -> str:
     return f"POST /gradients {json.dumps(body)} computes them"
 
 
-def _parameters(query: Query, candidate: Candidate) -> dict[str, Any]:
-    chosen = {**_choice(query), "task": list(query.tasks), "dataset": list(candidate.pools)}
-    if candidate.run is not None and not query.checkpoints:
-        chosen["run"] = candidate.run.id
+def _parameters(query: Query, fit: Fit) -> dict[str, Any]:
+    chosen = {**_choice(query), "task": list(query.tasks), "dataset": list(fit.pools)}
+    if fit.run is not None and not query.checkpoints:
+        chosen["run"] = fit.run.id
     else:
-        chosen["checkpoint"] = list(candidate.checkpoints)
-    own = telling(candidate.parameters)
+        chosen["checkpoint"] = list(fit.checkpoints)
+    own = telling(fit.parameters)
     chosen |= {name: said(name, own[name]) for name in ASKED if name in own}
     return _said_only(chosen | {"aggregate": query.aggregate, "combine": query.combine})
 

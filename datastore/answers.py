@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -19,32 +19,33 @@ from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets, Origins, RowLabels, joined
-from datastore.errors import Damaged, NotFound
+from datastore.errors import Busy, Damaged, NotFound
 from datastore.identity import content_id
-from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores, everywhere
+from datastore.influence import NO_SUBTASK, Mask, TaskScores, everywhere
 from datastore.recipes import Recipes, Sources
 from datastore.rows import Example
 from datastore.schema import SelectionRow
 from datastore.scoring import Scoring
 from datastore.selection.choose import Chosen, Lengths, Material, choose, chosen_from
-from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, Overlap, RunIndex
+from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, NgramIndex, Overlap
 from datastore.selection.features import PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
 from datastore.selection.rules import needs_features, refused
 from datastore.selection.tasks import CombinedScores, combine
-from datastore.selection.top import candidates, wanted
+from datastore.selection.top import candidates, fewer, wanted
 from datastore.selection.words import text_of
 from datastore.selection_files import SCHEMA, SelectionFiles
 from datastore.shapes import example
 from datastore.strict_json import parse
 
+LONGEST_WAIT = 30.0  # seconds for the selection before, where rows are compared by their features
 REPORTED = 20
 """Overlaps with tasks' rows that an answer tells."""
 _Names = Sequence[tuple[str | None, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolLabels:
     """The rows of one or several datasets, one after the other."""
 
     datasets: Sequence[str]
@@ -75,7 +76,7 @@ class Answers:
     datasets: Datasets
     recipes: Recipes
     scoring: Scoring
-    runs: RunIndex
+    ngrams: NgramIndex
     files: SelectionFiles
     _comparing: Lock = field(default_factory=Lock, compare=False, repr=False)
     """Held while rows are compared with each other: what that takes is taken once."""
@@ -102,12 +103,26 @@ class Answers:
         """Choose rows by their scores and record the selection. Raises `Conflict` where no row can be chosen.
 
         One selection whose rows are compared by their features is made at a time; who asks for the same meanwhile is
-        given what was made.
+        given what was made. Raises `Busy` where that takes longer than `LONGEST_WAIT`.
         """
-        compares = needs_features(recipe) is not None
-        with self._comparing if compares else nullcontext():
-            known = self.find(recipe, limit=limit, after=after) if compares else None
+        if needs_features(recipe) is None:
+            return self._select(recipe, sources, scores, limit=limit, after=after)
+        with self._alone():
+            known = self.find(recipe, limit=limit, after=after)
             return self._select(recipe, sources, scores, limit=limit, after=after) if known is None else known
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Held while rows are compared with each other. Raises `Busy`."""
+        if not self._comparing.acquire(timeout=LONGEST_WAIT):
+            raise Busy(
+                "another selection whose rows are compared by their features is still being made, and one is made at a "
+                "time: ask again in a minute"
+            )
+        try:
+            yield
+        finally:
+            self._comparing.release()
 
     def _select(
         self, recipe: SelectionRecipe, sources: Sources, scores: Sequence[TaskScores], *, limit: int, after: int
@@ -128,7 +143,12 @@ class Answers:
             "origins": pool.origins.counts(chosen.rows),
             "pool_origins": pool.origins.counts(),
             "contamination": None if contamination is None else contamination.model_dump(mode="json"),
-            "notes": [*self.scoring.notes(sources), *chosen.notes],
+            "notes": [
+                *self.scoring.notes(sources),
+                *self._unknown_ids(recipe, pool),
+                *fewer(recipe.k, k),
+                *chosen.notes,
+            ],
         }
         id = selection_id(recipe)
         self.files.write(id, _table(pool, chosen, self._names(recipe, sources)))
@@ -204,7 +224,7 @@ class Answers:
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
-        return self.files.sweep(older_than=older_than) + self.runs.sweep(older_than=older_than)
+        return self.files.sweep(older_than=older_than) + self.ngrams.sweep(older_than=older_than)
 
     def _answer(self, row: SelectionRow, *, limit: int, after: int) -> Selection:
         data = self.files.page(row.id, limit=limit, after=after) if limit else []
@@ -220,8 +240,8 @@ class Answers:
             }
         )
 
-    def _pool(self, recipe: SelectionRecipe) -> Pool:
-        return Pool(recipe.datasets, [self.datasets.label_columns(dataset) for dataset in recipe.datasets])
+    def _pool(self, recipe: SelectionRecipe) -> PoolLabels:
+        return PoolLabels(recipe.datasets, [self.datasets.label_columns(dataset) for dataset in recipe.datasets])
 
     def _names(self, recipe: SelectionRecipe, sources: Sources) -> _Names:
         """Each task of the scores and its subtasks, as they are numbered."""
@@ -230,7 +250,7 @@ class Answers:
         known = self.scoring.subtasks(recipe, sources)
         return [(task, known[task]) for task in recipe.tasks]
 
-    def _excluded(self, recipe: SelectionRecipe, pool: Pool) -> Mask | None:
+    def _excluded(self, recipe: SelectionRecipe, pool: PoolLabels) -> Mask | None:
         """Rows to leave out: those with the text of an excluded example, or an excluded id (n,); None for none."""
         if not recipe.exclude and not recipe.exclude_ids:
             return None
@@ -241,6 +261,13 @@ class Answers:
         if recipe.exclude_ids:
             excluded |= np.asarray(pc.is_in(pool.ids, value_set=pa.array(recipe.exclude_ids, pa.string())))
         return excluded
+
+    def _unknown_ids(self, recipe: SelectionRecipe, pool: PoolLabels) -> list[str]:
+        """What to say where ids to leave out are no row's."""
+        known = pc.is_in(pa.array(recipe.exclude_ids, pa.string()), value_set=pool.ids.combine_chunks())
+        unknown = [id for id, found in zip(recipe.exclude_ids, known.to_pylist(), strict=True) if not found]
+        told = f"no row has {len(unknown):,} of the ids to leave out, such as {unknown[0]!r}" if unknown else ""
+        return [told] if told else []
 
     def _text_keys(self, reference: str) -> NDArray[np.uint64]:
         """A key of the text of each example of a dataset or selection (n,)."""
@@ -254,11 +281,12 @@ class Answers:
         return np.concatenate(keys)
 
     @contextmanager
-    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: Pool) -> Iterator[Material]:
+    def _material(self, recipe: SelectionRecipe, sources: Sources, pool: PoolLabels) -> Iterator[Material]:
         """What a choice looks at beside scores; its texts are read while the context is open."""
 
-        def features(rows: Sequence[int]) -> Floats:
-            return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights).unit(rows)
+        @cache
+        def stored() -> PoolFeatures:
+            return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights)
 
         tasks = dict.fromkeys([*recipe.tasks, *recipe.decontaminate])
         with ExitStack() as stack:
@@ -271,15 +299,15 @@ class Answers:
             yield Material(
                 origins=pool.origins,
                 text=text,
-                features=features,
+                features=lambda rows: stored().unit(rows),
                 contamination=Contamination(
-                    text, [self.runs.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
+                    text, [self.ngrams.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
                 ),
                 lengths=self._lengths(recipe),
             )
 
     def _contamination(
-        self, recipe: SelectionRecipe, pool: Pool, chosen: Chosen, found: Contamination
+        self, recipe: SelectionRecipe, pool: PoolLabels, chosen: Chosen, found: Contamination
     ) -> types.Contamination | None:
         """What the chosen rows share with tasks' rows."""
         if not found.tasks:
@@ -297,7 +325,7 @@ class Answers:
             overlaps=[self._overlap(pool, row, overlap) for row, overlap in (kept + dropped)[:REPORTED]],
         )
 
-    def _overlap(self, pool: Pool, row: int, overlap: Overlap) -> types.Overlap:
+    def _overlap(self, pool: PoolLabels, row: int, overlap: Overlap) -> types.Overlap:
         ((number, place),) = locate([row], pool.sizes)
         return types.Overlap(
             dataset=pool.datasets[number],
@@ -343,7 +371,7 @@ def vector(scores: Sequence[TaskScores], recipe: SelectionRecipe) -> CombinedSco
     return combine(scores, recipe.combine or "max")
 
 
-def _table(pool: Pool, chosen: Chosen, names: _Names) -> pa.Table:
+def _table(pool: PoolLabels, chosen: Chosen, names: _Names) -> pa.Table:
     places = locate(chosen.rows.tolist(), pool.sizes)
     tasks = chosen.task.tolist()
     origins = pa.array(pool.origins.names, pa.string())

@@ -202,6 +202,8 @@ class Attributions:
         if index is not None:
             return index
         pool = Pool(views, recipe.checkpoint_weights, everywhere([view.valid for view in views]))
+        if np.count_nonzero(pool.wanted) < INDEX_ROWS:
+            return None
         return self.indexes.build(pool, unit, on_rows=on_rows)
 
     def _of_origins(self, dataset: str, recipe: AttributionRecipe) -> Mask | np.bool_:

@@ -198,7 +198,7 @@ class Catalog:
         with self.transaction() as session:
             row = record_checkpoint(session, checkpoint)
             if checkpoint.name is not None:
-                _give_name(session, CheckpointRow, row, checkpoint.name, replace=replace)
+                _give_name(session, CheckpointRow, row, checkpoint.name, replace=replace or None)
             session.flush()
             return _checkpoint(session, row)
 
@@ -218,7 +218,7 @@ class Catalog:
         with self.transaction() as session:
             row = record_run(session, id=id, checkpoints=checkpoints, finetune=finetune)
             if name is not None:
-                _give_name(session, RunRow, row, name, replace=False)
+                _give_name(session, RunRow, row, name, replace=None)
             session.flush()
             return _run(session, row)
 
@@ -274,7 +274,7 @@ class Catalog:
                     raise Conflict("a task is always asked for by name: give it another one instead")
                 row.name = None
             else:
-                _take_name(session, noun, row, name, replace=False)
+                _take_name(session, noun, row, name, replace=None)
             return row.id
 
     def remove(self, noun: type[Noun], reference: str, *, delete_files: Callable[[str], None] = lambda _: None) -> str:
@@ -511,21 +511,20 @@ def _noun_name(noun: type[Table]) -> str:
     return str(noun.__tablename__).removesuffix("s")
 
 
-def _give_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool) -> None:
+def _give_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool | None) -> None:
     """Name what was sent; content that is known under another name keeps it, since somebody relies on that."""
     if row.name not in (None, name) and not replace:
-        raise Conflict(
-            f"the same content is called {row.name!r} already ({row.id}): use that name, or send replace=true to give "
-            "it this one"
-        )
+        otherwise = "rename it" if replace is None else "send replace=true to give it this one"
+        raise Conflict(f"the same content is called {row.name!r} already ({row.id}): use that name, or {otherwise}")
     _take_name(session, noun, row, name, replace=replace)
 
 
-def _take_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool) -> None:
+def _take_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool | None) -> None:
+    """Give a resource a name; `replace` is None where nobody can ask for it. Raises `NameTaken`."""
     holder = session.scalar(select(noun).where(noun.name == name))
     if holder is not None and holder.id != row.id:
         if not replace:
-            raise NameTaken(_noun_name(noun), name, holder.id)
+            raise NameTaken(_noun_name(noun), name, holder.id, movable=replace is not None)
         holder.name = None
         session.flush()
     row.name = name

@@ -168,7 +168,8 @@ def _fault(source: FeatureSet, dtype: FeatureDtype) -> str | None:
     if source.dtype not in _wider(dtype):
         return (
             f"{source.id} is stored as {source.dtype}, of which no {dtype} can be made without loss beyond its own: "
-            f"convert from {', '.join(_wider(dtype)) or 'nothing'}, or POST /gradients with dtype={dtype}"
+            + (f"convert from {', '.join(wider)}, or " if (wider := _wider(dtype)) else "")
+            + f"POST /gradients with dtype={dtype}"
         )
     return None
 

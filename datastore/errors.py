@@ -11,7 +11,9 @@
     ├── TooLarge
     ├── NotEnoughSpace
     ├── Damaged
+    ├── BucketUnreachable
     ├── HubUnreachable
+    ├── Busy
     └── Conflict
         ├── NameTaken
         ├── InUse
@@ -113,6 +115,10 @@ class HubUnreachable(GradstoreError):
         self.model = model
 
 
+class Busy(GradstoreError):
+    """Others are being answered, one after the other, and this one's turn has not come: to be asked again."""
+
+
 class Conflict(GradstoreError):
     """The request is right in itself and does not fit what is stored."""
 
@@ -120,10 +126,9 @@ class Conflict(GradstoreError):
 class NameTaken(Conflict):
     """The name belongs to other content."""
 
-    def __init__(self, noun: str, name: str, holder: str) -> None:
-        super().__init__(
-            f"the name {name!r} belongs to {noun} {holder}; choose another, or send replace=true to move it"
-        )
+    def __init__(self, noun: str, name: str, holder: str, *, movable: bool) -> None:
+        otherwise = "send replace=true to move it" if movable else f"rename {holder} first"
+        super().__init__(f"the name {name!r} belongs to {noun} {holder}; choose another, or {otherwise}")
         self.holder = holder
 
 

@@ -49,17 +49,17 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _INT64 = range(-(1 << 63), 1 << 63)
 _EXACT = 1 << 53  # integers up to here are floats without loss
 
-Chosen = Callable[[], Iterable[tuple[SelectedRow, bytes]]]
+ChosenLines = Callable[[], Iterable[tuple[SelectedRow, bytes]]]
 """Gives, each time it is called, all chosen rows and their original lines, best first."""
 
 
-def jsonl(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
+def jsonl(rows: ChosenLines, *, scores: bool) -> Iterator[bytes]:
     """One row a line; byte for byte as it was uploaded, or, with `scores`, with the columns behind its own fields."""
     for row, line in rows():
         yield (compact(_with_scores(row, line)) if scores else line) + b"\n"
 
 
-def table_csv(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
+def table_csv(rows: ChosenLines, *, scores: bool) -> Iterator[bytes]:
     """A table with a heading, the columns in front; see the module for what becomes of values that are no texts.
 
     Raises `InvalidInput` before the first piece where the rows have more than `MOST_COLUMNS` fields.
@@ -77,7 +77,7 @@ def table_csv(rows: Chosen, *, scores: bool) -> Iterator[bytes]:
         buffer.truncate()
 
 
-def parquet(rows: Chosen, *, scores: bool, metadata: str) -> Iterator[bytes]:
+def parquet(rows: ChosenLines, *, scores: bool, metadata: str) -> Iterator[bytes]:
     """A Parquet file; `metadata` is kept under the key `gradstore` of its schema.
 
     Raises `InvalidInput` before the first piece where the rows have more than `MOST_COLUMNS` fields.
@@ -95,7 +95,7 @@ def parquet(rows: Chosen, *, scores: bool, metadata: str) -> Iterator[bytes]:
     yield out.take()
 
 
-def _own(rows: Chosen, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+def _own(rows: ChosenLines, columns: Collection[str]) -> Iterator[dict[str, Any]]:
     """The fields of each row that are none of the columns. Raises `InvalidInput` where they are too many for a table.
 
     It ends at the first row that makes them so, so what is known of them is bounded, too.
@@ -118,7 +118,7 @@ def _with_scores(row: SelectedRow, line: bytes) -> dict[str, Any]:
     return {**parse(line), **{column: getattr(row, name) for column, name in COLUMNS.items()}}
 
 
-def _groups(rows: Chosen, kinds: _Kinds, *, scores: bool) -> Iterator[list[dict[str, Any]]]:
+def _groups(rows: ChosenLines, kinds: _Kinds, *, scores: bool) -> Iterator[list[dict[str, Any]]]:
     """The rows as Parquet takes them, so many at a time that they fit into the memory."""
     group: list[dict[str, Any]] = []
     size = 0

@@ -77,7 +77,7 @@ def available() -> bool:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRecall:
     """What an index was found to do on vectors that are not in it."""
 
     recall: float
@@ -93,7 +93,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         self.id = folder.name
-        self.measured = Measured(**manifest["measured"])
+        self.measured = MeasuredRecall(**manifest["measured"])
         self._folder = folder
         self._starts = np.cumsum([0, *(stop - start for start, stop in manifest["ranges"])])
 
@@ -356,10 +356,10 @@ def _probes(pool: Pool, asked: NDArray[np.floating]) -> tuple[NDArray[np.floatin
     return np.concatenate([asked, own]).astype(np.float32), places
 
 
-def _measure(index: Index, pool: Pool, probes: NDArray[np.floating], truth: Truth) -> Measured:
+def _measure(index: Index, pool: Pool, probes: NDArray[np.floating], truth: Truth) -> MeasuredRecall:
     """The smallest number of candidates that finds enough of what is first for the probes, else the largest."""
     reduced = index.reduce(pool, probes)
-    found = Measured(0.0, CANDIDATES[-1])
+    found = MeasuredRecall(0.0, CANDIDATES[-1])
     for number in CANDIDATES:
         recalls: dict[tuple[bool, int], list[float]] = {}
         for probe, question in enumerate(reduced):
@@ -367,7 +367,7 @@ def _measure(index: Index, pool: Pool, probes: NDArray[np.floating], truth: Trut
             for end, rows in enumerate(truth.rows[:, probe]):
                 share = np.isin(rows[rows >= 0], candidates).mean()
                 recalls.setdefault((bool(truth.places[probe] < 0), end), []).append(float(share))
-        found = Measured(min(float(np.mean(each)) for each in recalls.values()), number)
+        found = MeasuredRecall(min(float(np.mean(each)) for each in recalls.values()), number)
         if found.recall >= WANTED_RECALL:
             break
     return found

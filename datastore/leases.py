@@ -664,7 +664,7 @@ def _only(found: Sequence[JobRow], reference: str, *, noun: str, collection: str
 def _take_job_name(session: Session, job: JobRow, name: str) -> None:
     holder = session.scalar(select(JobRow).where(JobRow.kind == job.kind, JobRow.name == name))
     if holder is not None and holder.id != job.id:
-        raise NameTaken(job.kind, name, holder.id)
+        raise NameTaken(job.kind, name, holder.id, movable=False)
     job.name = name
 
 

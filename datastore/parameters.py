@@ -1,7 +1,7 @@
 """The parameters of /select and /scores: what a query can say, and what of it a method or a kind has a use for.
 
 They name features (`ASKED`), or say how rows are scored and chosen by them. Some must be the same in the features of a
-pool and of its task (`SHARED`), and some say nothing about a kind. What fits a query is a `Candidate`.
+pool and of its task (`SHARED`), and some say nothing about a kind. What fits a query is a `Fit`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Fit:
     """A way to answer: pools, checkpoints and parameters for which every feature exists."""
 
     run: Run | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,10 +30,11 @@ from gradstore.types import (
 )
 
 from datastore.catalog import Catalog
-from datastore.errors import NotFound
+from datastore.errors import Ambiguous, GradstoreError, InvalidInput, NotFound
 from datastore.features import UNPROJECTED
 from datastore.leases import Jobs
-from datastore.parameters import OF_GRADIENTS
+from datastore.parameters import OF_GRADIENTS, Query
+from datastore.recipes import Recipes
 
 _NAMES = {"datasets": "dataset", "tasks": "task", "checkpoints": "checkpoint"}
 """Fields of a recipe that /select has under another name."""
@@ -60,6 +62,7 @@ class Cards:
 
     catalog: Catalog
     jobs: Jobs
+    recipes: Recipes
 
     def of(self, selection: Selection) -> Provenance:
         """Where a selection comes from."""
@@ -81,9 +84,27 @@ class Cards:
             checkpoints=[self._checkpoint(id, weight) for id, weight in weights.items()],
             run=self._run(recipe["run"]) if recipe["run"] else None,
             excluded=[self._excluded(id) for id in recipe["exclude"]],
-            request=f"GET /select?{urlencode(_parameters(recipe))}",
-            command=_command(recipe),
+            **self._again(selection),
         )
+
+    def _again(self, selection: Selection) -> dict[str, str]:
+        """The request and the command that give the same selection: its question, or else its recipe as it is.
+
+        A recipe that somebody has sent need not be the answer to a question, as with weights of its own.
+        """
+        recipe = selection.recipe.model_dump(mode="json")
+        try:
+            answered = self.recipes.resolve(_question(recipe), path="/select")[0] == selection.recipe
+        except (InvalidInput, Ambiguous):
+            answered = False
+        except GradstoreError:  # something is deleted, and no request gives it
+            answered = True
+        if answered:
+            return {"request": f"GET /select?{urlencode(_parameters(recipe))}", "command": _command(recipe)}
+        return {
+            "request": f"POST /selections {json.dumps({'recipe': recipe}, ensure_ascii=False)}",
+            "command": f"gradstore select --recipe {selection.id}",
+        }
 
     def of_features(self, features: FeatureSet, *, start: int, stop: int) -> FeaturesProvenance:
         """What the rows `start:stop` of a feature set are."""
@@ -196,6 +217,19 @@ def _parameters(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
             items = [f"{origin}:{share!r}" for origin, share in value.items()]
         found += [(_NAMES.get(name, name), _plain(item)) for item in items]
     return found
+
+
+def _question(recipe: Mapping[str, Any]) -> Query:
+    """The recipe's parameters as a question."""
+    names = {theirs: ours for ours, theirs in _NAMES.items()}
+    texts: dict[str, list[str]] = defaultdict(list)
+    for name, text in _parameters(recipe):
+        texts[names.get(name, name)].append(text)
+    values: dict[str, Any] = {}
+    for name, said in texts.items():
+        several = name == "quota" or isinstance(recipe[name], list)
+        values[name] = tuple(said) if several else "none" if recipe[name] is None else recipe[name]
+    return Query(**values)
 
 
 def _command(recipe: Mapping[str, Any]) -> str:

@@ -1,13 +1,13 @@
 """From the parameters of /select and /scores to a recipe: every default resolved to an id.
 
-With one candidate a parameter may be left out; with several, and where features are missing, the answer says how to go
+With one fit a parameter may be left out; with several, and where features are missing, the answer says how to go
 on (datastore/advice.py).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
 from datastore.errors import Conflict, InvalidInput, NotFound
 from datastore.features import UNPROJECTED, Features
-from datastore.parameters import ASKED, OWN, OWN_KINDS, SHARED, Candidate, Query, refuse_idle, said, with_method
+from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, SHARED, Fit, Query, refuse_idle, said, with_method
 from datastore.schema import SelectionRow
 from datastore.selection import rules
 from datastore.selection.contamination import DEFAULT_NGRAM
@@ -85,15 +85,29 @@ class Recipes:
         if query.method in rules.WITHOUT_FEATURES:
             return self._plain(query, path), Sources(datasets={}, tasks={})
         tasks = [self.catalog.task(reference) for reference in dict.fromkeys(query.tasks)]
-        pool = self._candidates(query)
-        found = [(candidate, self._targets(candidate, tasks)) for candidate in pool]
-        complete = [(candidate, targets) for candidate, targets in found if len(targets) == len(tasks)]
+        pool = self._fits(query)
+        found = [(fit, self._targets(fit, tasks)) for fit in pool]
+        complete = [(fit, targets) for fit, targets in found if len(targets) == len(tasks)]
         if not complete:
             raise advice.missing_task(found, tasks, features=self.features)
         if len(complete) > 1:
-            raise advice.ambiguous(query, [candidate for candidate, _ in complete], path)
-        candidate, targets = complete[0]
-        return self._recipe(query, candidate, targets), Sources(datasets=candidate.pools, tasks=targets)
+            raise advice.ambiguous(query, [fit for fit, _ in complete], path)
+        fit, targets = complete[0]
+        return self._recipe(query, fit, targets), Sources(datasets=fit.pools, tasks=targets)
+
+    def sent(self, recipe: SelectionRecipe) -> Sources:
+        """The features that a recipe reads that somebody sends, and whose run must be the one of its checkpoints.
+
+        Raises what `sources` does.
+        """
+        if recipe.run is not None:
+            run = self.catalog.run(recipe.run)
+            members = {checkpoint.id for checkpoint in run.checkpoints}
+            if run.id != recipe.run:
+                raise rules.refused("run", f"a recipe holds ids, and {recipe.run!r} is the name of {run.id}")
+            if not members.issuperset(recipe.checkpoints):
+                raise rules.refused("run", f"{run.id} has not all of the recipe's checkpoints: leave it out, as null")
+        return self.sources(recipe)
 
     def sources(self, recipe: SelectionRecipe) -> Sources:
         """The features that a recipe reads. Raises `NotFound`, `InvalidInput` and `GradientsMissing`."""
@@ -105,6 +119,9 @@ class Recipes:
             raise rules.refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
         if recipe.method in rules.WITHOUT_FEATURES:
             return Sources(datasets={}, tasks={})
+        kind = recipe.method if recipe.method in OWN_KINDS else None
+        if kind != (recipe.kind if recipe.kind in OWN_KINDS else None):
+            raise rules.refused("kind", f"method={recipe.method} does not compare features of kind={recipe.kind}")
         if not recipe.checkpoints:
             raise rules.refused("checkpoints", f"method={recipe.method} compares features: a recipe has checkpoints")
         shared = {name: getattr(recipe, name) for name in SHARED}
@@ -189,25 +206,25 @@ class Recipes:
         """
         query = with_method(query)
         refuse_idle(query)
-        candidates = self._candidates(query)
-        found = [candidate for candidate in candidates if not candidate.is_foreign]
+        fits = self._fits(query)
+        found = [fit for fit in fits if not fit.is_foreign]
         if not found:
-            raise advice.foreign(candidates[0].parameters["projection_id"], lacking="what is computed here")
+            raise advice.foreign(fits[0].parameters["projection_id"], lacking="what is computed here")
         if len(found) > 1:
             raise advice.ambiguous(query, found, path)
-        candidate = found[0]
-        run = candidate.run.id if candidate.run else None
-        return Pools(run, candidate.checkpoints, self._weights(candidate), candidate.parameters, candidate.pools)
+        fit = found[0]
+        run = fit.run.id if fit.run else None
+        return Pools(run, fit.checkpoints, self._weights(fit), fit.parameters, fit.pools)
 
-    def _candidates(self, query: Query) -> list[Candidate]:
+    def _fits(self, query: Query) -> list[Fit]:
         """The pools that fit a query, whatever its tasks have. Raises `NotFound` and `GradientsMissing`."""
         datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
         checkpoints = tuple(self.catalog.checkpoint(reference).id for reference in query.checkpoints)
         if len(set(checkpoints)) < len(checkpoints):
             raise rules.refused("checkpoint", "a checkpoint is named twice, and would count twice")
         run = self.catalog.run(query.run) if query.run else None
-        near = self._pool_candidates(query, datasets, run, checkpoints)
-        found = [candidate for candidate in near if len(candidate.pools) == max(1, len(datasets))]
+        near = self._pool_fits(query, datasets, run, checkpoints)
+        found = [fit for fit in near if len(fit.pools) == max(1, len(datasets))]
         if not found:
             raise advice.missing_pool(query, datasets, run, checkpoints, near, catalog=self.catalog)
         return found
@@ -223,10 +240,10 @@ class Recipes:
                 return chosen
         raise advice.not_stored(owner, recipe.checkpoints, variants[0])
 
-    def _pool_candidates(
+    def _pool_fits(
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
-    ) -> list[Candidate]:
-        """What fits the query; of the datasets that it names a candidate may have only some."""
+    ) -> list[Fit]:
+        """What fits the query; of the datasets that it names a fit may have only some."""
         known = self.features.complete(datasets=datasets or list(self.catalog.dataset_sizes()))
         wanted = {name: value for name in ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
@@ -237,26 +254,23 @@ class Recipes:
                 key = tuple(getattr(feature, name) for name in (*OWN, *SHARED))
                 groups[key][feature.dataset or ""].append(feature)
         trainings = self._trainings(run, checkpoints, [feature.checkpoint for feature in known])
-        found = []
+        found: list[Fit] = []
         for key, pools in groups.items():
             parameters = dict(zip((*OWN, *SHARED), key, strict=True))
-            for training, members in trainings:
-                covered = {
-                    dataset: chosen
-                    for dataset, sets in pools.items()
-                    if (chosen := _in_order(sets, members)) is not None
-                }
-                if datasets and covered:
-                    ordered = {dataset: covered[dataset] for dataset in datasets if dataset in covered}
-                    found.append(Candidate(training, members, parameters, ordered))
-                elif not datasets:
-                    found += [Candidate(training, members, parameters, {one: sets}) for one, sets in covered.items()]
+            fits = [fit for training in trainings for fit in _covering(pools, parameters, datasets, *training)]
+            if not fits and parameters["projection"] == FOREIGN and not run and not checkpoints:
+                at = dict.fromkeys(feature.checkpoint for sets in pools.values() for feature in sets)
+                fits = [fit for one in at for fit in _covering(pools, parameters, datasets, None, (one,))]
+            found += fits
         return found
 
     def _trainings(
         self, run: Run | None, checkpoints: tuple[str, ...], known: Sequence[str]
     ) -> list[tuple[Run | None, tuple[str, ...]]]:
-        """What is asked for, or else every run, and by itself every checkpoint of `known` that belongs to none."""
+        """What is asked for, or else every run, and by itself every checkpoint of `known` that belongs to none.
+
+        Imported features of one checkpoint of a run are by themselves where no run has all: see `_pool_fits`.
+        """
         if checkpoints:
             return [(run, checkpoints)]
         runs = [run] if run else self.catalog.all_runs()
@@ -265,50 +279,48 @@ class Recipes:
         alone = [] if run else [checkpoint for checkpoint in dict.fromkeys(known) if checkpoint not in in_runs]
         return [*members, *((None, (checkpoint,)) for checkpoint in alone)]
 
-    def _targets(self, candidate: Candidate, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
-        """The tasks' feature sets that go with a candidate."""
+    def _targets(self, fit: Fit, tasks: Sequence[Task]) -> dict[str, list[FeatureSet]]:
+        """The tasks' feature sets that go with a fit."""
         known = self.features.complete(tasks=[task.id for task in tasks])
         fitting = [
-            feature for feature in known if all(getattr(feature, name) == candidate.parameters[name] for name in SHARED)
+            feature for feature in known if all(getattr(feature, name) == fit.parameters[name] for name in SHARED)
         ]
-        kind = candidate.parameters["kind"]
+        kind = fit.parameters["kind"]
         found = {}
         for task in tasks:
             for wanted in ((kind, None),) if kind in UNPROJECTED else _TASK_KINDS:
                 sets = [each for each in fitting if each.task == task.id and (each.kind, each.adam) == wanted]
-                chosen = _in_order(sets, candidate.checkpoints)
+                chosen = _in_order(sets, fit.checkpoints)
                 if chosen is not None:
                     found[task.id] = chosen
                     break
         return found
 
-    def _recipe(self, query: Query, candidate: Candidate, targets: dict[str, list[FeatureSet]]) -> SelectionRecipe:
+    def _recipe(self, query: Query, fit: Fit, targets: dict[str, list[FeatureSet]]) -> SelectionRecipe:
         kinds = {(features[0].kind, features[0].adam) for features in targets.values()}
         if len(kinds) > 1:
             raise InvalidInput("the tasks' features are of different kinds: compute them alike with POST /gradients")
         ((task_kind, task_adam),) = kinds
         return SelectionRecipe(
-            datasets=list(candidate.pools),
+            datasets=list(fit.pools),
             tasks=list(targets),
-            checkpoints=list(candidate.checkpoints),
-            checkpoint_weights=self._weights(candidate),
-            run=candidate.run.id if candidate.run else None,
+            checkpoints=list(fit.checkpoints),
+            checkpoint_weights=self._weights(fit),
+            run=fit.run.id if fit.run else None,
             task_kind=task_kind,
             task_adam=task_adam,
             method=query.method or "influence",
             aggregate=query.aggregate or "less",
             combine=query.combine or "max",
-            **candidate.parameters,
-            **self._resolved(query, list(candidate.pools)),
+            **fit.parameters,
+            **self._resolved(query, list(fit.pools)),
         )
 
-    def _weights(self, candidate: Candidate) -> list[float]:
+    def _weights(self, fit: Fit) -> list[float]:
         """Mean learning rate of each checkpoint over their sum (LESS, eq. 3)."""
-        members = candidate.run.checkpoints if candidate.run else []
+        members = fit.run.checkpoints if fit.run else []
         of_run = {checkpoint.id: checkpoint.learning_rate for checkpoint in members}
-        rates = [
-            of_run[id] if id in of_run else self.catalog.checkpoint(id).learning_rate for id in candidate.checkpoints
-        ]
+        rates = [of_run[id] if id in of_run else self.catalog.checkpoint(id).learning_rate for id in fit.checkpoints]
         known = [rate for rate in rates if rate is not None]
         if len(known) < len(rates) and len(rates) > 1:
             raise InvalidInput(
@@ -330,6 +342,23 @@ class Recipes:
             ids = " and ".join(one.id for one in found)
             raise rules.refused("exclude", f"{reference!r} is the name of {ids}: say which by its id")
         return found[0]
+
+
+def _covering(
+    pools: Mapping[str, list[FeatureSet]],
+    parameters: dict[str, Any],
+    datasets: Sequence[str],
+    run: Run | None,
+    checkpoints: tuple[str, ...],
+) -> list[Fit]:
+    """The datasets with features at all of these checkpoints: together where they are named, else each by itself."""
+    covered = {
+        dataset: chosen for dataset, sets in pools.items() if (chosen := _in_order(sets, checkpoints)) is not None
+    }
+    if not datasets:
+        return [Fit(run, checkpoints, parameters, {one: sets}) for one, sets in covered.items()]
+    ordered = {dataset: covered[dataset] for dataset in datasets if dataset in covered}
+    return [Fit(run, checkpoints, parameters, ordered)] if ordered else []
 
 
 def _in_order(sets: Sequence[FeatureSet], checkpoints: Sequence[str]) -> list[FeatureSet] | None:

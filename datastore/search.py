@@ -107,7 +107,7 @@ def all_scores(pool: Pool, asked: NDArray[np.floating], *, on_rows: Callable[[in
             scores[:, start:stop] += queries @ directions(view, start, stop, check=begins).T
         if on_rows is not None:
             on_rows(stop)
-    if not np.isfinite(scores[:, pool.wanted]).all():
+    if not all(np.isfinite(row[pool.wanted]).all() for row in scores):
         raise Damaged(f"features of {pool.views[0].names[0][0]} are not finite: compute them again")
     return scores
 

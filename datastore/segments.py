@@ -158,7 +158,8 @@ class Rows(ABC):
 
     def features(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start:stop` as they were computed, up to the rounding of the stored dtype: float32 (n, dim)."""
-        return self.decoded(start, stop, check=True) * self.scales[start:stop, None]
+        scales: NDArray[np.float32] = self.part("scales", start, stop)
+        return self.decoded(start, stop, check=True) * scales[:, None]
 
     def decoded(self, start: int, stop: int, *, check: bool = False) -> NDArray[np.float32]:
         """Rows `start:stop` as numbers, not yet multiplied with their scales: float32 (n, dim), read-only or new."""

@@ -24,7 +24,7 @@ from datastore.questions import Questions
 from datastore.recipes import Recipes
 from datastore.scores import ScoreCache
 from datastore.scoring import Scoring
-from datastore.selection.contamination import RunIndex
+from datastore.selection.contamination import NgramIndex
 from datastore.selection_files import SelectionFiles
 from datastore.settings import Settings
 from datastore.tasks import Tasks
@@ -75,8 +75,8 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     texts = TextScoring(catalog, datasets, tasks, cache)
     scoring = Scoring(catalog, jobs, features, tasks, cache, texts)
     jobs.results["scoring"] = scoring.result
-    runs, files = RunIndex(tasks, settings.ngrams), SelectionFiles(settings.selections)
-    answers = Answers(catalog, datasets, recipes, scoring, runs, files)
+    ngrams, files = NgramIndex(tasks, settings.ngrams), SelectionFiles(settings.selections)
+    answers = Answers(catalog, datasets, recipes, scoring, ngrams, files)
     return OpenStore(
         settings=settings,
         catalog=catalog,
@@ -93,7 +93,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         recipes=recipes,
         scoring=scoring,
         answers=answers,
-        cards=Cards(catalog, jobs),
+        cards=Cards(catalog, jobs, recipes),
         validations=Validations(catalog, jobs, features, tasks, recipes, finetunes, Trainings(settings.trainings)),
         attributions=Attributions(
             catalog, jobs, datasets, recipes, features, Questions(settings.questions), Indexes(settings.indexes)

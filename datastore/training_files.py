@@ -27,7 +27,7 @@ Kind = Literal["messages", "prompt_completion"]
 KINDS: tuple[Kind, ...] = ("messages", "prompt_completion")
 Row = dict[str, Any]
 
-Chosen = Callable[[], Iterable[tuple[SelectedRow, Example]]]
+ChosenExamples = Callable[[], Iterable[tuple[SelectedRow, Example]]]
 """Gives, each time it is called, all chosen rows and their examples, best first."""
 
 DEFAULT_MODEL = "the/base-model"  # of a selection whose checkpoints are deleted
@@ -50,7 +50,7 @@ class _Format:
     """How they are used: Markdown."""
 
 
-def files(trainer: Trainer, rows: Chosen, provenance: Provenance) -> Iterator[tuple[str, Iterable[bytes]]]:
+def files(trainer: Trainer, rows: ChosenExamples, provenance: Provenance) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Every file of a trainer's folder, as its name and its pieces; each is read before the next is asked for."""
     chosen = _FORMATS[trainer]
     counts = Counter(_kind(example) if _fits(chosen, example) else "unfit" for _, example in rows())
@@ -87,13 +87,13 @@ def _fits(chosen: _Format, example: Example) -> bool:
     return True
 
 
-def _of_kind(chosen: _Format, rows: Chosen, kind: Kind) -> Iterator[Row]:
+def _of_kind(chosen: _Format, rows: ChosenExamples, kind: Kind) -> Iterator[Row]:
     for _, example in rows():
         if _kind(example) == kind and _fits(chosen, example):
             yield _converted(chosen, example)
 
 
-def _left_out(chosen: _Format, rows: Chosen) -> Iterator[Row]:
+def _left_out(chosen: _Format, rows: ChosenExamples) -> Iterator[Row]:
     for row, example in rows():
         try:
             _converted(chosen, example)

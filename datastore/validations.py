@@ -35,6 +35,7 @@ from gradstore.types import (
     ValidationRequest,
     ValidationResult,
 )
+from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
@@ -57,8 +58,8 @@ from datastore.selection.top import candidates, count, top
 from datastore.tasks import Tasks
 from datastore.trainings import Measured, Training, Trainings
 
-KEPT = 100
-"""Score vectors whose best rows a process remembers."""
+KEPT = 16
+"""Score vectors whose best rows a process remembers, 4 bytes a row."""
 REPEATS = 5
 """Trainings without the best rows, and random draws, of a leave-top-k-out validation."""
 
@@ -111,7 +112,7 @@ class Validations:
     recipes: Recipes
     finetunes: Finetunes
     trainings: Trainings
-    _best: dict[str, set[int]] = field(default_factory=dict)
+    _best: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     """The best rows by some scores, which several trainings leave out."""
 
     # Users' side ------------------------------------------------------------------------------------------------------
@@ -286,7 +287,8 @@ class Validations:
     def result(self, claim: Claim, key: str) -> ValidationResult:
         """What a validation comes to whose trainings are all done; `key` is the claim's own.
 
-        Raises `Damaged` where a training is missing, and `Conflict` where no target has both loss and feature.
+        Raises `Damaged` where a training is missing, and `Conflict` where no target has both loss and feature, or no
+        loss differs between trainings.
         """
         plan = claim.plan
         payloads = self._payloads(claim, key)
@@ -316,12 +318,13 @@ class Validations:
         if "subset" in payload:
             return sorted(_draw(f"subset {seed} {payload['subset']}", pool, kept))
         if "draw" in payload:
-            left_out = set(_draw(f"draw {seed} {payload['draw']}", pool, pool - kept))
+            left_out = np.array(_draw(f"draw {seed} {payload['draw']}", pool, pool - kept), np.int32)
         else:
             left_out = self._best_rows(plan, payload["best"])
-        return [row for row in range(pool) if row not in left_out]
+        rows: list[int] = np.delete(np.arange(pool), left_out).tolist()
+        return rows
 
-    def _best_rows(self, plan: dict[str, Any], number: int) -> set[int]:
+    def _best_rows(self, plan: dict[str, Any], number: int) -> NDArray[np.int32]:
         """The rows that a training without the best ones leaves out."""
         key = content_id("best", [plan["scores"][number], plan["pool_rows"], plan["rows"], plan["recipe"]["seed"]])
         if key not in self._best:
@@ -332,7 +335,7 @@ class Validations:
             chosen = top(score, candidates(valid, None), plan["pool_rows"] - plan["rows"])
             if len(chosen) < plan["pool_rows"] - plan["rows"]:
                 raise Conflict(f"only {len(chosen):,} rows of the pool have a score: leave out at most as many")
-            self._best[key] = set(chosen.tolist())
+            self._best[key] = chosen.astype(np.int32)
         return self._best[key]
 
     def _vector(
@@ -377,6 +380,11 @@ class Validations:
         """The linear datamodeling score of each of the scores."""
         losses = np.stack([loss for _, loss in trainings])
         losses = losses.reshape(-1, plan["repeats"], len(targets)).mean(axis=1)
+        if not np.ptp(losses, axis=0).any():
+            raise Conflict(
+                "every training ended with the same losses, so nothing can be correlated with them: train for more "
+                "steps (epochs, fraction), or at a higher learning_rate"
+            )
         subsets = members((self._rows(plan, {"subset": number}) for number in range(len(losses))), plan["pool_rows"])
         for number, (scores, (pool, task)) in enumerate(zip(plan["scores"], views, strict=True)):
             if scores["control"] is not None:
@@ -390,6 +398,7 @@ class Validations:
                     trackstar=scores["precondition"] == "trackstar",
                 )
             predicted = sums(values, subsets)
+            del values  # before the next are made
             yield _Finding(
                 values=spearman(predicted, -losses),
                 samples=resampled(predicted, -losses, samples=plan["bootstrap_samples"], seed=plan["recipe"]["seed"]),

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from datastore.errors import (
     Ambiguous,
     BucketUnreachable,
+    Busy,
     Conflict,
     Damaged,
     GradientsMissing,
@@ -76,6 +77,7 @@ STATUS: dict[type[Exception], int] = {
     Damaged: 500,
     HubUnreachable: 503,
     BucketUnreachable: 503,
+    Busy: 503,
     Conflict: 409,
     Unreadable: 400,
     NotAuthenticated: 401,

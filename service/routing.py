@@ -6,13 +6,18 @@ A route takes the media types that its entry in the OpenAPI document names, so t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, get_args, get_origin
 
 from fastapi import APIRouter, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from gradstore.types import ProblemItem
+from pydantic import BaseModel
 
+from datastore.errors import InvalidInput
 from service import forms, idempotency
 from service.dependencies import backend_of
 from service.problems import UnsupportedMediaType
@@ -31,8 +36,10 @@ class Route(APIRoute):
         """Wrap the handler that FastAPI makes."""
         answer = super().get_route_handler()
         accepted = self._media_types()
+        single = self._single_parameters()
 
         async def handle(request: Request) -> Response:
+            _refuse_repeated(request, single)
             if request.method in READING:
                 return conditional(request, await answer(request))
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -48,9 +55,43 @@ class Route(APIRoute):
 
         return handle
 
+    def _single_parameters(self) -> frozenset[str]:
+        """The parameters of the query that take one value."""
+        names: set[str] = set()
+        for name, kind in _query_fields(self.dependant):
+            fields = {name: kind}
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                fields = {name: own.annotation for name, own in kind.model_fields.items()}
+            names |= {name for name, own in fields.items() if not _is_list(own)}
+        return frozenset(names)
+
     def _media_types(self) -> frozenset[str]:
         documented = (self.openapi_extra or {}).get("requestBody", {}).get("content", {})
         return frozenset(documented or ({JSON} if self.body_field else ()))
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether values of a type, or of one of its alternatives, are lists."""
+    return get_origin(kind) in {list, tuple} or any(map(_is_list, get_args(kind)))
+
+
+def _query_fields(dependant: Dependant) -> Iterator[tuple[str, Any]]:
+    """Name and type of what a route and its dependencies read of the query."""
+    yield from ((field.alias, field.field_info.annotation) for field in dependant.query_params)
+    for dependency in dependant.dependencies:
+        yield from _query_fields(dependency)
+
+
+def _refuse_repeated(request: Request, single: frozenset[str]) -> None:
+    """Raise `InvalidInput` where a parameter of one value is given several times: all but one would be dropped."""
+    given = Counter(name for name, _ in request.query_params.multi_items())
+    errors = [
+        ProblemItem(parameter=name, detail=f"takes one value, and is given {times} times")
+        for name, times in given.items()
+        if times > 1 and name in single
+    ]
+    if errors:
+        raise InvalidInput(f"{errors[0].parameter}: {errors[0].detail}", errors=errors)
 
 
 class Router(APIRouter):

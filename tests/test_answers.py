@@ -15,7 +15,7 @@ from gradstore.types import Selection, SelectionRecipe
 from numpy.typing import NDArray
 
 from datastore import answers
-from datastore.errors import GradientsMissing, InUse, InvalidInput
+from datastore.errors import Busy, GradientsMissing, InUse, InvalidInput
 from datastore.influence import normalise
 from datastore.parameters import Query
 from datastore.recipes import Sources
@@ -279,6 +279,22 @@ def test_a_comparison_of_rows_is_made_once_however_many_ask(filled: Store, monke
         found = list(threads.map(lambda _: filled.answers.select(recipe, sources, scores, limit=12), range(2)))
     assert len(calls) == 1
     assert [rows_of(each) for each in found] == [rows_of(expected)] * 2
+
+
+def test_who_waits_too_long_for_a_comparison_of_rows_is_told_to_ask_again(
+    filled: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "LONGEST_WAIT", 0.01)
+    recipe, sources = asked(filled, k=12, dedupe=0.95)
+    plain, _ = asked(filled, k=12)
+    filled.answers.remove(answered(filled, recipe, sources).id)
+    scores = filled.scoring.known(recipe, sources)
+    assert scores is not None
+    with filled.answers._alone():
+        with pytest.raises(Busy, match="ask again in a minute"):
+            filled.answers.select(recipe, sources, scores, limit=12)
+        assert filled.answers.select(plain, sources, scores, limit=12).count == 12
+    assert filled.answers.select(recipe, sources, scores, limit=12).count == 12
 
 
 def test_a_recipe_whose_features_are_gone_says_how_to_compute_them(filled: Store) -> None:

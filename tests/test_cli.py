@@ -192,6 +192,9 @@ ADVICE = {
         "it is deleted with what it made: gradstore finetunes delete ft_1",
     'POST /gradients {"dataset": "<dataset>", "checkpoints": ["a", "b"], "max_length": 64} computes them':
         "gradstore gradients create --dataset '<dataset>' --checkpoint a --checkpoint b --max-length 64 computes them",
+    'POST /gradients {"task": "t"} computes them, and POST /conversions {"task": "t", "dtype": "int8"} then makes it':
+        "gradstore gradients create --task t computes them, and gradstore conversions create --task t --dtype int8 "
+        "then makes it",
     'the base model as it is that POST /checkpoints {"model": "…"} registers':
         "the base model as it is that gradstore checkpoints register --model '…' registers",
     "/fraction: 5 % is 0.05": "fraction: 5 % is 0.05",
@@ -264,6 +267,8 @@ def test_wrong_usage_is_exit_code_2(run: Run, words: tuple[str, ...]) -> None:
         (("less", "pool.jsonl", "--task", "mmlu", "--task", "bbh", "--model", "m"), "--task"),
         (("select", "--pct", "0.05", "--k=3", "--pct=0.1"), "--pct"),
         (("selections", "export", "best", "-o", "one", "--output", "two"), "--output"),
+        (("--url", "http://a", "--url", "http://b", "health"), "--url"),
+        (("serve", "--port", "1", "--port", "2"), "--port"),
     ],
 )
 def test_an_option_of_one_value_is_refused_where_it_is_given_twice(
@@ -563,8 +568,17 @@ def test_scores_that_name_nothing_are_refused(run: Run, scores: str) -> None:
     assert not asked
 
 
+def naming(asked: Asked) -> Said | None:
+    """A dataset and a task with names, and one of each that is deleted."""
+    if asked.path.endswith("/gone"):
+        return Said(canned.problem(404, "no such thing", type="not-found"), status=404)
+    made = {"datasets": canned.dataset("tulu"), "tasks": canned.task("mmlu")}
+    noun = asked.path.split("/")[1]
+    return Said(made[noun]) if noun in made else None
+
+
 def attributed(asked: Asked) -> Said:
-    return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="attribution"))
+    return naming(asked) or Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="attribution"))
 
 
 def test_why_prints_what_helps_and_what_opposes(run: Run) -> None:
@@ -576,7 +590,7 @@ def test_why_prints_what_helps_and_what_opposes(run: Run) -> None:
     assert helps.split()[-7:] == ["1", "0.5", "dolly", "7", "row-7", "text", "7"]
     assert "second line" not in ran.out
     assert "-0.25" in opposes
-    assert "3 rows, by every row" in ran.err
+    assert "tulu: 3 rows, by every row" in ran.err
     with_parts, _ = asked_by(run, attributed, "why", "Who?", "He.", "--parts")
     assert {"ck_1", "ck_2", "0.375", "0.125"} <= set(with_parts.out.split())
     as_json, _ = asked_by(run, attributed, "why", "Who?", "He.", "--json")
@@ -620,15 +634,6 @@ def test_watching_prints_every_state(run: Run) -> None:
 
 
 # Selection --------------------------------------------------------------------------------------------------------
-
-
-def naming(asked: Asked) -> Said | None:
-    """A dataset and a task with names, and one of each that is deleted."""
-    if asked.path.endswith("/gone"):
-        return Said(canned.problem(404, "no such thing", type="not-found"), status=404)
-    made = {"datasets": canned.dataset("tulu"), "tasks": canned.task("mmlu")}
-    noun = asked.path.split("/")[1]
-    return Said(made[noun]) if noun in made else None
 
 
 def selecting(asked: Asked) -> Said:

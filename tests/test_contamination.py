@@ -10,12 +10,14 @@ import pytest
 from gradstore.types import SelectionRecipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from datastore.errors import Conflict
 from datastore.rows import Example
 from datastore.selection import contamination
 from datastore.selection import words as hashing
-from datastore.selection.choose import Lengths, Material, choose
-from datastore.selection.contamination import Contamination, Overlap, RunIndex, TaskRuns, runs_of
+from datastore.selection.choose import Chosen, Lengths, Material, choose
+from datastore.selection.contamination import Contamination, NgramIndex, Overlap, TaskNgrams, runs_of
 from datastore.selection.draws import draw
 from datastore.selection.make_up import Labelled
 from datastore.selection.words import ngrams, ngrams_in
@@ -28,7 +30,7 @@ def example(text: str) -> Example:
     return Example(id=None, origin="o", prompt=text, completion="")
 
 
-def overlap(runs: TaskRuns, text: str) -> Overlap | None:
+def overlap(runs: TaskNgrams, text: str) -> Overlap | None:
     return Contamination(lambda _: text, [runs]).of(0)
 
 
@@ -143,7 +145,7 @@ def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     (folder / "test.jsonl").write_text(line.format("second"))
     tasks = Tasks(tmp_path / "tasks")
     task = tasks.store("jsonl", folder).id
-    index = RunIndex(tasks, tmp_path / "ngrams")
+    index = NgramIndex(tasks, tmp_path / "ngrams")
     runs = index.of(task, 13)
     assert (runs.validation, runs.unchecked, len(list((tmp_path / "ngrams").iterdir()))) == (1, 0, 1)
     monkeypatch.setattr(contamination, "runs_of", None)
@@ -163,6 +165,30 @@ def test_runs_of_a_task_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     index.of(task, 13)
     index.delete(task)
     assert list(index.root.iterdir()) == [other]
+
+
+def test_a_matched_draw_says_which_lengths_it_did_without_and_of_no_row_nothing_can_be_chosen() -> None:
+    leaked = " ".join(f"word{n}" for n in range(20))
+    texts = [leaked if row % 2 else f"row {row}" for row in range(20)]
+    lengths = np.array([5, 6], np.int32)[np.arange(20) % 2]
+    contamination = Contamination(texts.__getitem__, [runs_of("task_1", [example(leaked)], 13, validation=0)])
+    recipe = SelectionRecipe.model_construct(strategy="top", combine=None, exclude_contaminated=True)
+
+    def chosen(among: NDArray[np.bool_]) -> Chosen:
+        material = Material(
+            Labelled(("pool",), np.zeros(20, np.int64)),
+            str,
+            lambda rows: np.empty((len(rows), 1)),
+            contamination,
+            Lengths(lengths, np.array([5, 5, 6], np.int32)),
+        )
+        return choose([draw(20, seed=2)], recipe, among, 3, material)
+
+    found = chosen(np.ones(20, bool))
+    assert lengths[found.rows].tolist() == [5, 5, 5]
+    assert found.notes == ["1 of 3 rows could not be matched: no row of their length was left"]
+    with pytest.raises(Conflict, match="no row can be chosen"):
+        chosen(lengths == 6)
 
 
 def test_a_matched_draw_takes_other_rows_of_the_same_length_instead_of_those_that_overlap() -> None:

@@ -136,6 +136,10 @@ def test_overlaps_are_those_of_the_selections(service: Service, k: int) -> None:
 def test_one_task_has_nothing_to_be_compared_with(service: Service) -> None:
     problem_of(service.http.get("/overlaps", params={"task": "one", "k": 3}), 422)
     problem_of(service.http.get("/overlaps", params={"task": ["one", "two"]}), 422)
+    twice = problem_of(service.http.get("/overlaps", params={"task": ["one", "one"], "k": 3}), 422)
+    assert "names something twice" in twice.detail
+    joined = problem_of(service.http.get("/overlaps", params={"task": ["one", "two"], "k": 3, "combine": "mean"}), 422)
+    assert "leave it out" in joined.detail
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=30))

@@ -434,6 +434,19 @@ def test_the_request_and_the_command_of_a_card_give_the_same_selection(
     assert json.loads(done.stdout.splitlines()[-1])["id"] == chosen["id"]
 
 
+def test_a_recipe_that_answers_no_question_is_given_again_as_it_is(
+    shared_service: Service, store: GradientStore, chosen: dict[str, Any]
+) -> None:
+    weights = [1.0, *[0.0] * (len(chosen["recipe"]["checkpoints"]) - 1)]
+    sent = chosen["recipe"] | {"ngram": chosen["recipe"]["ngram"] + 1, "checkpoint_weights": weights, "aggregate": None}
+    first = shared_service.http.post("/selections", json={"recipe": sent}).json()
+    told = store.selections.provenance(first["id"])
+    method, path, body = told.request.split(" ", 2)
+    again = shared_service.http.request(method, path, content=body, headers={"Content-Type": "application/json"})
+    assert again.json()["id"] == first["id"]
+    assert told.command == f"gradstore select --recipe {first['id']}"
+
+
 def test_a_card_tells_names_files_and_trainings_and_outlives_what_it_names(service: Service, tmp_path: Path) -> None:
     service.pool(20, name="pool")
     service.task("target")

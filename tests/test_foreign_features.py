@@ -417,7 +417,7 @@ def test_imported_features_are_never_compared_with_others(
     imported(store, service, targets, task="target", projection_id="less seed 1")
     assert store.select(task="target", k=3).recipe.projection == "blocks"
     refused = problem_of(service.http.get("/select?task=target&k=3&projection_id=less%20seed%201"), 409)
-    assert "'less seed 1', of which the pool has none" in refused.detail
+    assert "the pool has no imported features with the projection_id 'less seed 1'" in refused.detail
     imported(store, service, targets, task="target")
     with pytest.raises(Conflict, match="sets of features fit"):
         store.select(task="target", k=3)
@@ -429,6 +429,21 @@ def test_imported_features_are_never_compared_with_others(
     mixed = problem_of(service.http.get("/select?task=target&k=3&dataset=pool&dataset=other"), 409)
     assert mixed.type == "gradients-missing"
     assert "foreign" not in mixed.detail
+
+
+def test_features_imported_at_one_checkpoint_of_a_run_are_found_by_themselves(
+    store: GradientStore, service: Service, tmp_path: Path
+) -> None:
+    warm = service.http.get("/checkpoints/warm").json()["id"]
+    store.runs.create([warm, service.checkpoint(1)["id"]], name="run")
+    imported(store, service, _saved(tmp_path / "a.npy", drawn(ROWS)), dataset="pool", kind="sgd")
+    imported(store, service, _saved(tmp_path / "t.npy", drawn(3)), task="target")
+    found = store.select(task="target", k=3, projection_id="less seed 0")
+    assert (found.recipe.run, found.recipe.checkpoints) == (None, [warm])
+    for asked in ({"projection_id": "nope"}, {"projection": "foreign", "dim": 3}):
+        refused = problem_of(service.http.get("/select", params={"task": "target", "k": 3, **asked}), 409)
+        assert "the pool has no imported features" in refused.detail
+        assert "None" not in refused.detail
 
 
 def test_features_of_a_task_that_are_foreign_are_told_where_ours_are_missing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,10 @@ def test_a_build_holds_no_number_for_each_row(
 
 @pytest.fixture
 def large(tmp_path: Path) -> Store:
+    return large_store(tmp_path, numbers)
+
+
+def large_store(tmp_path: Path, features: Callable[[str, int, int, int], NDArray[np.float32]]) -> Store:
     """A store with features of 200 rows at two checkpoints."""
     store = Store.at(tmp_path / "store")
     for number in range(2):
@@ -317,8 +322,16 @@ def large(tmp_path: Path) -> Store:
     store.catalog.add_run(id="run_1", checkpoints=["ck_0", "ck_1"], name="warm-up")
     store.pool(200, name="pool")
     store.features.start(request(dataset="pool"))
-    store.work(numbers)
+    store.work(features)
     return store
+
+
+def test_a_pool_of_few_rows_with_a_feature_is_read_whole(tmp_path: Path) -> None:
+    def few(name: str, start: int, stop: int, dim: int) -> NDArray[np.float32]:
+        return numbers(name, start, stop, dim) * (np.arange(start, stop) < 50)[:, None]
+
+    (report,) = answer(large_store(tmp_path, few), asked(k=5), question()).searches
+    assert (report.method, report.rows) == ("exact", 50)
 
 
 def test_a_large_pool_is_searched_by_an_index_that_the_first_attribution_builds(large: Store) -> None:

@@ -121,6 +121,16 @@ def test_more_rows_than_can_be_compared_are_refused_before_they_are_read(
     assert FeatureDuplicates(reading, 0.95, iter(range(600)), rows=100).keep(0)
 
 
+def test_a_walk_that_passes_over_rows_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(duplicates, "MOST_PRODUCTS", 16 * 5 * 1000)
+    families = normalise(np.random.default_rng(3).normal(size=(5, 16)))
+    features = families[np.arange(3000) % 5]
+    found = FeatureDuplicates(lambda rows: features[list(rows)], 0.99, iter(range(3000)), rows=20)
+    with pytest.raises(InvalidInput, match=r"of 1,0\d\d rows met 5 could be taken, and 20 are wanted: ask for fewer"):
+        list(map(found.keep, range(3000)))
+
+
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=14).map(" ".join)
 
 

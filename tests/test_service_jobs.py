@@ -422,7 +422,7 @@ def test_an_evaluation_is_renamed_and_deleted(service: Service) -> None:
 
 def test_a_deleted_task_takes_its_runs_of_words_with_it(service: Service) -> None:
     service.task("target")
-    runs = service.backend.answers.runs
+    runs = service.backend.answers.ngrams
     runs.of(service.http.get("/tasks/target").json()["id"], 13)
     assert len(list(runs.root.iterdir())) == 1
     assert service.http.delete("/tasks/target").status_code == 204

@@ -123,6 +123,56 @@ def test_a_checkpoint_that_is_named_twice_is_refused(ready: Service) -> None:
     assert problem_of(ready.http.get("/select", params=asked), 422).errors[0].parameter == "checkpoint"
 
 
+@pytest.mark.parametrize("query", ["k=5&k=6", "pct=0.1&pct=0.2", "k=5&method=bm25&method=influence"])
+def test_a_parameter_of_one_value_is_refused_where_it_is_given_twice(ready: Service, query: str) -> None:
+    problem = problem_of(ready.http.get(f"/select?task=target&{query}"), 422)
+    assert [item.parameter for item in problem.errors] == [query.rpartition("&")[2].partition("=")[0]]
+    assert "takes one value, and is given 2 times" in problem.detail
+    assert ready.http.get("/select?task=target&task=target&k=5&weights=a&weights=b").status_code == 409
+
+
+def test_what_did_not_go_as_asked_is_told(ready: Service) -> None:
+    notes = [
+        ready.http.get("/select", params={"task": "target", **asked}).json()["notes"]
+        for asked in (
+            {"k": 50},
+            {"k": 5, "exclude_ids": ["3", "typo"]},
+            {"k": 5, "strategy": "k-center", "among": 3},
+            {"k": 5},
+        )
+    ]
+    assert notes == [
+        ["40 rows instead of 50: no others can be chosen"],
+        ["no row has 1 of the ids to leave out, such as 'typo'"],
+        ["of 5 rows instead of among=3"],
+        [],
+    ]
+
+
+def test_every_seed_that_is_taken_parts_rows_into_clusters(ready: Service) -> None:
+    for seed in (0, (1 << 31) - 1, 1 << 31, (1 << 32) - 1):
+        assert select(ready, strategy="clusters", clusters=2, selection_seed=seed, pct=0.2)["count"] == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"run": "nope"}, 404, "no run is called 'nope'"),
+        ({"run": "run"}, 422, "'run' is the name of run_"),
+        ({"run": "{other}"}, 422, "has not all of the recipe's checkpoints"),
+        ({"method": "rds"}, 422, "method=rds does not compare features of kind=sgd"),
+        ({"kind": "rds"}, 422, "method=influence does not compare features of kind=rds"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_contradicts_itself_is_refused(
+    ready: Service, change: dict[str, Any], status: int, words: str
+) -> None:
+    other = ready.checkpoint(1)["id"]
+    run = ready.http.post("/runs", json={"checkpoints": [other], "name": "other"}).json()["id"]
+    recipe = select(ready)["recipe"] | {name: value.replace("{other}", run) for name, value in change.items()}
+    assert words in problem_of(ready.http.post("/selections", json={"recipe": recipe}), status).detail
+
+
 def test_a_percentage_is_told_its_fraction(ready: Service) -> None:
     problem = problem_of(ready.http.get("/select", params={"task": "target", "pct": 5}), 422)
     assert [(item.parameter, "5 % is 0.05" in item.detail) for item in problem.errors] == [("pct", True)]
@@ -283,6 +333,7 @@ def test_a_recipe_alone_gives_its_selection_again(ready: Service) -> None:
         ({"checkpoints": [], "checkpoint_weights": []}, "a recipe has checkpoints"),
         ({"k": 10**20, "pct": None}, "less than or equal"),
         ({"strategy": "clusters", "selection_seed": 0, "among": 10**20}, "less than or equal"),
+        ({"dedupe": 0.9}, "dedupe_by is features or text"),
         ({"quota": {}}, "no share"),
         ({"quota": {"nobody": 0.5}}, "no row has the origin"),
         ({"quota": {"pool.jsonl": -1}}, "no fraction"),

@@ -155,6 +155,11 @@ def test_a_score_is_what_pandas_finds_in_the_same_trainings(world: World) -> Non
     assert control.difference_interval.high < 0
 
 
+def test_trainings_that_all_end_alike_say_nothing_of_scores(world: World) -> None:
+    with pytest.raises(Conflict, match="every training ended with the same losses"):
+        world.done(world.request(), lambda _: [1.5] * VALIDATION)
+
+
 def test_subtasks_are_predicted_as_the_mean_of_their_rows(world: World) -> None:
     losses = one_step(influences(), noise=0.1)
     [scores] = world.done(world.request(targets="subtasks"), losses).scores

@@ -35,6 +35,8 @@ from worker.batches import (
 from worker.metrics import best_choice, bootstrap_interval, exact_match, subtask_mean, token_f1
 from worker.models import use_exact_mode
 
+TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
+LEAST_TOKENS = 512  # that are tried where so many do not fit the memory
 LOGIT_ELEMENTS = 1 << 26  # logits made float32 at a time: 256 MB
 GENERATED: frozenset[Metric] = frozenset({"exact_match", "token_f1"})
 """Metrics of a text that the model writes itself."""

@@ -27,12 +27,12 @@ from gradstore._cli.evaluations import evaluations, print_measured
 from gradstore._cli.finetunes import finetunes
 from gradstore._cli.gradients import conversions, gradients, imports
 from gradstore._cli.jobs import jobs
-from gradstore._cli.once import App
+from gradstore._cli.once import App, refuse_repeated
 from gradstore._cli.options import Json, given, takes
 from gradstore._cli.output import is_terminal, print_json, print_object, say, say_lost_rows
 from gradstore._cli.scores import distribution, overlaps, scores
 from gradstore._cli.selections import select, selections
-from gradstore._cli.session import REFUSED, UNREAD, Target, session
+from gradstore._cli.session import REFUSED, UNREAD, Server, session
 from gradstore._cli.tasks import KINDS, tasks
 from gradstore._cli.validations import validations
 from gradstore.types import FinetuneRequest
@@ -56,6 +56,11 @@ class Commands(TyperGroup):
         """Read the command line; `--help` is printed here."""
         with _unread_output():
             return super().make_context(*args, **settings)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what stands before the command's name."""
+        refuse_repeated(self, ctx, args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was called."""
@@ -113,7 +118,7 @@ def _loaded(name: str) -> Any:
 
 
 def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app = App(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name, **settings)(function)
     return typer.main.get_command(app)
 
@@ -154,7 +159,7 @@ def root(
     The usual way: datasets upload, tasks upload, finetunes create (warm-up), gradients create for both, select,
     finetunes create on the selection, evaluations create. Or all of it at once: less.
     """
-    ctx.obj = Target(url, api_key)
+    ctx.obj = Server(url, api_key)
 
 
 @app.command()

@@ -7,6 +7,7 @@ rows apart from each other. Where nothing is passed over the best rows are found
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -25,7 +26,7 @@ from datastore.selection.diversity import Reader
 from datastore.selection.draws import matched
 from datastore.selection.duplicates import SAMPLE, FeatureDuplicates, TextDuplicates
 from datastore.selection.make_up import Labelled
-from datastore.selection.rules import refused
+from datastore.selection.rules import dedupe_by, refused
 from datastore.selection.tasks import CombinedScores, Filter, Pick, Walks
 from datastore.selection.top import Selected, ranking, top
 
@@ -71,14 +72,22 @@ class Lengths:
 
 
 def choose(scores: Sequence[TaskScores], recipe: SelectionRecipe, among: Mask, k: int, material: Material) -> Chosen:
-    """The rows that a recipe chooses of the candidates, at most `k`."""
-    walks = Walks(scores, recipe.combine or "max", among)
+    """The rows that a recipe chooses of the candidates, at most `k`. Raises `Conflict` where there is none."""
+    chosen = _choose(recipe, Walks(scores, recipe.combine or "max", among), k, material)
+    if not len(chosen.rows):
+        raise Conflict("no row can be chosen: all candidates overlap with a task's rows, or have no share in the quota")
+    return chosen
+
+
+def _choose(recipe: SelectionRecipe, walks: Walks, k: int, material: Material) -> Chosen:
+    among = walks.among
     if material.lengths is not None:
-        return _of_combined(_one_score(walks), _matched(recipe, scores[0].score, among, material, material.lengths))
+        return _matched(recipe, _one_score(walks), among, material, material.lengths)
     keep = _filter(recipe, walks, material, k)
     notes: list[str] = []
     if recipe.strategy == "k-center":
-        return of_tasks(walks, _apart(recipe, walks, keep, k, material))
+        notes += [f"of {k:,} rows instead of among={recipe.among:,}"] if recipe.among and recipe.among < k else []
+        return of_tasks(walks, _apart(recipe, walks, keep, k, material), notes)
     if recipe.strategy == "clusters":
         picks = _of_clusters(recipe, walks, keep, k, material, notes)
     elif recipe.quota is not None:
@@ -126,9 +135,11 @@ def _one_score(walks: Walks) -> CombinedScores:
     return walks.combined
 
 
-def _matched(recipe: SelectionRecipe, drawn: Floats, among: Mask, material: Material, lengths: Lengths) -> Selected:
+def _matched(
+    recipe: SelectionRecipe, drawn: CombinedScores, among: Mask, material: Material, lengths: Lengths
+) -> Chosen:
     """A matched draw; rows that overlap with a task, where they are to be left out, are drawn again."""
-    rows = matched(lengths.known, drawn, among, lengths.wanted)
+    rows = matched(lengths.known, drawn.score, among, lengths.wanted)
     while recipe.exclude_contaminated:
         overlaps = material.contamination.of_all(rows.tolist())
         unwanted = rows[[overlap is not None for overlap in overlaps]]
@@ -136,8 +147,10 @@ def _matched(recipe: SelectionRecipe, drawn: Floats, among: Mask, material: Mate
             break
         among = among.copy()
         among[unwanted] = False
-        rows = matched(lengths.known, drawn, among, lengths.wanted)
-    return rows
+        rows = matched(lengths.known, drawn.score, among, lengths.wanted)
+    missed = (Counter(lengths.wanted.tolist()) - Counter(lengths.known[rows].tolist())).total()
+    notes = [f"{missed:,} of {len(lengths.wanted):,} rows could not be matched: no row of their length was left"]
+    return _of_combined(drawn, rows, notes if missed else [])
 
 
 def _everything(row: int) -> bool:  # noqa: ARG001 - a filter
@@ -150,7 +163,7 @@ def _filter(recipe: SelectionRecipe, walks: Walks, material: Material, k: int) -
     if recipe.exclude_contaminated:
         filters.append(lambda row: material.contamination.of(row) is None)
     ahead = (row for row, _ in walks.accepted(walks.among, (), _everything))
-    if recipe.dedupe is not None and recipe.dedupe_by == "text":
+    if recipe.dedupe is not None and dedupe_by(recipe) == "text":
         filters.append(TextDuplicates(material.text, recipe.dedupe, first=islice(ahead, SAMPLE)).keep)
     elif recipe.dedupe is not None:
         filters.append(FeatureDuplicates(material.features, recipe.dedupe, ahead, rows=k).keep)
@@ -167,6 +180,8 @@ def _candidates(recipe: SelectionRecipe, walks: Walks, keep: Filter, k: int) -> 
 
 def _apart(recipe: SelectionRecipe, walks: Walks, keep: Filter, k: int, material: Material) -> list[Pick]:
     picks = _candidates(recipe, walks, keep, k)
+    if not picks:
+        return []
     if recipe.among is None:
         picks = picks[: max(k, diversity.MAX_CENTERS_AMONG)]
     if len(picks) > diversity.MAX_CENTERS_AMONG:
@@ -181,7 +196,7 @@ def _of_clusters(
     plain = _filter(recipe.model_copy(update={"dedupe": None}), walks, material, k)
     rows = [row for row, _ in _candidates(recipe, walks, plain, k)]
     if not rows:
-        raise Conflict("no row can be chosen: all candidates overlap with a task's rows")
+        return []
     count = min(recipe.clusters or ceil(sqrt(k)), len(rows))
     if len(rows) * count > diversity.MAX_CLUSTER_PRODUCTS:
         most = f"{diversity.MAX_CLUSTER_PRODUCTS:,} candidates times clusters"

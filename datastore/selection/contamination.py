@@ -52,7 +52,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class TaskRuns:
+class TaskNgrams:
     """The runs of words of a task's rows."""
 
     task: str
@@ -97,13 +97,13 @@ class TaskRuns:
 
 
 @dataclass(frozen=True)
-class RunIndex:
+class NgramIndex:
     """The runs of stored tasks, kept under the task's hash, n and the version: `.npz`, never a pickle."""
 
     tasks: Tasks
     root: Path
 
-    def of(self, task: str, n: int) -> TaskRuns:
+    def of(self, task: str, n: int) -> TaskNgrams:
         """The runs of a task. Raises `NotFound`, `Damaged`."""
         path = self.root / f"{_prefix(task)}-{n}{_SUFFIX}"
         if not path.exists():
@@ -113,7 +113,7 @@ class RunIndex:
         with np.load(path, allow_pickle=False) as kept:
             about = json.loads(kept["about"].tobytes())
             sizes = tuple(about.pop("sizes"))
-            return TaskRuns(task=task, sizes=sizes, hashes=kept["hashes"], owners=kept["owners"], **about)
+            return TaskNgrams(task=task, sizes=sizes, hashes=kept["hashes"], owners=kept["owners"], **about)
 
     def delete(self, task: str) -> None:
         """Remove all that is kept of a task's runs."""
@@ -130,12 +130,12 @@ class RunIndex:
             path.unlink(missing_ok=True)
         return len(stale) + sweep_files(self.root, older_than=older_than)
 
-    def _find(self, task: str, n: int) -> TaskRuns:
+    def _find(self, task: str, n: int) -> TaskNgrams:
         validation, test = self.tasks.validation(task), self.tasks.test(task)
         return runs_of(task, [row.example for row in (*validation, *test)], n, validation=len(validation))
 
 
-def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) -> TaskRuns:
+def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) -> TaskNgrams:
     """The runs of a task's rows, the first `validation` of which are its validation rows."""
     texts = [words(text_of(example)) for example in examples]
     sizes = [min(n, len(text)) for text in texts]
@@ -147,7 +147,7 @@ def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) 
     telling = counts <= TEMPLATE_ROWS
     if not telling.any():
         telling[:] = True
-    return TaskRuns(
+    return TaskNgrams(
         task=task,
         sizes=tuple(sorted({sizes[row] for row in checked}, reverse=True)),
         hashes=hashes[telling],
@@ -160,7 +160,7 @@ def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) 
 class Contamination:
     """Looks rows of a pool up in the runs of tasks, each once."""
 
-    def __init__(self, text: Callable[[int], str], tasks: Sequence[TaskRuns]) -> None:
+    def __init__(self, text: Callable[[int], str], tasks: Sequence[TaskNgrams]) -> None:
         self._text = text
         self.tasks = tasks
         self._sizes = {size for task in tasks for size in task.sizes}
@@ -207,7 +207,7 @@ def _prefix(task: str) -> str:
     return content_id("runs", {"task": task})
 
 
-def _save(path: Path, runs: TaskRuns) -> None:
+def _save(path: Path, runs: TaskNgrams) -> None:
     buffer = io.BytesIO()
     about = {"sizes": runs.sizes, "validation": runs.validation, "unchecked": runs.unchecked}
     kept = np.frombuffer(json.dumps(about).encode(), np.uint8)

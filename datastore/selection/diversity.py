@@ -68,7 +68,7 @@ def clusters(features: Reader, rows: Sequence[int], count: int, seed: int) -> ND
 
     sketched = _sketches(features, rows, seed)
     means = faiss.Kmeans(
-        sketched.shape[1], min(count, len(rows)), niter=ROUNDS, seed=seed, spherical=True,
+        sketched.shape[1], min(count, len(rows)), niter=ROUNDS, seed=seed % (1 << 31), spherical=True,  # a C int
         min_points_per_centroid=1, max_points_per_centroid=len(rows),
     )  # fmt: skip
     means.train(sketched)

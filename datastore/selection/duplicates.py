@@ -98,7 +98,8 @@ class FeatureDuplicates:
     for the numbers a₁ that are not: rows for which this exceeds τ are read again and compared in full. The nearer τ is
     to 1 the fewer numbers are enough, down to an eighth. Memory: 4·rows·d/s bytes, at most `MOST_BYTES`, and two blocks
     of 32 MiB. Where the walk passes over most of what was read, as one with quotas may, blocks become as small as what
-    it meets of them. `keep` raises `InvalidInput` where so many rows are too many to be compared.
+    it meets of them. `keep` raises `InvalidInput` where so many rows are too many to be compared, and where so many had
+    to be passed over that it comes to as much.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class FeatureDuplicates:
         self._wanted = rows
         self._step, self._size = 1, 0  # every so many numbers are kept, rows of a block: known once a row was read
         self._most = 0
+        self._products = 0.0  # multiplications so far
         self._met: set[int] = set()
         self._taken: list[int] = []
         self._heads = np.empty((0, 0), np.float32)
@@ -156,6 +158,7 @@ class FeatureDuplicates:
         features = self._features(rows)
         near: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(rows)
         taken = len(self._taken)
+        self._count(len(rows) * taken * self._heads.shape[1])
         if taken:
             heads = features[:, :: self._step]
             bounds = heads @ self._heads[:taken].T
@@ -164,6 +167,17 @@ class FeatureDuplicates:
             slack = 1e-5 if self._step > 1 else 0
             near = [np.flatnonzero(bound > self._tau - slack) for bound in bounds]
         self._block = _Block(rows, features, near)
+
+    def _count(self, products: int) -> None:
+        """Refuse to go on where rows are passed over without end."""
+        self._products += products
+        if self._products > MOST_PRODUCTS:
+            detail = (
+                f"of {len(self._met):,} rows met {len(self._taken):,} could be taken, and {self._wanted:,} are wanted"
+            )
+            raise refused(
+                "dedupe", f"{detail}: ask for fewer (k, pct), for a dedupe nearer to 1, or for dedupe_by=text"
+            )
 
 
 def _step(tau: float, *, kept: int) -> int:

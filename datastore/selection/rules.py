@@ -47,7 +47,7 @@ def needs_features(query: Query | SelectionRecipe) -> str | None:
     """The parameter for which rows are compared by their features, where there is one."""
     if query.strategy in ("k-center", "clusters"):
         return "strategy"
-    return "dedupe_by" if query.dedupe_by == "features" else None
+    return "dedupe_by" if dedupe_by(query) == "features" else None
 
 
 def is_drawn(query: Query | SelectionRecipe) -> bool:

@@ -49,6 +49,11 @@ def wanted(valid: Mask, excluded: Mask | None, *, pct: float | None = None, k: i
     return min(count(pool, pct=pct, k=k), int(candidates(valid, excluded).sum()))
 
 
+def fewer(asked: int | None, found: int) -> list[str]:
+    """What to say where fewer rows than the number asked for can be chosen."""
+    return [f"{found:,} rows instead of {asked:,}: no others can be chosen"] if asked and found < asked else []
+
+
 def ranking(score: NDArray[np.floating], among: Mask) -> Selected:
     """The rows of a mask (n,), best first (m,)."""
     rows = np.flatnonzero(among)

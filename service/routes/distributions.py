@@ -40,6 +40,14 @@ class OverlapsQuery(ScoresAsked):
             raise ValueError("say how much each task selects: either pct, a fraction (0.05 is 5 %), or k rows")
         return self
 
+    @model_validator(mode="after")
+    def _apart(self) -> OverlapsQuery:
+        if len(set(self.task)) < len(self.task):
+            raise ValueError("task names something twice: two or more different ones are compared")
+        if self.combine is not None:
+            raise ValueError("combine joins tasks, which are compared here: leave it out")
+        return self
+
 
 @router.get("/scores/distribution", response_model=ScoreDistribution, responses=STARTED)
 def get_score_distribution(parameters: Annotated[DistributionQuery, Parameters()], backend: BackendDep) -> Response:

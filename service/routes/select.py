@@ -168,7 +168,7 @@ def select(request: Request, parameters: Annotated[SelectQuery, Parameters()], b
 def create_selection(body: SelectionCreate, backend: BackendDep) -> Response:
     """Choose by a recipe: the same recipe gives the same selection, also after it was deleted."""
     recipe = SelectionRecipe.model_validate(body.recipe.model_dump())
-    found = _selection(backend, recipe, backend.recipes.sources(recipe), None, limit=20, after=0)
+    found = _selection(backend, recipe, backend.recipes.sent(recipe), None, limit=20, after=0)
     if isinstance(found, Response):
         return found
     return _located(found)

@@ -69,7 +69,7 @@ def delete_task(backend: BackendDep, reference: Reference) -> None:
     """Delete a task; 409 while something needs it."""
     task = backend.catalog.remove(TaskRow, reference, delete_files=backend.tasks.delete)
     backend.scoring.cache.delete(task)
-    backend.answers.runs.delete(task)
+    backend.answers.ngrams.delete(task)
 
 
 def _store(backend: Backend, wanted: TaskForm | TaskRegister, folder: Path, response: Response) -> Task:

@@ -15,16 +15,13 @@ from datastore.leases import Claim
 from datastore.tasks import TaskExample
 from worker.context import Context
 from worker.engines import load, within_memory
-from worker.evaluate import Measured, evaluate, first_rows
+from worker.evaluate import LEAST_TOKENS, TOKENS, Measured, evaluate, first_rows
 from worker.evaluate import work as passes_over
 from worker.heartbeat import Heartbeat
 from worker.kinds import Commit
 from worker.loaded import Base
 
 Subject = Literal["base", "tuned"]
-
-TOKENS = 8192  # padded tokens of a batch; part of what makes the same evaluation give the same numbers
-LEAST_TOKENS = 512
 
 
 def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:

@@ -79,11 +79,9 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
 
 def _training_examples(claim: Claim, context: Context, request: FinetuneRequest) -> Iterator[Example]:
     if claim.plan["selection"] is not None:
-        for row in context.answers.rows(claim.plan["selection"]):
-            yield from context.datasets.examples(row.dataset, row.row, row.row + 1)
+        for _, example in context.answers.rows_and_examples(claim.plan["selection"]):
+            yield example
         return
     dataset = context.catalog.dataset(claim.plan["dataset"])
-    wanted = set(draw(dataset.rows, fraction=request.fraction, number=request.rows, seed=request.seed))
-    for number, example in enumerate(context.datasets.examples(dataset.id)):
-        if number in wanted:
-            yield example
+    drawn = draw(dataset.rows, fraction=request.fraction, number=request.rows, seed=request.seed)
+    yield from context.datasets.examples_at(dataset.id, drawn)

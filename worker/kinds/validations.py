@@ -9,18 +9,14 @@ from functools import partial
 from gradstore.types import TrainingRecipe
 
 from datastore.leases import Claim
-from datastore.rows import Example
 from datastore.tasks import TaskExample
 from datastore.trainings import Measured, Training
 from worker.context import Context
 from worker.engines import within_memory
-from worker.evaluate import losses
+from worker.evaluate import LEAST_TOKENS, TOKENS, losses
 from worker.finetune import Trained, train
 from worker.heartbeat import Heartbeat
 from worker.kinds import Commit
-
-TOKENS, LEAST_TOKENS = 8192, 512
-"""Padded tokens of a batch in which losses are measured, and how few are tried where these do not fit the memory."""
 
 
 def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
@@ -38,7 +34,10 @@ def _measured(training: Training, context: Context, heartbeat: Heartbeat) -> Mea
     context.ahead.drop()
     context.loaded.make_room()
     trained = train(
-        _examples(training, context), recipe, device=context.device, on_step=lambda _done, _total: heartbeat.check()
+        context.datasets.examples_at(training.dataset, sorted(training.rows)),
+        recipe,
+        device=context.device,
+        on_step=lambda _done, _total: heartbeat.check(),
     )
     found = _losses(trained, _rows(training, context), recipe, context, heartbeat)
     heartbeat.check()
@@ -48,12 +47,6 @@ def _measured(training: Training, context: Context, heartbeat: Heartbeat) -> Mea
         tokens=trained.tokens * recipe.epochs,
         seconds=time.monotonic() - began,
     )
-
-
-def _examples(training: Training, context: Context) -> list[Example]:
-    wanted = set(training.rows)
-    examples = context.datasets.examples(training.dataset)
-    return [example for number, example in enumerate(examples) if number in wanted]
 
 
 def _rows(training: Training, context: Context) -> Sequence[TaskExample]:

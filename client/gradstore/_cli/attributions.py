@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from gradstore import _endpoints as endpoints
 from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.names import Names
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import Json, Reference, Wait, given, takes
 from gradstore._cli.output import Columns, is_terminal, print_json, print_object, print_table, say
@@ -56,7 +58,7 @@ def why(
         if as_json:
             print_json(done)
         else:
-            print_result(done.result, parts=parts)
+            print_result(done.result, Names(store), parts=parts)
 
 
 @attributions.command("create")
@@ -77,7 +79,8 @@ def create_attributions(
     rows = _rows(file)
     with session(ctx) as store:
         job = store.attributions.create(rows, **given(fields))
-        started(store, "attributions", job, wait=wait, as_json=as_json, show=print_result)
+        show = partial(print_result, names=Names(store))
+        started(store, "attributions", job, wait=wait, as_json=as_json, show=show)
 
 
 @attributions.command("show")
@@ -88,14 +91,14 @@ def show_attribution(ctx: typer.Context, reference: Reference, *, parts: Parts =
         if as_json or job.result is None:
             print_object(job, as_json=as_json)
         else:
-            print_result(job.result, parts=parts)
+            print_result(job.result, Names(store), parts=parts)
 
 
-def print_result(result: AttributionResult, *, parts: bool = False) -> None:
+def print_result(result: AttributionResult, names: Names, *, parts: bool = False) -> None:
     """Print what was found for each question; how it was found goes to stderr."""
     for search in result.searches:
         how = "every row" if search.recall is None else f"an index, which finds {search.recall:.1%} of the first 100"
-        say(f"{search.dataset}: {search.rows:,} rows, by {how} ({search.seconds:.2f} s)")
+        say(f"{names.dataset(search.dataset)}: {search.rows:,} rows, by {how} ({search.seconds:.2f} s)")
     columns = _columns(result.recipe if parts else None)
     for number, each in enumerate(result.data, start=1):
         if len(result.data) > 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 
 class Once(TyperCommand):
@@ -15,11 +15,16 @@ class Once(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line. Ends with a usage error for an option of one value that is given twice."""
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for parameter, times in Counter(given).items():
-            if isinstance(parameter, TyperOption) and times > 1 and not (parameter.multiple or parameter.is_flag):
-                ctx.fail(f"{parameter.opts[0]} takes one value, and is given {times} times")
+        refuse_repeated(self, ctx, args)
         return super().parse_args(ctx, args)
+
+
+def refuse_repeated(command: TyperCommand | TyperGroup, ctx: Any, args: list[str]) -> None:
+    """End with a usage error where an option of one value is given twice."""
+    _, _, given = command.make_parser(ctx).parse_args(args=list(args))
+    for parameter, times in Counter(given).items():
+        if isinstance(parameter, TyperOption) and times > 1 and not (parameter.multiple or parameter.is_flag):
+            ctx.fail(f"{parameter.opts[0]} takes one value, and is given {times} times")
 
 
 class App(typer.Typer):

@@ -30,7 +30,8 @@ def say_lost_rows(result: BaseModel | None) -> None:
         say(f"{result.skipped_rows:,} rows were not trained on: truncation left them nothing to learn from")
     if isinstance(result, GradientsResult) and result.total_excluded:
         first = result.excluded[0]
-        say(f"{result.total_excluded:,} rows have no feature; the first is row {first.row}: {first.reason}")
+        lost = f"{result.total_excluded:,} features are missing (of a row, at a checkpoint)"
+        say(f"{lost}; the first is that of row {first.row}: {first.reason}")
 
 
 def print_json(body: BaseModel) -> None:

@@ -61,7 +61,7 @@ def scores(
 @takes(
     endpoints.score_distribution,
     without=["bins", "steps", "wait"],
-    texts={"task": "Task by id or name; repeat for several."},
+    texts=SCORING,
 )
 def distribution(
     ctx: typer.Context,
@@ -79,7 +79,7 @@ def distribution(
         print_json(found) if as_json else print_table(zip(cuts.pct, cuts.rows, cuts.scores, origins, strict=True), CUTS)
 
 
-@takes(endpoints.overlaps, without=["wait"], texts={"task": "Task by id or name; repeat for several."})
+@takes(endpoints.overlaps, without=["wait"], texts=SCORING)
 def overlaps(ctx: typer.Context, *, as_json: Json = False, timeout: Timeout = None, **fields: Any) -> None:
     """Print what the selections of several tasks share, and how far the tasks agree on the whole pool."""
     with session(ctx) as store:

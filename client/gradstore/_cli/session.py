@@ -21,7 +21,7 @@ REFUSED, USAGE, FAILED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 
 
 @dataclass(frozen=True)
-class Target:
+class Server:
     """The server a command is for."""
 
     url: str | None
@@ -31,9 +31,9 @@ class Target:
 @contextmanager
 def session(ctx: typer.Context) -> Iterator[GradientStore]:
     """A client for a command; its errors become messages and exit codes."""
-    target: Target = ctx.find_root().obj
+    server: Server = ctx.find_root().obj
     try:
-        with gradstore.GradientStore(target.url, api_key=target.api_key) as store:
+        with gradstore.GradientStore(server.url, api_key=server.api_key) as store:
             yield store
     except errors.JobFailed as error:
         _end(FAILED, in_commands(error), error)

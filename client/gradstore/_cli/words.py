@@ -30,14 +30,14 @@ def in_commands(error: Exception) -> str:
         return _choices(error.problem)
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename2 or error.filename}: {error.strerror}"
-    text = re.sub(r"POST /gradients (\{[^{}]*\})", _create_gradients, str(error))
+    text = re.sub(r"POST /(gradients|conversions) (\{[^{}]*\})", _create, str(error))
     for request, command in REQUESTS:
         text = re.sub(request, command, text)
     return text
 
 
-def _create_gradients(found: re.Match[str]) -> str:
-    return f"gradstore gradients create {_options(json.loads(found[1]))}"
+def _create(found: re.Match[str]) -> str:
+    return f"gradstore {found[1]} create {_options(json.loads(found[2]))}"
 
 
 def _choices(problem: Problem) -> str:

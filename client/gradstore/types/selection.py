@@ -137,6 +137,12 @@ class SentRecipe(SelectionRecipe):
         return self
 
     @model_validator(mode="after")
+    def _compared_in_one_way(self) -> SentRecipe:
+        if (self.dedupe is None) != (self.dedupe_by is None):
+            raise ValueError("a recipe with a dedupe says how rows are compared: dedupe_by is features or text")
+        return self
+
+    @model_validator(mode="after")
     def _a_weight_each(self) -> SentRecipe:
         weights = self.checkpoint_weights
         if len(weights) != len(self.checkpoints) or (weights and not isclose(sum(weights), 1, rel_tol=1e-6)):
