@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,7 @@ from gradstore.types import ScoredRow, SelectedRow, Selection, SelectionRecipe
 from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
+from datastore.catalog_states import Remembered
 from datastore.datasets import Datasets, Origins, RowLabels, joined
 from datastore.errors import Busy, Damaged, NotFound
 from datastore.identity import content_id
@@ -39,6 +40,7 @@ from datastore.shapes import example
 from datastore.strict_json import parse
 
 LONGEST_WAIT = 30.0  # seconds for the selection before, where rows are compared by their features
+PAGE, PAGES = 100, 256  # rows of a page, and such pages, that are remembered: some 10 MB
 REPORTED = 20
 """Overlaps with tasks' rows that an answer tells."""
 _Names = Sequence[tuple[str | None, tuple[str, ...]]]
@@ -80,11 +82,19 @@ class Answers:
     files: SelectionFiles
     _comparing: Lock = field(default_factory=Lock, compare=False, repr=False)
     """Held while rows are compared with each other: what that takes is taken once."""
+    _pages: Remembered[Selection] = field(default_factory=lambda: Remembered(PAGES), compare=False, repr=False)
 
     def find(self, recipe: SelectionRecipe, *, limit: int, after: int = 0) -> Selection | None:
-        """The selection that this recipe has given before; None where there is none, or its rows are lost."""
+        """The selection that this recipe has given before; None where there is none, or its rows are lost.
+
+        Asked again before anything was committed to the catalog, a short page is not read again.
+        """
+        id = selection_id(recipe)
         try:
-            return self.read(selection_id(recipe), limit=limit, after=after)
+            if limit > PAGE or not self.files.path(id).exists():
+                return self.read(id, limit=limit, after=after)
+            read = partial(self.read, id, limit=limit, after=after)
+            return self._pages.get((id, limit, after), self.catalog.state(), read)
         except (NotFound, Damaged):
             return None
 

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Hashable
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
 
 from sqlalchemy import text
 from sqlalchemy.engine import Engine
+
+FoundT = TypeVar("FoundT")
+
+
+class Remembered(Generic[FoundT]):
+    """What was found in a state of the catalog, to be found again until anything is committed to it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._found: dict[Hashable, tuple[Hashable, FoundT]] = {}
+
+    def get(self, key: Hashable, state: Hashable, look: Callable[[], FoundT]) -> FoundT:
+        """What was found under this key in this state of the catalog, or else is found now; `look` may raise.
+
+        At most so many are remembered, and all are forgotten where there is one more.
+        """
+        known = self._found.get(key)
+        if known is not None and known[0] == state:
+            return known[1]
+        found = look()
+        if len(self._found) >= self._most:
+            self._found.clear()
+        self._found[key] = state, found
+        return found
 
 
 class States(Protocol):

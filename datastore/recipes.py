@@ -7,7 +7,7 @@ on (datastore/advice.py).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from gradstore.types import Dataset, FeatureSet, Run, SelectionMethod, Selection
 from datastore import advice
 from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
+from datastore.catalog_states import Remembered
 from datastore.errors import Conflict, InvalidInput, NotFound
 from datastore.features import UNPROJECTED, Features
 from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, SHARED, Fit, Query, refuse_idle, said, with_method
@@ -57,8 +58,10 @@ class Recipes:
 
     catalog: Catalog
     features: Features
-    _resolved_before: dict[str, tuple[Hashable, SelectionRecipe, Sources]] = field(default_factory=dict, init=False)
-    """By query: the catalog's state, and what the query meant in it."""
+    _meanings: Remembered[tuple[SelectionRecipe, Sources]] = field(
+        default_factory=lambda: Remembered(REMEMBERED), init=False
+    )
+    """By query: what it meant."""
 
     def resolve(self, query: Query, *, path: str) -> tuple[SelectionRecipe, Sources]:
         """The recipe that a query means, and the features it reads; `path` is where the alternatives are asked for.
@@ -66,15 +69,7 @@ class Recipes:
         Asked again before anything was committed to the catalog it is the same, and not looked up. Raises `NotFound`,
         `InvalidInput`, `Ambiguous` and `GradientsMissing`.
         """
-        state, key = self.catalog.state(), repr(query)
-        before = self._resolved_before.get(key)
-        if before is not None and before[0] == state:
-            return before[1:]
-        if len(self._resolved_before) >= REMEMBERED:
-            self._resolved_before.clear()
-        recipe, sources = self._resolve(query, path)
-        self._resolved_before[key] = state, recipe, sources
-        return recipe, sources
+        return self._meanings.get(repr(query), self.catalog.state(), lambda: self._resolve(query, path))
 
     def _resolve(self, query: Query, path: str) -> tuple[SelectionRecipe, Sources]:
         query = with_method(query)

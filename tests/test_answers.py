@@ -19,7 +19,9 @@ from datastore.errors import Busy, GradientsMissing, InUse, InvalidInput
 from datastore.influence import normalise
 from datastore.parameters import Query
 from datastore.recipes import Sources
+from datastore.schema import SelectionRow
 from datastore.selection import diversity
+from datastore.selection_files import SelectionFiles
 from tests.stores import DIM, Store, numbers, request, task_numbers
 
 ROWS = 90
@@ -256,6 +258,32 @@ def test_a_recipe_alone_gives_its_selection_again(filled: Store, query: dict[str
     recipe = SelectionRecipe.model_validate(sent)
     again = answered(filled, recipe, filled.recipes.sources(recipe))
     assert again.model_dump(exclude={"created_at"}) == first.model_dump(exclude={"created_at"})
+
+
+def test_a_known_selection_is_read_once_for_each_state_of_the_catalog(
+    filled: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, sources = asked(filled, k=12)
+    made = answered(filled, recipe, sources)
+    reads: list[str] = []
+    page = SelectionFiles.page
+
+    def counted(files: SelectionFiles, id: str, **wanted: int) -> list[dict[str, Any]]:
+        reads.append(id)
+        return page(files, id, **wanted)
+
+    monkeypatch.setattr(SelectionFiles, "page", counted)
+    found = [filled.answers.find(recipe, limit=5, after=after) for after in (0, 0, 5, 5, 0)]
+    assert [each and [row.rank for row in each.data] for each in found] == [
+        [*range(1 + after, 6 + after)] for after in (0, 0, 5, 5, 0)
+    ]
+    assert len(reads) == 2
+    filled.catalog.rename(SelectionRow, made.id, "best")
+    renamed = filled.answers.find(recipe, limit=5)
+    assert renamed is not None
+    assert (renamed.name, len(reads)) == ("best", 3)
+    filled.answers.table(made.id).unlink()
+    assert filled.answers.find(recipe, limit=5) is None, "rows that are lost are chosen again"
 
 
 def test_a_comparison_of_rows_is_made_once_however_many_ask(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from gradstore.types import DatasetSource
 
 from datastore.catalog import Catalog, utc_now
+from datastore.catalog_states import Remembered
 from datastore.schema import DatasetRow
 
 
@@ -77,3 +78,22 @@ def test_a_catalog_opened_again_is_in_no_state_that_was_seen(tmp_path: Path) -> 
     catalog.close()
     assert catalog.state() != before
     catalog.close()
+
+
+def test_what_was_found_is_remembered_in_its_state_only_and_no_more_than_so_many() -> None:
+    remembered, looks = Remembered[int](most=2), list[int]()
+
+    def look() -> int:
+        looks.append(len(looks))
+        return looks[-1]
+
+    assert [remembered.get("a", 1, look), remembered.get("a", 1, look), remembered.get("b", 1, look)] == [0, 0, 1]
+    assert [remembered.get("a", 2, look), remembered.get("a", 1, look)] == [2, 3], "of each key one state is kept"
+    assert [remembered.get("c", 1, look), remembered.get("b", 1, look)] == [4, 5], "a third one is no longer there"
+
+    def nothing() -> int:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        remembered.get("d", 1, nothing)
+    assert remembered.get("d", 1, look) == 6
