@@ -480,7 +480,10 @@ def test_rows_that_a_job_did_without_are_told(run: Run) -> None:
     result = canned.RESULTS["gradients"] | {"total_excluded": 3, "excluded": [first]}
     done = canned.job("succeeded", kind="gradients", result=result)
     ran, _ = asked_by(run, Said(done, status=200), "gradients", "create", "--task", "t", "--run", "r", "--wait")
-    assert "3 features are missing (of a row, at a checkpoint); the first is that of row 7: the gradient is zero" in ran.err
+    assert (
+        "3 features are missing (of a row, at a checkpoint); the first is that of row 7: the gradient is zero"
+        in ran.err
+    )
     assert ran.out == "grad_1\n"
 
 
