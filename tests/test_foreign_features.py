@@ -223,7 +223,10 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     torch.save(torch.ones(ROWS - 160, 8), pieces / "grads-1100.pt")
     return {
         "short": (_saved(folder / "short.npy", drawn(990)), r"990 rows and the dataset pool has 1,100"),
-        "broken": (_saved(folder / "broken.npy", broken), r"2 rows hold a NaN or an infinity \(rows 3, 1050"),
+        "broken": (
+            _saved(folder / "broken.npy", broken),
+            r"2 rows hold a NaN, an infinity or more than float32 holds \(rows 3, 1050",
+        ),
         "flat": (_saved(folder / "flat.npy", drawn(ROWS)[:, 0]), r"shape \(1100,\)"),
         "zeros": (_saved(folder / "zeros.npy", np.zeros((ROWS, DIM), np.float32)), "no row has a direction"),
         "dict": (folder / "dict.pt", "holds a dict"),

@@ -113,8 +113,8 @@ def look(table: Table, *, on_error: str, check: Callable[[], None]) -> Found:
     if bad and on_error == "fail":
         shown = ", ".join(map(str, bad[:SHOWN])) + (" …" if len(bad) > SHOWN else "")
         raise InvalidFeatures(
-            f"{len(bad):,} rows hold a NaN or an infinity (rows {shown}, from 0): compute them again, or send "
-            "on_error=skip to store them as rows without a feature"
+            f"{len(bad):,} rows hold a NaN, an infinity or more than float32 holds (rows {shown}, from 0): compute them "
+            "again, or send on_error=skip to store them as rows without a feature"
         )
     lengths = norms[norms > 0]
     if not len(lengths):
@@ -156,7 +156,10 @@ def _torch(path: Path) -> Part:
             "torch.save(torch.as_tensor(features), path)"
         ) from error
     except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, struct.error) as error:
-        raise InvalidFeatures(f"{path.name} cannot be read: {first_line(error)}") from error
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise InvalidFeatures(
+            f"{path.name} cannot be read, as of no file of torch.save or a cut one ({what})"
+        ) from error
     if not isinstance(content, torch.Tensor):
         raise InvalidFeatures(f"{path.name} holds a {type(content).__name__}: a tensor (rows, dim) is needed")
     content = content.detach()  # of a parameter the numbers alone
