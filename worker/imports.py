@@ -113,8 +113,8 @@ def look(table: Table, *, on_error: str, check: Callable[[], None]) -> Found:
     if bad and on_error == "fail":
         shown = ", ".join(map(str, bad[:SHOWN])) + (" …" if len(bad) > SHOWN else "")
         raise InvalidFeatures(
-            f"{len(bad):,} rows hold a NaN, an infinity or more than float32 holds (rows {shown}, from 0): compute them "
-            "again, or send on_error=skip to store them as rows without a feature"
+            f"{len(bad):,} rows hold a NaN, an infinity or more than float32 holds (rows {shown}, from 0): compute "
+            "them again, or send on_error=skip to store them as rows without a feature"
         )
     lengths = norms[norms > 0]
     if not len(lengths):
