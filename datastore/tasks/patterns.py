@@ -60,7 +60,7 @@ class Patterns:
         questions, answers = cast("tuple[IO[str], IO[str]]", (self._process.stdin, self._process.stdout))
         questions.write(json.dumps(question) + "\n")
         questions.flush()
-        line = answers.readline() or '{"slow": "much"}'  # too much for the process itself
+        line = answers.readline() or '{"slow": "much memory"}'  # the process itself has ended
         answer: dict[str, str | None] = json.loads(line)
         return answer
 
@@ -84,7 +84,11 @@ def _serve() -> None:
     signal.signal(signal.SIGPROF, _interrupt)  # `re` looks for signals while it searches
     for line in sys.stdin:
         pattern, text = json.loads(line)
-        sys.stdout.write(json.dumps(_answer(pattern, text)) + "\n")
+        try:
+            answer = _answer(pattern, text)
+        except TimeoutError:  # the signal came when the search was over and its timer not yet off
+            answer = {"slow": "long"}
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
