@@ -274,10 +274,11 @@ class Answers:
 
     def _unknown_ids(self, recipe: SelectionRecipe, pool: PoolLabels) -> list[str]:
         """What to say where ids to leave out are no row's."""
+        if not recipe.exclude_ids:
+            return []
         known = pc.is_in(pa.array(recipe.exclude_ids, pa.string()), value_set=pool.ids.combine_chunks())
         unknown = [id for id, found in zip(recipe.exclude_ids, known.to_pylist(), strict=True) if not found]
-        told = f"no row has {len(unknown):,} of the ids to leave out, such as {unknown[0]!r}" if unknown else ""
-        return [told] if told else []
+        return [f"no row has {len(unknown):,} of the ids to leave out, such as {unknown[0]!r}"] if unknown else []
 
     def _text_keys(self, reference: str) -> NDArray[np.uint64]:
         """A key of the text of each example of a dataset or selection (n,)."""

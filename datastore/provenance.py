@@ -84,15 +84,14 @@ class Cards:
             checkpoints=[self._checkpoint(id, weight) for id, weight in weights.items()],
             run=self._run(recipe["run"]) if recipe["run"] else None,
             excluded=[self._excluded(id) for id in recipe["exclude"]],
-            **self._again(selection),
+            **self._again(selection, recipe),
         )
 
-    def _again(self, selection: Selection) -> dict[str, str]:
+    def _again(self, selection: Selection, recipe: Mapping[str, Any]) -> dict[str, str]:
         """The request and the command that give the same selection: its question, or else its recipe as it is.
 
         A recipe that somebody has sent need not be the answer to a question, as with weights of its own.
         """
-        recipe = selection.recipe.model_dump(mode="json")
         try:
             answered = self.recipes.resolve(_question(recipe), path="/select")[0] == selection.recipe
         except (InvalidInput, Ambiguous):
