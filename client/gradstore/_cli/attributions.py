@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.jobs import JOBS, print_outcome, started
 from gradstore._cli.names import Names
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import Json, Reference, Wait, given, takes
-from gradstore._cli.output import Columns, is_terminal, print_json, print_object, print_table, say
+from gradstore._cli.output import Columns, is_terminal, print_json, print_table, say
 from gradstore._cli.session import session
-from gradstore.types import Attribution, AttributionRecipe, AttributionRequest, AttributionResult, InfluentialRow, Job
+from gradstore.types import Attribution, AttributionRecipe, AttributionRequest, AttributionResult, InfluentialRow
 
 Parts = Annotated[bool, typer.Option("--parts", help="Print the part of each checkpoint in the scores, too.")]
 TEXTS = {
@@ -87,11 +87,8 @@ def create_attributions(
 def show_attribution(ctx: typer.Context, reference: Reference, *, parts: Parts = False, as_json: Json = False) -> None:
     """Print what was found. Before that, everything known about the job."""
     with session(ctx) as store:
-        job: Job[Any, Any] = store.attributions.get(reference)
-        if as_json or job.result is None:
-            print_object(job, as_json=as_json)
-        else:
-            print_result(job.result, Names(store), parts=parts)
+        show = partial(print_result, names=Names(store), parts=parts)
+        print_outcome(store.attributions.get(reference), show, as_json=as_json)
 
 
 def print_result(result: AttributionResult, names: Names, *, parts: bool = False) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.jobs import JOBS, print_outcome, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import AS_TRAINED, Json, Reference, Wait, given, takes
-from gradstore._cli.output import Columns, print_object, print_table
+from gradstore._cli.output import Columns, print_table
 from gradstore._cli.session import session
 from gradstore.types import EvaluationRequest, EvaluationResult, Interval
 
@@ -49,11 +49,7 @@ def create_evaluation(ctx: typer.Context, *, wait: Wait = False, as_json: Json =
 def show_evaluation(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
     """Print what was measured. Before that, everything known about the job."""
     with session(ctx) as store:
-        job = store.evaluations.get(reference)
-        if as_json or job.result is None:
-            print_object(job, as_json=as_json)
-        else:
-            print_measured(job.result)
+        print_outcome(store.evaluations.get(reference), print_measured, as_json=as_json)
 
 
 def print_measured(result: EvaluationResult) -> None:

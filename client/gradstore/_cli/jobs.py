@@ -68,6 +68,14 @@ def started(
         typer.echo(job.id)
 
 
+def print_outcome(job: Job[Any, Any], show: Callable[[Any], None], *, as_json: bool) -> None:
+    """Print a job's result by `show`; as JSON, or before there is a result, all that is known of the job."""
+    if as_json or job.result is None:
+        print_object(job, as_json=as_json)
+    else:
+        show(job.result)
+
+
 @jobs.command("list")
 def list_jobs(
     ctx: typer.Context,

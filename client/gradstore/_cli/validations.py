@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.jobs import JOBS, print_outcome, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, Reference, Wait, given, takes
 from gradstore._cli.output import Columns, print_object, print_table
@@ -72,11 +72,7 @@ def create_validation(
 def show_validation(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
     """Print how well scores predict. Before that, everything known about the job."""
     with session(ctx) as store:
-        job = store.validations.get(reference)
-        if as_json or job.result is None:
-            print_object(job, as_json=as_json)
-        else:
-            print_judged(job.result)
+        print_outcome(store.validations.get(reference), print_judged, as_json=as_json)
 
 
 def print_judged(result: ValidationResult) -> None:
