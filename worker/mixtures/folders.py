@@ -1,0 +1,83 @@
+"""Mixtures in folders: PEFT's files, safetensors only, and beside them `mixture.json`, without which none is loaded.
+
+The manifest says what PEFT's configuration cannot: which mixture it is, for how many layers, and each expert's alpha.
+PEFT by itself refuses such a folder for the shapes of its weights, and so does `load_adapter` of `worker/models.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from gradstore.types import MixtureSettings, Request
+from peft import PeftModel
+from pydantic import Field, ValidationError
+from transformers import PreTrainedModel
+
+from datastore.allocations import expand
+from datastore.durable import write_file
+from datastore.errors import InvalidInput
+from worker.mixtures.layer import Mixture
+from worker.mixtures.model import layers_of, of_model, peft_config, refuse_unknown_modules
+from worker.models import ModelError, load_adapter
+
+MANIFEST = "mixture.json"
+
+
+class Manifest(Request):
+    """What `mixture.json` says."""
+
+    format: Literal["gradstore-mixture-1"] = "gradstore-mixture-1"
+    settings: MixtureSettings
+    layers: int
+    """Of the base model."""
+    alphas: Annotated[list[float], Field(min_length=1)]
+    """Of each expert: its output is multiplied by alpha / rank."""
+
+
+def save_mixture(model: PeftModel, folder: Path) -> None:
+    """Write the mixture on a model to a folder. Raises ModelError where there is none."""
+    mixture = of_model(model)
+    manifest = Manifest(settings=mixture.settings, layers=len(mixture.layers), alphas=list(mixture.alphas))
+    # "auto" would ask the hub whether the vocabulary has grown; it has not
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    write_file(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
+
+
+def load_mixture(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the mixture in a folder on `base`, in eval mode and ready to be trained on; `unload_adapter` takes it off.
+
+    Raises ModelError where there is no manifest, where the base model is another, or where a weight of an expert or a
+    router is missing, left over or of another shape; `base` is then as it was.
+    """
+    manifest = read_manifest(folder)
+    if manifest.layers != layers_of(base):
+        raise ModelError(
+            f"the mixture is of a model of {manifest.layers} layers, and this one has {layers_of(base)}: "
+            "load it on its own base model"
+        )
+    refuse_unknown_modules(base, manifest.settings.modules)
+    try:
+        layers = tuple(expand(manifest.settings, layers=manifest.layers))
+    except InvalidInput as error:
+        raise ModelError(f"{MANIFEST} contradicts itself: {error}") from error
+    if len(manifest.alphas) < max(layer.experts for layer in layers):
+        raise ModelError(f"{MANIFEST} has {len(manifest.alphas)} alphas, fewer than there are experts")
+    mixture = Mixture(manifest.settings, layers, tuple(manifest.alphas))
+    return load_adapter(base, folder, config=peft_config(mixture))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the folder says of its mixture. Raises ModelError where it says nothing, or not enough."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ModelError(
+            f"{MANIFEST} is missing: without it nobody knows which mixture the weights are of. Copy the whole folder "
+            "that save_mixture wrote; plain adapters are loaded by load_adapter"
+        )
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"{MANIFEST} is not what it should be: {where}: {first['msg']}") from error
