@@ -4,7 +4,13 @@
     conversions.py   stored features, rounded        evaluations.py   losses and metrics on test rows
     imports.py       features of other programs      validations.py   a training that is measured and not kept
     scoring.py       a piece of a pool's scores      attributions.py  questions' features, and their search
+    predictors.py    influence, learnt and predicted cascades.py      gradients of the rows that are predicted best
+    estimates.py     what subsets would give         estimate_validations.py  a training on such a subset
+    projectors.py    a network, trained and kept     embeddings.py    rows in its ability space
+    comparisons.py   a selection, or a training on one
+    streams.py       pooled states of a range        labelling.py     rows that a chat model is asked about
 
+needed.py does the jobs of other kinds that comparisons and cascades wait for.
 They load, call and record; the arithmetic is in the modules beside this package.
 """
 

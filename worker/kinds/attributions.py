@@ -117,7 +117,7 @@ def _features(
         precision=recipe.precision,
         quantisation=recipe.quantisation,
     )
-    output = {"kind": recipe.query_kind, "adam": recipe.adam, "dim": recipe.dim}
+    output = recipe.model_dump(include={"adam", "logodds_form", "dim"}) | {"kind": recipe.query_kind}
     plan = recipe.model_dump(include={"reduction", "projection", "seed", "weights"})
     engine = make_engine(context, base, checkpoint, plan, [output])
     kind = kind_of(output)

@@ -9,16 +9,16 @@ import shutil
 import time
 from collections.abc import Iterator
 
-from gradstore.types import FinetuneRequest, FinetuneResult
+from gradstore.types import Checkpoint, FinetuneRequest, FinetuneResult
 from sqlalchemy.orm import Session
 
 from datastore.catalog import name_if_free, record_checkpoint, record_run
 from datastore.checkpoints import run_id
-from datastore.errors import Damaged
+from datastore.errors import Damaged, InvalidCheckpoint
 from datastore.leases import Claim
 from datastore.rows import Example
 from worker.context import Context
-from worker.finetune import draw, finetune
+from worker.finetune import Diverged, Epoch, draw, finetune
 from worker.heartbeat import Heartbeat
 from worker.kinds import Commit
 
@@ -43,7 +43,7 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     finally:
         context.loaded.clear()
     heartbeat.check()
-    checkpoints = [context.checkpoints.add(epoch.folder, epoch.description) for epoch in done.epochs]
+    checkpoints = [_kept(epoch, context, request) for epoch in done.epochs]
     ids = [checkpoint.id for checkpoint in checkpoints]
     run = run_id(ids)
 
@@ -75,6 +75,15 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
         return won
 
     return commit
+
+
+def _kept(epoch: Epoch, context: Context, request: FinetuneRequest) -> Checkpoint:
+    """The checkpoint of an epoch. Raises `Diverged` where its last step, after the last loss, has left no numbers."""
+    try:
+        return context.checkpoints.add(epoch.folder, epoch.description)
+    except InvalidCheckpoint as error:
+        what = f"after epoch {epoch.description.epoch} the weights or their moments are not finite"
+        raise Diverged(what, rate=request.learning_rate, precision=epoch.description.precision) from error
 
 
 def _training_examples(claim: Claim, context: Context, request: FinetuneRequest) -> Iterator[Example]:

@@ -7,7 +7,7 @@ while the next is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from worker.laps import Laps
 from worker.loaded import Base, Engine
 from worker.projection import PROJECTION_VERSION
 from worker.reading import Rows, read
+from worker.suspects import Watch, without_poisoned
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     checkpoint = context.catalog.checkpoint(payload["checkpoint"])
     tokenizer = context.loaded.tokenizer(checkpoint.model, checkpoint.revision)
     laps = Laps()
-    rows = _rows(claim, context, tokenizer, heartbeat)
+    rows = without_poisoned(_rows(claim, context, tokenizer, heartbeat), claim)
     laps.end("reading")
     base = Base(
         model=checkpoint.model,
@@ -61,20 +62,29 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     laps.end("loading")
     _read_ahead(claim, context, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
-    find = partial(budgets.find, engine, rows.encoded, pad_id=pad_id, check=heartbeat.check)
+    key = _measured_as(claim, base, engine)
+    # a search goes through rows unseen by a watch
+    seen = [] if claim.isolation is not None else rows.encoded
+    find = partial(budgets.find, engine, seen, pad_id=pad_id, check=heartbeat.check)
+    watch = Watch(context.jobs, claim, claim.isolation, rows, engine) if claim.isolation is not None else None
+    if watch is not None:
+        watch.try_suspects(pad_id=pad_id)
     features = _features(
         engine,
         rows,
         pad_id=pad_id,
-        budget=context.budgets.within_limit(claim.job, _budget(claim, context, base, engine, find)),
-        on_less=partial(context.budgets.limit, claim.job),
+        budget=context.budgets.within_limit(claim.job, _budget(claim, context, key, engine, find)),
+        on_less=partial(context.budgets.limit, claim.job, key=key),
+        before_batch=watch.about_to if watch is not None else lambda _: None,
         heartbeat=heartbeat,
     )
+    if watch is not None:
+        watch.over()
     heartbeat.check()
     laps.end("computing")
 
     def write(output: dict[str, Any]) -> NewChunk:
-        block = sound(_block(rows, None if features is None else features[kind_of(output)], output["dim"]))
+        block = sound(_block(rows, None if features is None else features[kind_of(output)], output))
         return chunks.write(claim, context, output, block, tokens=sum(len(row.input_ids) for row in rows.encoded))
 
     return partial(chunks.write_and_commit, claim, context, write, laps)
@@ -131,6 +141,7 @@ def _features(
     pad_id: int,
     budget: int,
     on_less: Callable[[int], None],
+    before_batch: Callable[[Sequence[int]], None],
     heartbeat: Heartbeat,
 ) -> dict[Kind, Features] | None:
     """The features of the encoded rows, by kind, or None where no row could be encoded."""
@@ -143,6 +154,7 @@ def _features(
             pad_id=pad_id,
             token_budget=tokens,
             on_batch=lambda done: heartbeat.report(without + done),
+            before_batch=before_batch,
         ),
         budget=budget,
         least=max(len(row.input_ids) for row in rows.encoded),
@@ -151,26 +163,27 @@ def _features(
     )
 
 
-def _budget(claim: Claim, context: Context, base: Base, engine: Engine, find: Callable[[], int | None]) -> int:
+def _measured_as(claim: Claim, base: Base, engine: Engine) -> Hashable:
+    """What a token budget is found for."""
+    sizes = tuple(parameter.shape for parameter in engine.parameters.values())
+    outputs = tuple((kind_of(output), output["dim"]) for output in claim.payload["outputs"])
+    return base, sizes, outputs, claim.plan["projection"], claim.plan["max_length"]
+
+
+def _budget(claim: Claim, context: Context, key: Hashable, engine: Engine, find: Callable[[], int | None]) -> int:
     """The job's token budget: asked for, found by the worker of another shard, or found now and recorded for all."""
     plan = claim.plan if claim.plan["token_budget"] is not None else context.jobs.plan(claim.job)
     if plan["token_budget"] is not None:
         return int(plan["token_budget"])
-    sizes = tuple(parameter.shape for parameter in engine.parameters.values())
-    outputs = tuple((kind_of(output), output["dim"]) for output in claim.payload["outputs"])
-    budget = context.budgets.found(
-        (base, sizes, outputs, *(plan[key] for key in ("projection", "max_length"))),
-        find,
-        usual=budgets.range_of(engine.device).usual,
-    )
+    budget = context.budgets.found(key, find, usual=budgets.range_of(engine.device).usual)
     recorded = int(context.jobs.settle(claim, "token_budget", budget))
     log.info("token budget", extra={**claim.labels, "found": budget, "recorded": recorded})
     return recorded
 
 
-def _block(rows: Rows, features: Features | None, dim: int) -> Block:
+def _block(rows: Rows, features: Features | None, output: dict[str, Any]) -> Block:
     """Put the encoded rows' features back among the rows that have none."""
-    count = len(rows.reasons)
+    count, dim = len(rows.reasons), output["dim"]
     block = Block(
         features=np.zeros((count, dim), np.float32),
         norms=np.zeros(count, np.float32),
@@ -178,6 +191,7 @@ def _block(rows: Rows, features: Features | None, dim: int) -> Block:
         losses=np.zeros(count, np.float32),
         tokens=np.zeros(count, np.int32),
         reasons=list(rows.reasons),
+        logodds=np.zeros(count, np.float32) if output["kind"] == "logodds" else None,
     )
     if features is None:
         return block
@@ -191,6 +205,8 @@ def _block(rows: Rows, features: Features | None, dim: int) -> Block:
     block.raw_norms[rows.positions] = features.raw_norms
     block.losses[rows.positions] = features.losses
     block.tokens[rows.positions] = features.tokens
+    if block.logodds is not None:
+        block.logodds[rows.positions] = features.logodds
     reasons = list(rows.reasons)
     for position, reason in zip(rows.positions, features.reasons, strict=True):
         reasons[position] = reason

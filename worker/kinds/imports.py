@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from datastore import imports
 from datastore.gradients import sound
@@ -21,7 +20,7 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     """Read the features of another program, find every row sound, and write them as this attempt's own."""
     began = time.monotonic()
     plan = claim.plan
-    paths = imports.find(Path(plan["files"]), dim=plan["dim"])
+    paths = imports.find(context.imports.files(claim), dim=plan["dim"])
     table = open_table(paths, rows=plan["rows"], owner=_owner_name(claim, context), dim=plan["dim"])
     found = look(table, on_error=plan["on_error"], check=heartbeat.check)
     feature = context.imports.prepare(

@@ -21,6 +21,9 @@ Maps (x: the flat gradient of one example, k: the dimension):
   c · 2¹⁴ + ⌊j / 64⌋. The same mean, and the variance (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x²y²) / k; its price is 2·p·k operations
   per example and the making of R, block by block, for every batch. A smaller dimension takes the first columns of a
   larger one.
+* `reference`: φx = xP with P of independent ±1/√k as GradEx's code draws it (arXiv 2409.19458): 2b − 1 with b from
+  NumPy's legacy generator, `RandomState(seed).randint(2, size=(p, k))` row by row over the parameters in the model's
+  order. The same mean and variance as `rademacher`'s, for numbers that are to be those of that code.
 * `none`: the flat gradient itself, the parameters one after another; its only dimension is their number p.
 """
 
@@ -35,6 +38,7 @@ from worker.projection.fft import Fft
 from worker.projection.identity import Identity
 from worker.projection.interface import Projection, ProjectionName
 from worker.projection.rademacher import Rademacher
+from worker.projection.reference import Reference
 from worker.projection.sjlt import Sjlt
 from worker.projection.words import MAX_DIM, PROJECTION_VERSION
 
@@ -45,6 +49,7 @@ _PROJECTIONS: dict[ProjectionName, type[Projection]] = {
     "sjlt": Sjlt,
     "fft": Fft,
     "rademacher": Rademacher,
+    "reference": Reference,
     "none": Identity,
 }
 
@@ -59,6 +64,7 @@ def make_projection(
 ) -> Projection:
     """Make the map called `name` onto each of `dims`; the same arguments give the same map anywhere.
 
-    Raises ValueError where a dimension is out of range, or is not the number of parameters for `none`.
+    Raises ValueError where a dimension is out of range, or is not the number of parameters for `none`, or where
+    `reference` would draw more signs than it takes.
     """
     return _PROJECTIONS[name](dims=dims, parameters=parameters, seed=seed, device=torch.device(device))

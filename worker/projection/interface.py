@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.projection.words import MAX_DIM
 
-ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "none"]
+ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "reference", "none"]
 
 
 class Projection(ABC):
@@ -57,3 +57,22 @@ class Projection(ABC):
         for name, gradients in named:
             self.add(name, gradients, sums)
         return sums
+
+    def lift(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return Pw of weights w (dim,), where the map is x ↦ xP: flat, (size,) float32, by parameter.
+
+        `dim` is one of `dims`. The map is linear in what is added, so its transpose is its derivative: no map has to
+        say twice what it is. Beside the result it holds what the derivative of one parameter needs; of a dense matrix
+        that is the matrix, 4 · size · dim bytes.
+        """
+        dim = len(weights)
+        return {name: self._lifted(name, size, dim, weights) for name, size in self.sizes.items()}
+
+    @torch.enable_grad()
+    def _lifted(self, name: str, size: int, dim: int, weights: Tensor) -> Tensor:
+        place = torch.zeros(1, size, device=self.device, requires_grad=True)
+        sums = self.zeros(1)
+        self.add(name, place, sums)
+        wanted = weights.to(device=self.device, dtype=sums[dim].dtype).unsqueeze(0)
+        (found,) = torch.autograd.grad(sums[dim], place, wanted)
+        return found.squeeze(0)
