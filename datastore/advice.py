@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from gradstore.types import FeatureSet, Run, Task
+from gradstore.types import Checkpoint, FeatureSet, Run, Task
 
 from datastore.catalog import Catalog
 from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing
-from datastore.features import UNPROJECTED, Features
-from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, Fit, Query, said, telling
+from datastore.features import LIKE_WITH_LIKE, Features
+from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, SHARED, Fit, Query, said, telling
 from datastore.selection import rules
 
 _MODELS = {"rds": "base model as it is", "embedding": "sentence encoder"}
@@ -47,8 +47,10 @@ def missing_pool(
     near: Sequence[Fit],
     *,
     catalog: Catalog,
+    features: Features,
 ) -> GradientsMissing | ForeignProjection:
-    """The POST for a dataset without features, computed as those of the others are where others have some."""
+    """The POST for a dataset without features, computed as those of the others are where others have some, or else as
+    the task's are."""
     imported = [fit for fit in near if fit.is_foreign]
     if query.projection == FOREIGN or query.projection_id is not None or (imported and imported == list(near)):
         if not imported:
@@ -62,19 +64,29 @@ def missing_pool(
         ours = [fit for fit in near if fit not in imported]
         nearest = max(ours, key=lambda fit: len(fit.pools))
         owner = next(dataset for dataset in datasets if dataset not in nearest.pools)
-        body = {"dataset": owner, **_training(nearest), **_body(nearest.parameters)}
+        body = {"dataset": owner, **_training(nearest), **computed(nearest.parameters)}
         posts = _posts(body, nearest.parameters)
         return GradientsMissing(f"{owner} has no features that go with the others': {posts}", body=body)
+    asked = {name: value for name in ASKED if (value := getattr(query, name)) is not None}
+    alike = _of_the_task(query, asked, run.checkpoints if run else (), checkpoints, catalog=catalog, features=features)
+    if alike:
+        asked = {name: getattr(alike[0], name) for name in SHARED if name in ASKED} | asked
+        checkpoints = checkpoints or (() if run else tuple(each.checkpoint for each in alike))
     own = query.method in OWN_KINDS
+    if not (own or run or checkpoints):
+        runs = catalog.all_runs()
+        run = runs[0] if len(runs) == 1 else None
+    at = run.checkpoints if run else [catalog.checkpoint(id) for id in checkpoints]
+    if query.kind is None and not all(each.has_moments for each in at):
+        asked["kind"] = "sgd"  # what is computed by default of a dataset needs Adam's moments
     body = {"dataset": datasets[0] if datasets else _only(catalog.dataset_sizes()) or "<dataset>"}
     if checkpoints:
         body["checkpoints"] = list(checkpoints)
     elif own and run is None:
         body["checkpoints"] = ["<checkpoint>"]
     else:
-        body["run"] = run.id if run else _only(one.id for one in catalog.all_runs()) or "<run>"
-    asked = {name: value for name in ASKED if (value := getattr(query, name)) is not None}
-    body |= _body(asked)
+        body["run"] = run.id if run else "<run>"
+    body |= computed(asked)
     owners = " and ".join(datasets) or "any dataset"
     detail = f"there are no features of {owners} at every checkpoint asked for: {_posts(body, asked)}"
     if body.get("checkpoints") == ["<checkpoint>"]:
@@ -85,7 +97,7 @@ def missing_pool(
 
 def not_stored(owner: dict[str, str], checkpoints: Sequence[str], parameters: dict[str, Any]) -> GradientsMissing:
     """The POST for features that a recipe was made from, and that have been deleted since."""
-    body = {**owner, "checkpoints": list(checkpoints), **_body(parameters)}
+    body = {**owner, "checkpoints": list(checkpoints), **computed(parameters)}
     return GradientsMissing(f"the features that this was made from are not stored any more: {_post(body)}", body=body)
 
 
@@ -98,9 +110,9 @@ def foreign(projection_id: str | None, *, lacking: str) -> ForeignProjection:
     )
 
 
-def ambiguous(query: Query, fits: Sequence[Fit], path: str) -> Ambiguous:
-    """Say that one of these fits is to be named; each choice is a URL that does."""
-    choices = [f"{path}?{urlencode(_parameters(query, fit), doseq=True)}" for fit in fits]
+def ambiguous(query: Query, fits: Sequence[Fit], path: str, *, catalog: Catalog) -> Ambiguous:
+    """Say that one of these fits is to be named; each choice is a URL that does, by names where there are some."""
+    choices = [f"{path}?{urlencode(_parameters(query, fit, catalog), doseq=True)}" for fit in fits]
     differing = ", ".join(("dataset", "run", "checkpoint", *ASKED))
     return Ambiguous(
         f"{len(choices)} sets of features fit; say which one is meant ({differing}), for example {choices[0]}",
@@ -108,18 +120,68 @@ def ambiguous(query: Query, fits: Sequence[Fit], path: str) -> Ambiguous:
     )
 
 
-def several_datasets(query: Query, datasets: Sequence[str], path: str) -> Ambiguous:
-    """Say that one of these datasets is to be named; each choice is a URL that does."""
-    shared = {**_choice(query), "method": query.method, "task": list(query.tasks)}
-    shared |= {"aggregate": query.aggregate, "combine": query.combine}
-    choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in datasets]
+def several_datasets(query: Query, datasets: Sequence[str], path: str, *, catalog: Catalog) -> Ambiguous:
+    """Say that one of these datasets is to be named; each choice is a URL that does, by its name where it has one."""
+    shared = _of_own_scores(query)
+    called = [catalog.dataset(id).name or id for id in datasets]
+    choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in called]
     return Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
+
+
+def several_sources(query: Query, ids: Sequence[str], path: str, *, noun: str) -> Ambiguous:
+    """Say whose scores are to be named, of predictors, cascades, estimates or projectors (`noun`, plural)."""
+    shared = _of_own_scores(query)
+    choices = [f"{path}?{urlencode(_said_only(shared | {'by': id}), doseq=True)}" for id in ids]
+    return Ambiguous(f"{len(ids)} {noun} fit; say which is meant (by), for example by={ids[0]}", choices=choices)
+
+
+def told_apart(found: Sequence[Sequence[FeatureSet]], path: str) -> list[str]:
+    """For each of several ways to answer, by its feature sets of one checkpoint each, a path that says in what it
+    differs from the others.
+    """
+    ways = [
+        {"checkpoint": [each.checkpoint for each in sets]}
+        | {name: [said(name, getattr(sets[0], name))] for name in ASKED}
+        for sets in found
+    ]
+    differing = [name for name in ways[0] if len({tuple(way[name]) for way in ways}) > 1]
+    return [f"{path}?{urlencode({name: way[name] for name in differing}, doseq=True)}" for way in ways]
+
+
+def _of_the_task(
+    query: Query,
+    asked: dict[str, Any],
+    run: Sequence[Checkpoint],
+    checkpoints: Sequence[str],
+    *,
+    catalog: Catalog,
+    features: Features,
+) -> list[FeatureSet]:
+    """Features of a query's first task that what is asked for could be compared with, one a checkpoint: of the run or
+    the checkpoints that are named, else of a run that has them all, or of one checkpoint; none where there are none.
+    """
+    if not query.tasks:
+        return []
+    kind = query.kind if query.kind in LIKE_WITH_LIKE else "sgd"
+    wanted = {name: value for name, value in asked.items() if name in SHARED}
+    alike: dict[tuple[Any, ...], dict[str, FeatureSet]] = {}
+    for each in features.complete(tasks=[catalog.task(query.tasks[0]).id]):
+        fits = all(said(name, getattr(each, name)) == value for name, value in wanted.items())
+        if each.kind == kind and each.projection_id is None and fits:
+            alike.setdefault(tuple(getattr(each, name) for name in SHARED), {})[each.checkpoint] = each
+    named = list(checkpoints) or [each.id for each in run]
+    trainings = [named] if named else [[each.id for each in one.checkpoints] for one in catalog.all_runs()]
+    for sets in alike.values():
+        for training in trainings:
+            if training and all(checkpoint in sets for checkpoint in training):
+                return [sets[checkpoint] for checkpoint in training]
+    return [] if named or not alike else list(next(iter(alike.values())).values())[:1]
 
 
 def _task_post(fit: Fit, missing: Task, *, note: str) -> GradientsMissing:
     of_pool = fit.parameters
-    shared = {name: of_pool[name] for name in ASKED if name not in OWN or of_pool["kind"] in UNPROJECTED}
-    body: dict[str, object] = {"task": missing.id, **_training(fit), **_body(shared)}
+    shared = {name: of_pool[name] for name in ASKED if name not in OWN or of_pool["kind"] in LIKE_WITH_LIKE}
+    body: dict[str, object] = {"task": missing.id, **_training(fit), **computed(shared)}
     return GradientsMissing(
         f"the task {missing.name} has no features that go with the pool's{note}: {_posts(body, shared)}", body=body
     )
@@ -142,7 +204,7 @@ def _training(fit: Fit) -> dict[str, object]:
     return {"run": fit.run.id} if fit.run else {"checkpoints": list(fit.checkpoints)}
 
 
-def _body(parameters: dict[str, Any]) -> dict[str, object]:
+def computed(parameters: dict[str, Any]) -> dict[str, object]:
     """Parameters as POST /gradients takes them; of what was converted, those of what it was made from."""
     several = {"dim": "dims", "kind": "kinds"}
     if parameters.get("converted_from") not in (None, "none"):
@@ -162,7 +224,8 @@ def _posts(body: dict[str, object], parameters: dict[str, Any]) -> str:
     if parameters.get("converted_from") in (None, "none"):
         return _post(body)
     owner = {name: body[name] for name in ("dataset", "task") if name in body}
-    second = json.dumps({**owner, "dtype": parameters["dtype"]})
+    narrower = "int4" if parameters["converted_from"] == "int8" else "int8"  # where no dtype is asked for
+    second = json.dumps({**owner, "dtype": parameters.get("dtype", narrower)})
     return f"{_post(body)}, and POST /conversions {second} then makes what goes with it"
 
 
@@ -170,12 +233,13 @@ def _post(body: dict[str, object]) -> str:
     return f"POST /gradients {json.dumps(body)} computes them"
 
 
-def _parameters(query: Query, fit: Fit) -> dict[str, Any]:
-    chosen = {**_choice(query), "task": list(query.tasks), "dataset": list(fit.pools)}
+def _parameters(query: Query, fit: Fit, catalog: Catalog) -> dict[str, Any]:
+    pools = [catalog.dataset(id).name or id for id in fit.pools]
+    chosen = {**_choice(query), "task": list(query.tasks), "dataset": pools}
     if fit.run is not None and not query.checkpoints:
-        chosen["run"] = fit.run.id
+        chosen["run"] = fit.run.name or fit.run.id
     else:
-        chosen["checkpoint"] = list(fit.checkpoints)
+        chosen["checkpoint"] = [catalog.checkpoint(id).name or id for id in fit.checkpoints]
     own = telling(fit.parameters)
     chosen |= {name: said(name, own[name]) for name in ASKED if name in own}
     return _said_only(chosen | {"aggregate": query.aggregate, "combine": query.combine})
@@ -185,6 +249,13 @@ def _choice(query: Query) -> dict[str, Any]:
     """What a query says about how rows are chosen, as an URL says it."""
     values = {name: getattr(query, name) for name in rules.OF_THE_CHOICE}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _of_own_scores(query: Query) -> dict[str, Any]:
+    """What a query of a method with scores of its own says, as an URL says it."""
+    several = {"task": list(query.tasks), "dataset": list(query.datasets), "capabilities": list(query.capabilities)}
+    names = ("method", "by", "budget", "aggregate", "combine", "neighbours", "beta")
+    return {**_choice(query), **several, **{name: getattr(query, name) for name in names}}
 
 
 def _said_only(parameters: dict[str, Any]) -> dict[str, Any]:

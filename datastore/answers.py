@@ -31,7 +31,7 @@ from datastore.selection.choose import Chosen, Lengths, Material, choose, chosen
 from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, NgramIndex, Overlap
 from datastore.selection.features import PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
-from datastore.selection.rules import needs_features, refused
+from datastore.selection.rules import needs_features, needs_task, refused
 from datastore.selection.tasks import CombinedScores, combine
 from datastore.selection.top import candidates, fewer, wanted
 from datastore.selection.words import text_of
@@ -154,7 +154,7 @@ class Answers:
             "pool_origins": pool.origins.counts(),
             "contamination": None if contamination is None else contamination.model_dump(mode="json"),
             "notes": [
-                *self.scoring.notes(sources),
+                *self.scoring.notes(recipe, sources),
                 *self._unknown_ids(recipe, pool),
                 *fewer(recipe.k, k),
                 *chosen.notes,
@@ -255,7 +255,7 @@ class Answers:
 
     def _names(self, recipe: SelectionRecipe, sources: Sources) -> _Names:
         """Each task of the scores and its subtasks, as they are numbered."""
-        if recipe.method == "random":
+        if not needs_task(recipe):
             return [(None, ())]
         known = self.scoring.subtasks(recipe, sources)
         return [(task, known[task]) for task in recipe.tasks]
@@ -299,6 +299,7 @@ class Answers:
         def stored() -> PoolFeatures:
             return PoolFeatures(self.scoring.rows(sources), recipe.checkpoint_weights)
 
+        references = self.scoring.references(recipe)
         tasks = dict.fromkeys([*recipe.tasks, *recipe.decontaminate])
         with ExitStack() as stack:
             readers = [stack.enter_context(self.datasets.example_reader(dataset)) for dataset in recipe.datasets]
@@ -310,11 +311,12 @@ class Answers:
             yield Material(
                 origins=pool.origins,
                 text=text,
-                features=lambda rows: stored().unit(rows),
+                features=lambda rows: stored().unit(rows) if references is None else references.pool[list(rows)],
                 contamination=Contamination(
                     text, [self.ngrams.of(task, recipe.ngram or DEFAULT_NGRAM) for task in tasks]
                 ),
                 lengths=self._lengths(recipe),
+                references=references,
             )
 
     def _contamination(

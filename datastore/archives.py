@@ -2,12 +2,14 @@
 
 A name in an archive decides only where inside the target folder its file goes: absolute names, `..`, drive letters,
 links, and names that fall together on a file system that ignores case are refused before anything is written. What an
-archive unpacks to is bounded by what it declares and, while unpacking, by what it really holds.
+archive unpacks to is bounded by what it declares and, while unpacking, by what it really holds: in bytes, in bytes for
+each byte that was sent, and in files, whose list is bounded before it is read. An archive within one stays as it is.
 """
 
 from __future__ import annotations
 
 import lzma
+import os
 import stat
 import unicodedata
 import zipfile
@@ -15,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from datastore.errors import InvalidInput, PathNotAllowed, TooLarge
 
@@ -23,6 +25,10 @@ CHUNK = 1 << 20  # bytes copied at a time
 LONGEST_NAME = 255  # bytes of one part of a path, on common file systems
 LONGEST_PATH = 1024  # bytes
 DEEPEST = 32  # parts of a path: every file could bring folders of its own, and a folder costs the disk more than a file
+
+LONGEST_LIST = 32 << 20  # bytes of a zip's list of files: 100,000 of 300 bytes; all of it is held in memory
+EXPANSION_LIMIT = 200  # unpacked bytes per byte of what is packed; text compresses 3 to 20 times
+EXPANSION_FLOOR = 256 << 20  # unpacked bytes that any file may reach
 
 _OTHER_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _LEFT_OUT = ("__MACOSX", ".DS_Store", "Thumbs.db")
@@ -54,6 +60,11 @@ def unpack(upload: BinaryIO, filename: str, into: Path, *, limits: Limits | None
     return [target]
 
 
+def allowance(size: int) -> int:
+    """The most bytes that so many packed ones may plausibly unpack to."""
+    return max(EXPANSION_FLOOR, EXPANSION_LIMIT * size)
+
+
 def safe_name(name: str) -> PurePosixPath:
     """The relative path that a name sent from outside means; raises InvalidInput where it is not one.
 
@@ -78,7 +89,7 @@ def safe_name(name: str) -> PurePosixPath:
 
 def allowed_path(path: str | Path, roots: Sequence[Path]) -> Path:
     """The server path that `path` leads to, links followed; raises PathNotAllowed unless it exists inside a root."""
-    shown = ", ".join(str(root) for root in roots) or "none are configured"
+    shown = ", ".join(str(root) for root in roots) or "there are none: serve --allow FOLDER names some"
     try:
         real = Path(path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):  # missing, not readable, a NUL in the name, a loop of links
@@ -106,8 +117,8 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, Va
 
 def _unpack_zip(upload: BinaryIO, filename: str, into: Path, limits: Limits) -> list[Path]:
     try:
-        with zipfile.ZipFile(upload) as archive:
-            entries = _entries(archive, filename, limits)
+        with zipfile.ZipFile(cast("IO[bytes]", _Bounded(upload, filename))) as archive:
+            entries = _entries(archive, filename, limits, size=upload.seek(0, os.SEEK_END))
             return [_extract(archive, entry, _free(into, path), filename) for entry, path in entries]
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of bz2
@@ -117,14 +128,36 @@ def _unpack_zip(upload: BinaryIO, filename: str, into: Path, limits: Limits) -> 
         raise InvalidInput(f"{filename!r} cannot be unpacked ({error}): pack it as an ordinary zip") from error
 
 
-def _entries(archive: zipfile.ZipFile, filename: str, limits: Limits) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """The files of the archive and where they go; everything that can be checked before writing is."""
+class _Bounded:
+    """A zip file whose list of files, which zipfile reads in one piece, is not too long to be held."""
+
+    def __init__(self, file: BinaryIO, filename: str) -> None:
+        self._file = file
+        self._filename = filename
+
+    def read(self, size: int = -1) -> bytes:
+        """Read; no other part of an archive is asked for in pieces as large as a list that is too long."""
+        if size > LONGEST_LIST:
+            raise TooLarge(
+                f"the list of files in {self._filename!r} has {size:,} bytes; at most {LONGEST_LIST:,} are read"
+            )
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _entries(
+    archive: zipfile.ZipFile, filename: str, limits: Limits, *, size: int
+) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
+    """The files of an archive of `size` bytes and where they go; everything that can be checked before writing is."""
     infos = archive.infolist()
     if len(infos) > limits.entries:
         raise TooLarge(f"{filename!r} holds {len(infos):,} files; at most {limits.entries:,} are unpacked")
     declared = sum(info.file_size for info in infos)
-    if declared > limits.bytes:
-        raise TooLarge(f"{filename!r} unpacks to {declared:,} bytes; at most {limits.bytes:,} are allowed")
+    allowed = min(limits.bytes, allowance(size))
+    if declared > allowed:
+        raise TooLarge(f"{filename!r} unpacks to {declared:,} bytes; of its size at most {allowed:,} are allowed")
     files = [info for info in infos if not info.filename.endswith(("/", "\\"))]
     for info in files:
         _refuse_special(info, filename)

@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets
 from datastore.errors import InvalidInput
-from datastore.features import UNPROJECTED, Features
+from datastore.features import LIKE_WITH_LIKE, Features
 from datastore.identity import content_id
 from datastore.index import INDEX_ROWS, Index, Indexes, available
 from datastore.influence import Mask, everywhere
@@ -172,7 +172,7 @@ class Attributions:
             checkpoints=list(pools.checkpoints),
             checkpoint_weights=pools.weights,
             run=pools.run,
-            query_kind=kind if kind in UNPROJECTED else request.query_kind,
+            query_kind=kind if kind in LIKE_WITH_LIKE else request.query_kind,
             origins=sorted(set(request.origins)),
             k=request.k,
             **pools.parameters,
@@ -316,7 +316,8 @@ def _parameters(recipe: AttributionRecipe) -> dict[str, Any]:
     }  # fmt: skip
     found = recipe.model_dump(mode="json", include=names)
     adam = (found["adam"] or "less") if recipe.query_kind == "adam" else None
-    return {**found, "kind": recipe.query_kind, "adam": adam}
+    form = {"logodds_form": recipe.logodds_form} if recipe.query_kind == "logodds" else {}
+    return {**found, **form, "kind": recipe.query_kind, "adam": adam}
 
 
 def _key(example: Example, checkpoint: str, parameters: dict[str, Any]) -> str:

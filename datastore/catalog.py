@@ -13,19 +13,24 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from gradstore.types import Checkpoint, Dataset, DatasetSource, Page, Run, Subtask, Task
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from gradstore.types import Adapter, Checkpoint, Dataset, DatasetSource, Page, Run, Subtask, Task, Taxonomy
 from sqlalchemy import ColumnElement, Select, create_engine, delete, event, func, select, text, tuple_, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from datastore.catalog_states import PostgresqlStates, SqliteStates, States
-from datastore.errors import Conflict, InUse, NameTaken, NotFound
+from datastore.errors import Busy, Conflict, InUse, NamedOtherwise, NameTaken, NotFound
 from datastore.schema import (
+    AdapterRow,
+    AdapterTargetRow,
     CheckpointRow,
     DatasetRow,
     IdempotencyRow,
@@ -37,15 +42,30 @@ from datastore.schema import (
     SourceRow,
     Table,
     TaskRow,
+    TaxonomyRow,
     UseRow,
 )
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT = 30.0  # seconds that a writer waits for another
+SQLITE_CONNECTIONS = 16
+"""Kept open by a process, more than cores read at a time. Each keeps up to 2 MB of the catalog's pages in memory."""
 WRITER_LOCK = 7240513
 """Key of the PostgreSQL advisory lock that a writing transaction holds: there, too, one writes at a time."""
+_SILENCE = {
+    "connect_timeout": 10,  # seconds
+    "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}  # fmt: skip
+"""How long a PostgreSQL that has gone silent, its host off or a router without memory, is waited for: by default two
+hours, in which a worker would hang in its heartbeat or its commit."""
 IDEMPOTENCY_LIFETIME = timedelta(days=1)
 IDEMPOTENCY_WORK = timedelta(minutes=10)  # a request that has not answered by then is taken for dead
 NounT = TypeVar("NounT", bound=Noun)
+
+
+PART = "part_"
+"""In a cascade's plan: what the names of its parts begin with."""
 
 
 def utc_now() -> datetime:
@@ -60,17 +80,25 @@ class Catalog:
         self.url = url
         self.engine = _engine(url)
         self._writers = sessionmaker(self.engine, expire_on_commit=False)
+        self._notes = sessionmaker(self.engine.execution_options(beside_others=True), expire_on_commit=False)
         readers = self.engine.execution_options(reading=True)
         self._readers = sessionmaker(readers, expire_on_commit=False)
         sqlite = self.engine.dialect.name == "sqlite"
+        self._turn = Lock()
         self._states: States = SqliteStates(_database(url)) if sqlite else PostgresqlStates(readers)
 
     def migrate(self) -> None:
         """Bring the database to this version's schema; several processes may do so at once."""
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["engine"] = self.engine
         command.upgrade(config, "head")
+
+    def revisions(self) -> tuple[str | None, str]:
+        """The database's schema, None before there is any, and the one that this version works with."""
+        with self.engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+        return found, str(ScriptDirectory(str(MIGRATIONS)).get_current_head())
 
     def close(self) -> None:
         """Give the connections back."""
@@ -79,8 +107,27 @@ class Catalog:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """A session that commits at its end, or rolls back when left by an exception."""
-        with self._writers.begin() as session:
+        """A session that commits at its end, or rolls back when left by an exception. Raises `Busy`.
+
+        The writers of a process wait for each other without a connection: held by those who wait, all connections would
+        be gone, and with them those that readers need, and the writer whose turn it is where it looks something up.
+        """
+        if not self._turn.acquire(timeout=BUSY_TIMEOUT):
+            raise Busy(f"the catalog has been written to for {BUSY_TIMEOUT:g} s without a break: try again")
+        try:
+            with self._writers.begin() as session:
+                yield session
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def noting(self) -> Iterator[Session]:
+        """A transaction for what the caller alone writes and decides nothing: on PostgreSQL it waits for nobody."""
+        if self.engine.dialect.name == "sqlite":  # which has one writer whatever it writes
+            with self.transaction() as session:
+                yield session
+            return
+        with self._notes.begin() as session:
             yield session
 
     @contextmanager
@@ -157,6 +204,17 @@ class Catalog:
         """Rows of every dataset: an upload looks for its longest stored prefix among them."""
         with self.reading() as session:
             return {row.id: row.rows for row in session.execute(select(DatasetRow.id, DatasetRow.rows))}
+
+    def parts(self) -> set[str]:
+        """The datasets that cascades have made of rows of others."""
+        with self.reading() as session:
+            plans = list(session.scalars(select(JobRow.plan).where(JobRow.kind == "cascade")))
+        return {part for plan in plans for name, part in plan.items() if name.startswith(PART) and part is not None}
+
+    def pools(self) -> list[str]:
+        """The datasets that may be meant where none is named: all but the parts of cascades."""
+        sizes, parts = self.dataset_sizes(), self.parts()
+        return [id for id in sizes if id not in parts]
 
     def sources_of_others(self, dataset: str) -> set[str]:
         """Hashes of the uploads that other datasets hold."""
@@ -238,6 +296,57 @@ class Catalog:
         with self.reading() as session:
             return _runs(session, session.scalars(select(RunRow).order_by(RunRow.created_at, RunRow.id)).all())
 
+    # Adapters -------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, row: AdapterRow, *, targets: Iterable[str], name: str | None) -> tuple[Adapter, bool]:
+        """Record an adapter, or return the one of the same content; says whether it is new.
+
+        Raises `NameTaken`, `NamedOtherwise`, and `NotFound` where its checkpoint has been deleted meanwhile.
+        """
+        with self.transaction() as session:
+            known = session.get(AdapterRow, row.id)
+            if known is None:
+                use(session, user=row.id, used=[row.checkpoint_id])
+                session.add(row)
+                session.flush()
+                session.add_all(AdapterTargetRow(adapter_id=row.id, target=target) for target in targets)
+            found = known or row
+            if name is not None:
+                _give_name(session, AdapterRow, found, name, replace=None)
+            session.flush()
+            return _adapters(session, [found])[0], known is None
+
+    def adapter(self, reference: str) -> Adapter:
+        """An adapter by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return _adapters(session, [_find(session, AdapterRow, reference)])[0]
+
+    def adapters(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        base_model: str | None = None,
+        revision: str | None = None,
+        rank: int | None = None,
+        target: Sequence[str] = (),
+        dataset: str | None = None,
+    ) -> Page[Adapter]:
+        """A page of adapters, newest first: of this base model, rank and dataset (id), and on all of these targets."""
+        of_base = {"model": base_model, "revision": revision}
+        own = {"rank": rank, "dataset": dataset}
+        where = [getattr(AdapterRow, name) == value for name, value in own.items() if value is not None]
+        checkpoints = select(CheckpointRow.id).filter_by(**{k: v for k, v in of_base.items() if v is not None})
+        where += [AdapterRow.checkpoint_id.in_(checkpoints)]
+        for each in target:
+            on_it = select(AdapterTargetRow.adapter_id).where(AdapterTargetRow.target == each)
+            where.append(AdapterRow.id.in_(on_it))
+        if not all(map(_is_text, filter(None, [base_model, revision, *target]))):
+            return Page[Adapter](data=[], has_more=False)
+        with self.reading() as session:
+            rows, has_more = _page(session, AdapterRow, *where, limit=limit, after=after)
+            return Page[Adapter](data=_adapters(session, rows), has_more=has_more)
+
     # Selections -----------------------------------------------------------------------------------------------------
 
     def add_selection(self, *, id: str, recipe: dict[str, Any], summary: dict[str, Any]) -> SelectionRow:
@@ -262,6 +371,31 @@ class Catalog:
         """A page of selections, newest first, and whether there are more."""
         with self.reading() as session:
             return _page(session, SelectionRow, limit=limit, after=after)
+
+    # Taxonomies -----------------------------------------------------------------------------------------------------
+
+    def add_taxonomy(self, *, id: str, capabilities: list[dict[str, Any]], name: str | None = None) -> Taxonomy:
+        """Record a taxonomy; one of the same content is returned as it is. Raises `NameTaken`."""
+        with self.transaction() as session:
+            row = session.get(TaxonomyRow, id)
+            if row is None:
+                row = TaxonomyRow(id=id, name=None, capabilities=capabilities, created_at=utc_now())
+                session.add(row)
+                session.flush()
+            if name is not None:
+                _give_name(session, TaxonomyRow, row, name, replace=None)
+            return Taxonomy.model_validate(_columns(row))
+
+    def taxonomy(self, reference: str) -> Taxonomy:
+        """A taxonomy by id or name. Raises `NotFound`."""
+        with self.reading() as session:
+            return Taxonomy.model_validate(_columns(_find(session, TaxonomyRow, reference)))
+
+    def taxonomies(self, *, limit: int, after: str | None = None) -> Page[Taxonomy]:
+        """A page of taxonomies, newest first."""
+        with self.reading() as session:
+            rows, has_more = _page(session, TaxonomyRow, limit=limit, after=after)
+            return Page[Taxonomy](data=[Taxonomy.model_validate(_columns(row)) for row in rows], has_more=has_more)
 
     # All nouns ------------------------------------------------------------------------------------------------------
 
@@ -325,7 +459,7 @@ class Catalog:
         mine: dict[str, Any] = {"key": key, "fingerprint": fingerprint, "created_at": utc_now()}
         try:
             with self.transaction() as session:
-                session.execute(delete(IdempotencyRow).where(_outlived(mine["created_at"])))
+                session.execute(delete(IdempotencyRow).where(outlived(mine["created_at"])))
                 row = session.get(IdempotencyRow, key)
                 if row is None:
                     session.add(IdempotencyRow(**mine))
@@ -342,13 +476,25 @@ class Catalog:
             values = {"status": status, "headers": headers, "body": {"json": body}}
             session.execute(update(IdempotencyRow).where(IdempotencyRow.key == key).values(**values))
 
+    def free_unanswered_keys(self) -> int:
+        """Give back the keys of requests that were at work when the server died; returns how many there were.
+
+        Where another server is at work on one after all, a repeated request may be done twice, and comes to the same
+        ids: everything is named by its content.
+        """
+        with self.transaction() as session:
+            found = session.scalars(select(IdempotencyRow).where(IdempotencyRow.status.is_(None))).all()
+            for row in found:
+                session.delete(row)
+            return len(found)
+
     def free_key(self, key: str) -> None:
         """Give back a key whose request was refused: the corrected request may use it."""
         with self.transaction() as session:
             session.execute(delete(IdempotencyRow).where(IdempotencyRow.key == key, IdempotencyRow.status.is_(None)))
 
 
-def _outlived(now: datetime) -> ColumnElement[bool]:
+def outlived(now: datetime) -> ColumnElement[bool]:
     """Whether a key's day is over, or the server died with the request that took it."""
     died = IdempotencyRow.status.is_(None) & (IdempotencyRow.created_at < now - IDEMPOTENCY_WORK)
     return died | (IdempotencyRow.created_at < now - IDEMPOTENCY_LIFETIME)
@@ -396,7 +542,7 @@ def use(session: Session, *, user: str, used: Iterable[str]) -> None:
     has been deleted since it was looked up.
     """
     for id in sorted(set(used)):
-        noun = _USABLE[id.partition("_")[0]]
+        noun = USABLE.get(id.partition("_")[0], JobRow)
         if session.get(noun, id) is None:
             raise NotFound(_noun_name(noun), id, collection=f"/{noun.__tablename__}")
         session.add(UseRow(user=user, used=id))
@@ -405,7 +551,10 @@ def use(session: Session, *, user: str, used: Iterable[str]) -> None:
 def _needed(recipe: dict[str, Any]) -> list[str]:
     """What a selection cannot be chosen again without, its features apart."""
     several = ("datasets", "tasks", "exclude", "decontaminate")
-    return [*(id for name in several for id in recipe.get(name, [])), *filter(None, [recipe.get("match")])]
+    return [
+        *(id for name in several for id in recipe.get(name, [])),
+        *filter(None, [recipe.get("match"), recipe.get("by")]),
+    ]
 
 
 def name_if_free(session: Session, row: Noun, name: str) -> None:
@@ -425,7 +574,9 @@ def _database(url: str) -> str:
 
 def _sqlite(url: str) -> Engine:
     Path(_database(url)).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT})
+    engine = create_engine(
+        url, connect_args={"timeout": BUSY_TIMEOUT}, hide_parameters=True, pool_size=SQLITE_CONNECTIONS
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _: Any) -> None:
@@ -445,7 +596,7 @@ def _sqlite(url: str) -> Engine:
 
 def _postgresql(url: str) -> Engine:
     """What is looked at and then written must not be another's between the two (docs/decisions/one-writer.md)."""
-    engine = create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=_SILENCE)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _: Any) -> None:
@@ -456,7 +607,7 @@ def _postgresql(url: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        if not _only_reads(connection):
+        if not (_only_reads(connection) or connection.get_execution_options().get("beside_others")):
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
 
     return engine
@@ -482,7 +633,7 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
     found: Sequence[NounT] = ()
-    if "\0" not in reference and _is_text(reference):  # what no database takes is no name of anything
+    if _is_text(reference):  # what no database takes is no name of anything
         found = session.scalars(select(noun).where((noun.id == reference) | (noun.name == reference))).all()
     if not found:
         raise NotFound(_noun_name(noun), reference, collection=f"/{noun.__tablename__}")
@@ -490,8 +641,8 @@ def _find(session: Session, noun: type[NounT], reference: str) -> NounT:
 
 
 def _is_text(reference: str) -> bool:
-    """Whether a text has no lone surrogates, half of a pair that JSON can hold."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in reference)
+    """Whether a text has neither a NUL nor lone surrogates, half of a pair that JSON can hold."""
+    return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in reference)
 
 
 def _bridge(session: Session, row: DatasetRow) -> None:
@@ -501,21 +652,21 @@ def _bridge(session: Session, row: DatasetRow) -> None:
     session.execute(update(DatasetRow).where(DatasetRow.prefix == row.id).values(prefix=row.prefix))
 
 
-_USABLE: dict[str, type[Table]] = {
-    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "ft": JobRow
+USABLE: dict[str, type[Table]] = {
+    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "tax": TaxonomyRow
 }  # fmt: skip
-"""What can be needed by something else, by the beginning of its id."""
+"""What can be needed by something else, by the beginning of its id; all others are jobs."""
 
 
 def _noun_name(noun: type[Table]) -> str:
-    return str(noun.__tablename__).removesuffix("s")
+    return "taxonomy" if noun is TaxonomyRow else str(noun.__tablename__).removesuffix("s")
 
 
 def _give_name(session: Session, noun: type[Noun], row: Noun, name: str, *, replace: bool | None) -> None:
     """Name what was sent; content that is known under another name keeps it, since somebody relies on that."""
     if row.name not in (None, name) and not replace:
         otherwise = "rename it" if replace is None else "send replace=true to give it this one"
-        raise Conflict(f"the same content is called {row.name!r} already ({row.id}): use that name, or {otherwise}")
+        raise NamedOtherwise(row.id, row.name or "", otherwise=otherwise)
     _take_name(session, noun, row, name, replace=replace)
 
 
@@ -530,8 +681,10 @@ def _take_name(session: Session, noun: type[Noun], row: Noun, name: str, *, repl
     row.name = name
 
 
-def _page(session: Session, noun: type[NounT], *, limit: int, after: str | None) -> tuple[list[NounT], bool]:
-    query = select(noun)
+def _page(
+    session: Session, noun: type[NounT], *where: ColumnElement[bool], limit: int, after: str | None
+) -> tuple[list[NounT], bool]:
+    query = select(noun).where(*where)
     if after is not None:
         last = _find(session, noun, after)
         query = query.where(tuple_(noun.created_at, noun.id) < (last.created_at, last.id))
@@ -574,6 +727,24 @@ def _checkpoints(session: Session, rows: Sequence[CheckpointRow]) -> list[Checkp
     )
     runs = {found.checkpoint_id: found.run for found in session.execute(query)}
     return [Checkpoint.model_validate({**_columns(row), "run": runs.get(row.id)}) for row in rows]
+
+
+def _adapters(session: Session, rows: Sequence[AdapterRow]) -> list[Adapter]:
+    """Adapters with what their checkpoints know of them: three queries, however many there are."""
+    ids = [row.id for row in rows]
+    targets: dict[str, list[str]] = defaultdict(list)
+    query = select(AdapterTargetRow).where(AdapterTargetRow.adapter_id.in_(ids)).order_by(AdapterTargetRow.target)
+    for found in session.scalars(query):
+        targets[found.adapter_id].append(found.target)
+    holders = select(CheckpointRow).where(CheckpointRow.id.in_([row.checkpoint_id for row in rows]))
+    checkpoints = {checkpoint.id: checkpoint for checkpoint in session.scalars(holders)}
+    return [_adapter(row, checkpoints[row.checkpoint_id], targets[row.id]) for row in rows]
+
+
+def _adapter(row: AdapterRow, checkpoint: CheckpointRow, targets: Sequence[str]) -> Adapter:
+    values = {name: getattr(checkpoint, name) for name in ("revision", "parameters", "template", "bytes")}
+    values |= {"checkpoint": checkpoint.id, "base_model": checkpoint.model, "targets": targets}
+    return Adapter.model_validate({**_columns(row), **values})
 
 
 def _run(session: Session, row: RunRow) -> Run:

@@ -18,13 +18,10 @@ needs no torch in its memory, and a file made to do harm meets `weights_only=Tru
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,12 +31,14 @@ from typing import Any, cast
 
 from gradstore.types import Checkpoint, CheckpointMethod, Precision, TemplateName
 
-from datastore import models
+from datastore import encoders, models
 from datastore.catalog import utc_now
-from datastore.durable import place, sweep, sync_folder, unfinished, write_file
-from datastore.errors import InvalidCheckpoint, NotFound
-from datastore.identity import content_id
-from datastore.tensors import Header, check_finite, read_header
+from datastore.depot import LOCAL, Depot, evict
+from datastore.durable import copy_file, sweep, sync_folder, unfinished, write_file
+from datastore.errors import InvalidCheckpoint, InvalidInput, NotFound
+from datastore.identity import content_id, sha256_of
+from datastore.sizes import bytes_of
+from datastore.tensors import Header, check_finite, length, read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -80,8 +79,8 @@ class Description:
 class Checkpoints:
     """The checkpoints under one folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
+        self.root, self._depot = root, depot
 
     def register(
         self,
@@ -129,11 +128,14 @@ class Checkpoints:
     ) -> Checkpoint:
         """Register a base model as it is before any training; its files stay where they are.
 
-        Raises `InvalidInput` where there is no such model, and `HubUnreachable`.
+        Raises `InvalidInput` where there is no such model, or a sentence encoder of modules that are not done here, and
+        `HubUnreachable`.
         """
+        revision = models.revision_of(model, revision)
+        encoders.refuse_other_modules(model, revision)
         description = Description(
             model=model,
-            revision=models.revision_of(model, revision),
+            revision=revision,
             method="none",
             precision=precision,
             learning_rate=learning_rate,
@@ -175,15 +177,26 @@ class Checkpoints:
         moment = "exp_avg."
         return {name.removeprefix(moment): each.size for name, each in tensors.items() if name.startswith(moment)}
 
+    def adapter_length(self, checkpoint: str) -> float:
+        """The L2 norm of all LoRA matrices together. Raises `NotFound`, and `InvalidInput` without an adapter."""
+        path = self.weights(checkpoint) / ADAPTER_WEIGHTS
+        if not path.exists():
+            raise InvalidInput(f"{checkpoint} has no adapter whose length a step could be measured by: say abs_scale")
+        return length(path, names={key for key in read_header(path).tensors if "lora" in key})
+
     def exists(self, checkpoint: str) -> bool:
         """Whether a checkpoint's files are there."""
-        return (self.root / checkpoint).is_dir()
+        return self._depot.exists(self.root / checkpoint)
+
+    def look(self, checkpoint: str) -> None:
+        """Raise `NotFound` where a checkpoint's files are missing."""
+        if not self.exists(checkpoint):
+            raise NotFound("checkpoint", checkpoint, collection="/checkpoints")
 
     def delete(self, checkpoint: str) -> None:
         """Remove a checkpoint's files; nothing happens where there are none."""
-        with unfinished(self._unfinished, "delete") as partial:
-            if (self.root / checkpoint).is_dir():
-                (self.root / checkpoint).rename(partial / checkpoint)
+        self._depot.delete(self.root / checkpoint)
+        evict(self.root / checkpoint)
 
     def sweep(self) -> int:
         """Remove what killed processes left unfinished a day ago or earlier; returns how many there were."""
@@ -195,7 +208,7 @@ class Checkpoints:
 
     def _home(self, checkpoint: str) -> Path:
         home = self.root / checkpoint
-        if not checkpoint.startswith("ck_") or not home.is_dir():
+        if not checkpoint.startswith("ck_") or not self._depot.ensure(home):
             raise NotFound("checkpoint", checkpoint, collection="/checkpoints")
         return home
 
@@ -208,15 +221,15 @@ class Checkpoints:
             check_finite(path)
         files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
         content = {"format": FORMAT_VERSION, **asdict(description), "parameters": parameters}
-        content["files"] = {name: _sha256(path) for name, path in files.items()}
+        content["files"] = {name: sha256_of(path) for name, path in files.items()}
         id = content_id("ck", content)
         write_file(partial / DESCRIPTION, json.dumps({"id": id, **content}, indent=2).encode())
         for path in partial.rglob("*"):
             if path.is_dir():
                 sync_folder(path)
-        while not place(partial, self.root / id):
-            with contextlib.suppress(FileNotFoundError):  # deleted at this moment
-                os.utime(self.root / id)  # nobody is to take it for left behind
+        size = bytes_of(partial)
+        while not self._depot.keep(partial, self.root / id):
+            if self._depot.touch(self.root / id):  # nobody is to take it for left behind
                 break
         return Checkpoint(
             id=id,
@@ -225,7 +238,7 @@ class Checkpoints:
             **asdict(description),
             has_moments=MOMENTS in files,
             parameters=parameters,
-            bytes=sum(path.stat().st_size for path in (self.root / id).rglob("*") if path.is_file()),
+            bytes=size,
             created_at=utc_now(),
         )
 
@@ -292,7 +305,7 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError:
-        _copy(source, target)
+        copy_file(source, target)
 
 
 # Taking in what others wrote ------------------------------------------------------------------------------------------
@@ -382,10 +395,10 @@ def _take_adapter(source: Path, partial: Path, description: Description) -> Desc
             "calling save_pretrained(..., safe_serialization=True)"
         )
     _write_config(_config(source), partial / "adapter", description)
-    _copy(source / ADAPTER_WEIGHTS, partial / "adapter" / ADAPTER_WEIGHTS)
+    copy_file(source / ADAPTER_WEIGHTS, partial / "adapter" / ADAPTER_WEIGHTS)
     _adapter_shapes(partial / "adapter")
     if (source / MOMENTS).is_file():
-        _copy(source / MOMENTS, partial / MOMENTS)
+        copy_file(source / MOMENTS, partial / MOMENTS)
         return description
     for name in OPTIMIZERS:
         if (source / name).is_file():
@@ -433,8 +446,9 @@ def _convert(optimizer: Path, partial: Path, description: Description) -> dict[s
 
 
 def _take_model(source: Path, partial: Path, description: Description) -> Description:
+    models.refuse_weights_elsewhere(source)
     for path in _model_files(source):
-        _copy(path, partial / "model" / path.name)
+        copy_file(path, partial / "model" / path.name)
     return replace(description, moments_note="a whole model's are those of the service's own fine-tunes only")
 
 
@@ -516,15 +530,3 @@ def _check_model(folder: Path) -> int:
 def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     return f"{names[0]!r}{more}" if names else "nothing"
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

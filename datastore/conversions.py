@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from gradstore.types import AnyJob, ConversionRequest, ConversionResult, FeatureDtype, FeatureSet, ProblemItem
+from gradstore.types import AnyJob, ConversionRequest, ConversionResult, FeatureDtype, FeatureSet
 from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog, utc_now
-from datastore.errors import Conflict, InvalidInput, NotEnoughSpace
+from datastore.errors import Conflict, NotEnoughSpace, refusal
 from datastore.features import Features, Plan
 from datastore.gradients import Block
 from datastore.identity import content_id
@@ -78,7 +78,7 @@ class Conversions:
         sources = self._sources(request)
         owners = {(source.dataset, source.task) for source in sources}
         if len(owners) > 1:
-            raise _refusal(
+            raise refusal(
                 "the feature sets are of several datasets or tasks: send a request for each", pointer="/feature_sets"
             )
         (dataset, task), rows = owners.pop(), sources[0].rows
@@ -118,7 +118,7 @@ class Conversions:
         found = _widest([source for source in known if _fault(source, request.dtype) is None])
         if not found:
             wanted = ", ".join(_wider(request.dtype)) or "anything"
-            raise _refusal(
+            raise refusal(
                 f"there are no complete features in a dtype that {request.dtype} can be made of ({wanted}): "
                 f"POST /gradients with dtype={request.dtype} computes them",
                 pointer="/dataset" if request.dataset is not None else "/task",
@@ -142,6 +142,7 @@ def block(view: Rows, start: int, stop: int) -> Block:
         losses=view.losses[rows],
         tokens=view.tokens[rows],
         reasons=[reasons.get(row) for row in range(start, stop)],
+        logodds=view.logodds[rows] if "logodds" in view.columns else None,
     )
 
 
@@ -177,7 +178,7 @@ def _fault(source: FeatureSet, dtype: FeatureDtype) -> str | None:
 def _check(source: FeatureSet, dtype: FeatureDtype) -> None:
     fault = _fault(source, dtype)
     if fault is not None:
-        raise _refusal(fault, pointer="/dtype")
+        raise refusal(fault, pointer="/dtype")
 
 
 def _widest(sources: Sequence[FeatureSet]) -> list[FeatureSet]:
@@ -187,7 +188,3 @@ def _widest(sources: Sequence[FeatureSet]) -> list[FeatureSet]:
         same = source.model_dump(mode="json", exclude={"id", "dtype", "bytes", "excluded"})
         found.setdefault(content_id("same", same), source)
     return list(found.values())
-
-
-def _refusal(detail: str, *, pointer: str) -> InvalidInput:
-    return InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer=pointer)])

@@ -10,7 +10,6 @@ id of every prefix is met on the way. docs/datasets.md says what becomes of ever
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -35,11 +34,13 @@ from numpy.typing import NDArray
 from datastore import files
 from datastore.dataset_files import (
     LINES,
+    SOURCES,
     DatasetFolder,
     DatasetWriter,
     RowLabels,
     add_source,
 )
+from datastore.depot import LOCAL, Depot
 from datastore.durable import sync_folder
 from datastore.errors import InvalidDataset, NotFound
 from datastore.json_rows import RawRow, Unreadable
@@ -99,8 +100,8 @@ class Datasets:
     """The datasets under one folder. Any number of processes may ingest and read at once; deleting a dataset while the
     same file is being uploaded is for the catalog to prevent, which knows what is in use."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
+        self._root, self._depot = root, depot
         self._sources, self._incoming = root / "sources", root / "incoming"
         for folder in (self._sources, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
@@ -199,29 +200,54 @@ class Datasets:
 
     def source(self, sha256: str) -> Path:
         """An upload, byte for byte."""
-        if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not (self._sources / sha256).exists():
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not self._depot.ensure(self._sources / sha256):
             raise NotFound("source", sha256, collection="/datasets")
         return self._sources / sha256
 
     def sources(self, dataset: str) -> list[DatasetSource]:
         """The uploads that brought a dataset's rows, oldest first."""
-        return self._folder(dataset).sources()
+        folder = self._folder(dataset)
+        for name in self._later_sources(dataset):
+            self._depot.ensure(folder.path / SOURCES / name)
+        return folder.sources()
+
+    def look(self, dataset: str) -> None:
+        """Raise `NotFound` where a dataset's files are missing."""
+        if not self._depot.exists(self._home(dataset)):
+            raise NotFound("dataset", dataset, collection="/datasets")
 
     def delete(self, dataset: str, *, keep_sources: Collection[str]) -> None:
         """Remove a dataset, and its uploads except those that other datasets still name."""
-        folder = self._folder(dataset)
-        uploads = {source.sha256 for source in folder.sources()}
-        with self._workplace() as work:
-            folder.path.rename(work / "dataset")
-            sync_folder(self._root)
-        for upload in uploads - set(keep_sources):
+        self.look(dataset)
+        home, later = self._home(dataset), self._later_sources(dataset)
+        records = [*later, *(Path(name).name for name in self._depot.files(home) if name.startswith(f"{SOURCES}/"))]
+        for upload in {Path(name).stem for name in records} - set(keep_sources):
+            self._depot.delete(self._sources / upload)
             (self._sources / upload).unlink(missing_ok=True)
+        for name in later:
+            self._depot.delete(home / SOURCES / name)
+        self._depot.delete(home)  # last: interrupted before, all of it is done again
+        with self._workplace() as work:
+            if home.is_dir():
+                home.rename(work / "dataset")
+                sync_folder(self._root)
+
+    def _later_sources(self, dataset: str) -> list[str]:
+        """The records of uploads of rows that were stored already."""
+        return self._depot.names(self._root / dataset / SOURCES, "*.json")
+
+    def _home(self, dataset: str) -> Path:
+        """A dataset's place. Raises `NotFound` for what is no id."""
+        if not re.fullmatch(r"ds_[0-9a-f]{24}", dataset):
+            raise NotFound("dataset", dataset, collection="/datasets")
+        return self._root / dataset
 
     def _folder(self, dataset: str) -> DatasetFolder:
-        if not re.fullmatch(r"ds_[0-9a-f]{24}", dataset) or not (self._root / dataset).is_dir():
+        home = self._home(dataset)
+        if not self._depot.ensure(home):
             raise NotFound("dataset", dataset, collection="/datasets")
         try:
-            return DatasetFolder(self._root / dataset)
+            return DatasetFolder(home)
         except FileNotFoundError as error:  # deleted at this moment
             raise NotFound("dataset", dataset, collection="/datasets") from error
 
@@ -230,16 +256,14 @@ class Datasets:
 
         The upload comes first: a crash in between leaves a file that its next upload finds, never a dataset without.
         """
+        self._depot.publish(work / "source", self._sources / source.sha256)
         (work / "source").replace(self._sources / source.sha256)
         sync_folder(self._sources)
         source = add_source(draft.path, source)
-        sync_folder(draft.path)
         home = self._root / draft.manifest.id
-        created = _moved(draft.path, home)
-        if created:
-            sync_folder(self._root)
-        else:
-            source = add_source(home, source)
+        created = self._depot.keep(draft.path, home)
+        if not created:
+            source = self._add_source(home, source)
         folder = DatasetFolder(home)
         stored = folder.manifest
         return Ingested(
@@ -249,10 +273,19 @@ class Datasets:
             origins=stored.origins,
             prefix=intake.prefix,
             source=source,
-            sources=folder.sources(),
+            sources=self.sources(stored.id),
             report=intake.report(),
             created=created,
         )
+
+    def _add_source(self, home: Path, source: DatasetSource) -> DatasetSource:
+        """Record another upload of rows that are stored; raises FileNotFoundError where they are being deleted."""
+        if not self._depot.ensure(home):
+            raise FileNotFoundError(home)
+        source = add_source(home, source)
+        record = home / SOURCES / f"{source.sha256}.json"
+        self._depot.publish(record, record)
+        return source
 
     def _read_labels(self, dataset: str) -> RowLabels:
         return self._folder(dataset).label_columns()
@@ -414,14 +447,3 @@ def _file_name(filename: str) -> str:
     """The last part of a path of any system, printable and of bearable length."""
     name = re.split(r"[/\\]", filename)[-1]
     return "".join(mark for mark in name if mark.isprintable())[:255].strip() or "upload"
-
-
-def _moved(draft: Path, home: Path) -> bool:
-    """Whether the folder got its name; not where another has it, with the same content."""
-    try:
-        draft.rename(home)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    return True

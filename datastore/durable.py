@@ -15,8 +15,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from datastore.errors import NotEnoughSpace
+from datastore.sizes import bytes_of
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a user's share of it, or the largest file allowed
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a full disk: the disk itself, a user's share of it, or the largest file that is allowed."""
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -25,6 +27,14 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
         for part in parts:
             file.write(part)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, and flush the copy to the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -71,10 +81,9 @@ def unfinished(folder: Path, label: str) -> Iterator[Path]:
     try:
         yield partial
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
-        needed = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        raise NotEnoughSpace(needed=needed, free=shutil.disk_usage(folder).free) from error
+        raise NotEnoughSpace(needed=bytes_of(partial), free=shutil.disk_usage(folder).free) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -78,6 +78,27 @@ def described(model: str, revision: str | None) -> Encoder:
             f"what {model} is as an encoder is not known: its config.json is neither on the service's machine nor on "
             "the hub, or does not say how wide its hidden states are"
         )
+    return _described(folder, model, width=width)
+
+
+def refuse_other_modules(model: str, revision: str | None) -> None:
+    """Raise `InvalidInput` for a folder of sentence-transformers that asks for what is not done here.
+
+    What has no `modules.json` may be another model than an encoder. Nothing is fetched: of a model of the hub that is
+    not on this machine, `described` finds it out.
+    """
+    folder = models.folder_of(model, revision)
+    if folder is None or not all((folder / name).is_file() for name in (MODULES, CONFIG)):
+        return
+    if not (Path(model).is_absolute() or (folder / POOLING).is_file()):  # a part of a download
+        return
+    try:
+        _described(folder, model, width=models.hidden_size(model, revision) or 0)
+    except InvalidInput as error:
+        raise InvalidInput(str(error), errors=[ProblemItem(detail=str(error), pointer="/model")]) from error
+
+
+def _described(folder: Path, model: str, *, width: int) -> Encoder:
     try:
         return _read(folder, model, width)
     except (KeyError, TypeError, ValueError, OSError) as error:

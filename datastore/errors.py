@@ -7,15 +7,20 @@
     │   ├── InvalidTask
     │   ├── InvalidCheckpoint
     │   ├── InvalidFeatures
+    │   ├── LabellerRefuses
     │   └── PathNotAllowed
     ├── TooLarge
     ├── NotEnoughSpace
     ├── Damaged
     ├── BucketUnreachable
+    │   └── BucketRefused
     ├── HubUnreachable
+    │   └── DownloadFailed
+    ├── LabellerFails
     ├── Busy
     └── Conflict
         ├── NameTaken
+        ├── NamedOtherwise
         ├── InUse
         ├── GradientsMissing
         ├── ForeignProjection
@@ -31,6 +36,8 @@ from collections.abc import Sequence
 
 from gradstore.types import Problem, ProblemItem
 
+from datastore.redaction import redacted
+
 
 class GradstoreError(Exception):
     """Base of all errors a user can act upon."""
@@ -39,10 +46,17 @@ class GradstoreError(Exception):
 class NotFound(GradstoreError):
     """Nothing has this id or name."""
 
-    def __init__(self, noun: str, name: str, *, collection: str) -> None:
-        super().__init__(f"no {noun} is called {name!r}; GET {collection} lists what there is")
+    def __init__(self, noun: str, name: str, *, collection: str | Sequence[str], of: str = "") -> None:
+        """`noun` stands behind "no" in the message; `collection` is the path, or the paths, that list what there is.
+
+        `of` is what the message begins with: the part of a request that names it.
+        """
+        paths = [collection] if isinstance(collection, str) else collection
+        listed = " and ".join(f"GET {path}" for path in paths) + (" lists" if len(paths) == 1 else " list")
+        super().__init__(f"{of}no {noun} is called {name!r}; {listed} what there is")
         self.noun = noun
         self.name = name
+        self.collection = collection
 
 
 class InvalidInput(GradstoreError):
@@ -52,6 +66,11 @@ class InvalidInput(GradstoreError):
         super().__init__(detail)
         self.errors = list(errors)
         self.total_errors = len(self.errors) if total_errors is None else total_errors
+
+
+def refusal(detail: str, pointer: str) -> InvalidInput:
+    """What is wrong at one place of a request's body, in the words in which the service refuses a body by itself."""
+    return InvalidInput(f"{pointer}: {detail}", errors=[ProblemItem(pointer=pointer, detail=detail)])
 
 
 class InvalidDataset(InvalidInput):
@@ -95,24 +114,47 @@ class Damaged(GradstoreError):
 
 
 class BucketUnreachable(GradstoreError):
-    """The object store that holds features does not answer, or not as one."""
+    """The object store that holds the store does not answer, or not as one: what was at work is to be tried again."""
 
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(
-            f"{url} cannot be read ({reason}): try again later, or check GRADSTORE_FEATURES_URL and the AWS_ variables "
-            "of the service and its workers"
+            f"{url} cannot be reached ({reason}): try again later, or check GRADSTORE_STORE and the AWS_ variables of "
+            "the service and its workers"
         )
+
+
+class BucketRefused(BucketUnreachable):
+    """The object store answers and refuses: another bucket, key or right is needed."""
 
 
 class HubUnreachable(GradstoreError):
     """The Hugging Face Hub does not say which commit a model's name means, and no download does."""
 
+    advice = (
+        "the Hugging Face Hub cannot be asked which commit of {model!r} is meant ({reason}), and no download on this "
+        "machine says it: try again later, or send the commit's 40 digits as `revision`"
+    )
+
     def __init__(self, model: str, reason: str) -> None:
-        super().__init__(
-            f"the Hugging Face Hub cannot be asked which commit of {model!r} is meant ({reason}), and no download on "
-            "this machine says it: try again later, or send the commit's 40 digits as `revision`"
-        )
+        super().__init__(self.advice.format(model=model, reason=reason))
         self.model = model
+
+
+class DownloadFailed(HubUnreachable):
+    """The Hugging Face Hub does not give the files of a model that a worker needs and does not have."""
+
+    advice = (
+        "the Hugging Face Hub does not give {model!r} ({reason}), and the worker's machine has no whole download of "
+        "it: send the same request again when the hub answers, or have the model downloaded there beforehand"
+    )
+
+
+class LabellerRefuses(InvalidInput):
+    """A labeller's endpoint answers, and not as an OpenAI-compatible API that takes this request."""
+
+
+class LabellerFails(GradstoreError):
+    """A labeller's endpoint has failed as often as may be; the job can be retried."""
 
 
 class Busy(GradstoreError):
@@ -130,6 +172,14 @@ class NameTaken(Conflict):
         otherwise = "send replace=true to move it" if movable else f"rename {holder} first"
         super().__init__(f"the name {name!r} belongs to {noun} {holder}; choose another, or {otherwise}")
         self.holder = holder
+
+
+class NamedOtherwise(Conflict):
+    """The same content is stored under another name, which somebody relies on; `id` is its own."""
+
+    def __init__(self, id: str, name: str, *, otherwise: str) -> None:
+        super().__init__(f"the same content is called {name!r} already ({id}): use that name, or {otherwise}")
+        self.id = id
 
 
 class InUse(Conflict):
@@ -154,15 +204,25 @@ class ForeignProjection(Conflict):
 
 
 class Ambiguous(Conflict):
-    """Several stored things fit the request; `choices` are the full URLs, one of which is meant."""
+    """Several stored things fit the request; `choices` are paths with a query each, one of which is meant.
+
+    Clients read the queries: what differs in them is what the request is to say.
+    """
 
     def __init__(self, detail: str, *, choices: Sequence[str]) -> None:
         super().__init__(detail)
+        if strange := [choice for choice in choices if not choice.startswith("/") or "?" not in choice]:
+            raise ValueError(f"{strange[0]!r} is no path with a query")
         self.choices = list(choices)
 
 
 class UnexpectedError(Exception):
     """What nobody foresaw, in the words that the user is told."""
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the store is away for a while, which is nobody's fault: what was at work waits. A refusal lasts."""
+    return isinstance(error, BucketUnreachable) and not isinstance(error, BucketRefused)
 
 
 def first_line(error: Exception) -> str:
@@ -184,7 +244,7 @@ def problem_of(
         type="-".join(words).lower(),
         title=" ".join(words).capitalize(),
         status=status,
-        detail=str(error),
+        detail=redacted(str(error)),
         instance=instance,
         errors=list(errors),
         total_errors=total_errors,

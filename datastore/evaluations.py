@@ -9,7 +9,7 @@ from gradstore.types import AnyJob, Checkpoint, EvaluationRequest, ProblemItem, 
 
 from datastore import models
 from datastore.catalog import Catalog
-from datastore.errors import InvalidInput
+from datastore.errors import InvalidInput, refusal
 from datastore.finetunes import Finetunes
 from datastore.identity import content_id
 from datastore.leases import Jobs, NewShard
@@ -68,8 +68,7 @@ class Evaluations:
             model = models.resolve(request.model, roots=self.settings.allowed_roots)
             return _plan(request, model=model, revision=models.revision_of(model, request.revision)), []
         if request.revision is not None:
-            detail = "a revision goes with a model; a checkpoint has its own"
-            raise InvalidInput(f"revision: {detail}", errors=[ProblemItem(pointer="/revision", detail=detail)])
+            raise refusal("a revision goes with a model; a checkpoint has its own", "/revision")
         if request.checkpoint is not None:
             checkpoint = self.catalog.checkpoint(request.checkpoint)
             return _plan(request, model=checkpoint.model, revision=checkpoint.revision, checkpoint=checkpoint), [

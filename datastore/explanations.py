@@ -10,10 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
-from gradstore.types import Explanation, Explanations, NearestExample, SelectedRow, SelectionRecipe, SubtaskScore
+from gradstore.types import (
+    Aggregate,
+    Explanation,
+    Explanations,
+    NearestExample,
+    SelectedRow,
+    SelectionRecipe,
+    SubtaskScore,
+)
 from numpy.typing import NDArray
 
 from datastore.answers import Answers
@@ -67,7 +76,8 @@ class Explaining:
         if not sources.datasets:
             raise Conflict(
                 f"{selection.id} was chosen by method={selection.recipe.method}, which reads no features: an "
-                "explanation compares the features of rows and validation rows"
+                "explanation compares the features of rows and validation rows. The chosen rows with their scores are "
+                f"at GET /selections/{selection.id}"
             )
         if origin is not None:
             number_of(origin, list(selection.pool_origins))
@@ -105,7 +115,9 @@ class Explaining:
                 Explanation(
                     **row.model_dump(),
                     turns=turns(example),
-                    subtasks=[score for target, values in by_task for score in _scores(target, values)],
+                    subtasks=[
+                        score for target, values in by_task for score in _scores(target, values, recipe.aggregate)
+                    ],
                     nearest=max((_nearest(*one) for one in by_task), key=lambda nearest: nearest.influence),
                 )
             )
@@ -140,10 +152,12 @@ def influences(train: Floats, target: Sequence[Rows], weights: Sequence[float]) 
     return total
 
 
-def _scores(target: _Target, row: Floats) -> Iterator[SubtaskScore]:
+def _scores(target: _Target, row: Floats, how: Aggregate | None) -> Iterator[SubtaskScore]:
+    """What each subtask gives to the row's score by this aggregate: `max` and `min` look at single rows, others not."""
+    within = {"max": np.max, "min": np.min}.get(how or "less", partial(np.mean, dtype=np.float64))
     names = np.array([example.subtask for example in target.examples])
     for name in target.subtasks:
-        yield SubtaskScore(task=target.task, subtask=name, score=float(row[names == name].mean(dtype=np.float64)))
+        yield SubtaskScore(task=target.task, subtask=name, score=float(within(row[names == name])))
 
 
 def _nearest(target: _Target, row: Floats) -> NearestExample:

@@ -10,7 +10,8 @@ Parquet: a field's type is the one that all its values share, nested ones includ
 texts, an object with more than `MOST_FIELDS` keys), the whole field is its JSON text. A missing field and a null one
 are the same there, as they are for every reader of Parquet.
 CSV: texts as they are, everything else as JSON. A text that a spreadsheet would read as a formula gets an apostrophe
-before it (OWASP, "CSV Injection"): CSV is for people, JSONL and Parquet are for programs.
+before it (OWASP, "CSV Injection"), and so does one that is such a text behind apostrophes of its own: taking the first
+one away gives the text again. CSV is for people, JSONL and Parquet are for programs.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from datastore.outflow import Outflow
 from datastore.strict_json import compact, parse
 
 COLUMNS: Mapping[str, str] = {
-    f"selection_{name}": name for name in ("rank", "score", "task", "subtask", "origin", "dataset", "row")
+    f"selection_{name}": name for name in ("rank", "score", "task", "subtask", "origin", "dataset", "row", "id")
 }
 """Columns that an export adds, and the field of `SelectedRow` that each holds."""
 _COLUMN_TYPES = {
     "selection_rank": pa.int64(), "selection_score": pa.float32(), "selection_task": pa.string(),
     "selection_subtask": pa.string(), "selection_origin": pa.string(), "selection_dataset": pa.string(),
-    "selection_row": pa.int64(),
+    "selection_row": pa.int64(), "selection_id": pa.string(),
 }  # fmt: skip
 MOST_COLUMNS = 1000  # different fields of the rows of a table; ids as keys would make one for each row
 MOST_FIELDS = 64  # keys of a nested object that are still columns; a free dictionary has thousands
 GROUP_ROWS = 10_000  # rows of a Parquet row group at most
 GROUP_BYTES = 16 << 20  # JSON bytes of a row group at most, one row apart
 METADATA_KEY = b"gradstore"
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """What a spreadsheet takes for the beginning of a formula, after white space that it drops."""
 _INT64 = range(-(1 << 63), 1 << 63)
 _EXACT = 1 << 53  # integers up to here are floats without loss
@@ -142,12 +143,13 @@ def _cell(value: Any) -> str:
 
 
 def uncalculated(text: str) -> str:
-    """A text that no spreadsheet calculates.
+    """A text that no spreadsheet calculates, another one for every text.
 
-    >>> uncalculated("=1+1"), uncalculated("two")
-    ("'=1+1", 'two')
+    >>> uncalculated("=1+1"), uncalculated("two"), uncalculated("'=1+1"), uncalculated("'two'")
+    ("'=1+1", 'two', "''=1+1", "'two'")
     """
-    return f"'{text}" if text.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text
+    bare = text.lstrip("'")
+    return f"'{text}" if bare.startswith(_FORMULA) or bare.lstrip().startswith(_FORMULA) else text
 
 
 # Types --------------------------------------------------------------------------------------------------------------

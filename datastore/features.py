@@ -6,7 +6,6 @@ exist for its prefix, under the same recipe, and only the new rows become shards
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from gradstore.types import (
     GradientsRequest,
     GradientsResult,
     JobKind,
-    ProblemItem,
+    ProjectionName,
 )
 from sqlalchemy import Exists, delete, exists, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -35,10 +34,11 @@ from datastore.catalog import Catalog, utc_now
 from datastore.checkpoints import Checkpoints
 from datastore.durations import duration
 from datastore.encoders import Encoder
-from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound
+from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound, refusal
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.index import Indexes
+from datastore.isolation import POISONED
 from datastore.leases import Jobs, NewShard, collection
 from datastore.models import Size
 from datastore.schema import (
@@ -53,12 +53,21 @@ from datastore.schema import (
 from datastore.scores import ScoreCache
 from datastore.segments import FeatureView, stored_bytes
 from datastore.settings import Settings
+from datastore.sizes import free_bytes
 from datastore.weights import chosen
 
 PROJECTION_VERSION = 1
 """Version of the projections' random numbers (worker/projection/words.py): features of two versions are never mixed."""
 UNPROJECTED: frozenset[FeatureKind] = frozenset({"hidden", "rds", "embedding"})
 """Kinds of features that are no gradients, but made of hidden states: not projected, and as wide as the model."""
+OF_A_FORWARD_PASS: frozenset[FeatureKind] = UNPROJECTED | {"output"}
+"""Kinds of features that are no gradients of trained weights, and take no backward pass."""
+LIKE_WITH_LIKE: frozenset[FeatureKind] = OF_A_FORWARD_PASS | {"logodds"}
+"""Kinds of features that are compared with features of their own kind only."""
+DENSE: frozenset[ProjectionName] = frozenset({"rademacher", "reference"})
+"""Projections that multiply a gradient by a matrix of signs."""
+LARGEST_REFERENCE = 1 << 32
+"""Signs of a projection of kind `reference` that a worker draws, one after another, before it begins."""
 DEFAULT_MAX_LENGTH = 2048  # tokens
 USUAL_TOKEN_BUDGET = 8192  # tokens of a batch, padding included, where only the worker will know
 MAX_REPORTED = 100  # excluded rows named in a result
@@ -78,6 +87,11 @@ class Plan:
     """What the worker needs beside the shard."""
     feature_sets: Sequence[PlannedFeatureSet]
 
+    def of_new_rows(self, rows: int) -> Plan:
+        """The same for so many rows that nothing is known of."""
+        found = [replace(feature, rows=rows, covered=0, exists=False) for feature in self.feature_sets]
+        return replace(self, rows=rows, feature_sets=found)
+
     @property
     def missing_rows(self) -> int:
         """Rows to go through the model with, summed over checkpoints."""
@@ -94,7 +108,7 @@ class Plan:
     def missing_bytes(self) -> int:
         """Bytes that the missing rows add to the store."""
         return sum(
-            stored_bytes(feature.rows - feature.covered, dim=feature.dim, dtype=feature.dtype)
+            stored_bytes(feature.rows - feature.covered, dim=feature.dim, dtype=feature.dtype, kind=feature.kind)
             for feature in self.feature_sets
             if not feature.exists
         )
@@ -155,6 +169,9 @@ class Features:
     catalog: Catalog
     jobs: Jobs
     store: FeatureStore
+    checkpoints: Checkpoints
+    scores: ScoreCache
+    indexes: Indexes
     settings: Settings
     _described: dict[tuple[str, datetime], FeatureSet] = field(default_factory=dict, init=False, compare=False)
 
@@ -177,11 +194,10 @@ class Features:
             before=partial(self.begin, plan),
         )
 
-    def estimate(self, request: GradientsRequest, *, tokens_per_row: float, size: Size | None) -> Estimate:
-        """What the request would cost; `tokens_per_row` and the base model's `size` are the caller's to find out."""
-        plan = self.plan(request)
+    def estimate(self, plan: Plan, *, tokens_per_row: float, size: Size | None) -> Estimate:
+        """What a plan would cost; `tokens_per_row` and the base model's `size` are the caller's to find out."""
         settings = plan.settings
-        batch = max(1, round((request.token_budget or USUAL_TOKEN_BUDGET) / max(tokens_per_row, 1)))
+        batch = max(1, round((settings["token_budget"] or USUAL_TOKEN_BUDGET) / max(tokens_per_row, 1)))
         time = duration(
             self.jobs,
             kind="gradients",
@@ -219,7 +235,7 @@ class Features:
             "weights": _weights(kinds, request),
             "reduction": request.reduction,
             # a job without gradients has another rate, and tells nothing of those with them
-            "projection": request.projection if _has_gradients(kinds) else None,
+            "projection": None if UNPROJECTED.issuperset(kinds) else request.projection,
             "projection_version": PROJECTION_VERSION,
             "seed": request.seed,
             "dtype": request.dtype,
@@ -321,7 +337,7 @@ class Features:
             feature_sets=[described(session, row) for row in rows],
             rows=job.plan["rows"],
             computed_rows=computed,
-            excluded=excluded[:MAX_REPORTED],
+            excluded=sorted(excluded, key=lambda row: row.reason != POISONED)[:MAX_REPORTED],
             total_excluded=len(excluded),
             tokens=tokens,
             token_budget=job.plan["token_budget"],
@@ -349,10 +365,9 @@ class Features:
                 self.store.delete(segment)
 
         id = self.jobs.remove(reference, kind=kind, before=delete_features)
-        scores, indexes = ScoreCache(self.settings.scores), Indexes(self.settings.indexes)
         for segment in orphans:
-            scores.delete(segment)
-            indexes.delete(segment)
+            self.scores.delete(segment)
+            self.indexes.delete(segment)
         return id
 
     def _checkpoints(self, request: GradientsRequest) -> list[Checkpoint]:
@@ -360,7 +375,7 @@ class Features:
             return self.catalog.run(request.run).checkpoints
         found = [self.catalog.checkpoint(reference) for reference in request.checkpoints or []]
         if len({checkpoint.id for checkpoint in found}) < len(found):
-            raise _refusal("a checkpoint is named twice", pointer="/checkpoints")
+            raise refusal("a checkpoint is named twice", pointer="/checkpoints")
         if len({(checkpoint.model, checkpoint.revision) for checkpoint in found}) > 1:
             raise InvalidInput("the checkpoints have different base models: send one request for each model")
         return found
@@ -368,35 +383,42 @@ class Features:
     def _check(self, checkpoint: Checkpoint, *, kinds: Sequence[FeatureKind], request: GradientsRequest) -> None:
         """Refuse what cannot be computed at a checkpoint. Raises `InvalidInput`."""
         if checkpoint.method == "lora" and request.weights:
-            raise _refusal(
+            raise refusal(
                 f"{checkpoint.id} is a LoRA adapter, whose gradients are those of its own matrices: leave weights out, "
                 "or name checkpoints without an adapter",
                 pointer="/weights",
             )
         if "embedding" in kinds and checkpoint.method != "none":
-            raise _refusal(
-                f"{checkpoint.id} is a training's: embeddings are of an encoder as it is, which POST /checkpoints "
-                'registers, for example {"model": "sentence-transformers/all-MiniLM-L6-v2"}',
+            raise refusal(
+                f"{checkpoint.id} is a training's: embeddings are of an encoder as it is, for example the one "
+                'that POST /checkpoints {"model": "sentence-transformers/all-MiniLM-L6-v2"} registers',
                 pointer="/checkpoints",
             )
         if not _has_gradients(kinds):
             return
         if checkpoint.method != "lora" and not request.weights:
-            raise _refusal(
+            of_encoder = ', or, of a sentence encoder, ask for kinds=["embedding"]'
+            raise refusal(
                 f"{checkpoint.id} has no adapter: say which of the model's weights the gradients are of, for example "
-                'weights=["*.q_proj.weight", "*.v_proj.weight"]',
+                'weights=["*.q_proj.weight", "*.v_proj.weight"]' + (of_encoder if checkpoint.method == "none" else ""),
                 pointer="/weights",
             )
         if "adam" in kinds and not checkpoint.has_moments:
             register = ", or register the checkpoint with its optimizer state" if checkpoint.method == "lora" else ""
-            raise _refusal(
+            raise refusal(
                 f"{checkpoint.id} has no Adam moments ({checkpoint.moments_note or 'none were given'}): "
                 f"ask for kinds sgd or sign{register}",
                 pointer="/kinds",
             )
         size = self._gradient_size(checkpoint, request)
         if request.projection == "none" and size is not None and request.dims != [size]:
-            raise _refusal(f"projection=none stores the gradient itself: send dims=[{size}]", pointer="/dims")
+            raise refusal(f"projection=none stores the gradient itself: send dims=[{size}]", pointer="/dims")
+        if request.projection == "reference" and size is not None and size * sum(request.dims) > LARGEST_REFERENCE:
+            raise refusal(
+                f"projection=reference draws {size:,} signs for each dim, one after another: ask for dims of at most "
+                f"{LARGEST_REFERENCE // size:,} together, or for projection=rademacher, which has no such bound",
+                pointer="/dims",
+            )
 
     def _gradient_size(self, checkpoint: Checkpoint, request: GradientsRequest) -> int | None:
         """Numbers of a gradient; None where only the worker, which has the model, will know which weights are meant."""
@@ -404,7 +426,7 @@ class Features:
             return checkpoint.parameters
         if not checkpoint.has_moments:
             return None
-        trained = Checkpoints(self.settings.checkpoints).trained(checkpoint.id)
+        trained = self.checkpoints.trained(checkpoint.id)
         return sum(trained[name] for name in chosen(request.weights, trained))
 
     def _owner(self, request: GradientsRequest) -> tuple[str, int]:
@@ -461,7 +483,7 @@ class Features:
         for _, start, stop, features in plan.missing_ranges():
             dims: dict[tuple[Any, ...], int] = defaultdict(int)  # the largest of a kind has the others in it
             for feature in features:
-                if feature.kind not in UNPROJECTED:
+                if feature.kind not in OF_A_FORWARD_PASS:
                     kind = feature.kind, feature.parameters["adam"]
                     dims[kind] = max(dims[kind], feature.dim)
             by_token = (
@@ -469,7 +491,7 @@ class Features:
                 if dims
                 else size.forward_operations(adapter)
             )
-            dense = 2 * (adapter + weights) * sum(dims.values()) if plan.settings["projection"] == "rademacher" else 0
+            dense = 2 * (adapter + weights) * sum(dims.values()) if plan.settings["projection"] in DENSE else 0
             total += (stop - start) * (tokens_per_row * by_token + dense)
         return total
 
@@ -482,9 +504,8 @@ class Features:
         return model * 2 + examples * plan.dims * 4 + moments
 
     def free_bytes(self) -> int:
-        """Bytes that the store's disk has left."""
-        self.settings.features.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.settings.features).free
+        """Bytes that the store can still take."""
+        return free_bytes(self.settings)
 
 
 _IDENTITY = ("dtype", "template", "max_length", "precision", "quantisation")
@@ -509,9 +530,12 @@ def _variants(kinds: Sequence[FeatureKind], request: GradientsRequest, *, width:
         if kind in UNPROJECTED:
             found.append({"kind": kind, "adam": None, **dict.fromkeys(projected), "dim": width})
             continue
+        own: dict[str, Any] = {"logodds_form": request.logodds_form} if kind == "logodds" else {}
+        if kind == "output":  # of another matrix than the weights
+            own = {"weights": None}
         forms = ("less", "exact") if request.adam == "both" else (request.adam,)
         for form in forms if kind == "adam" else (None,):
-            found += [{"kind": kind, "adam": form, **projected, "dim": dim} for dim in request.dims]
+            found += [{"kind": kind, "adam": form, **projected, **own, "dim": dim} for dim in request.dims]
     return found
 
 
@@ -520,7 +544,7 @@ def _default_kinds(request: GradientsRequest) -> list[FeatureKind]:
 
 
 def _has_gradients(kinds: Sequence[FeatureKind]) -> bool:
-    return not UNPROJECTED.issuperset(kinds)
+    return not OF_A_FORWARD_PASS.issuperset(kinds)
 
 
 def _weights(kinds: Sequence[FeatureKind], request: GradientsRequest) -> list[str] | None:
@@ -532,7 +556,7 @@ def _encoder(checkpoint: Checkpoint, request: GradientsRequest) -> Encoder:
     """The encoder that a checkpoint is. Raises `InvalidInput` where it is none, or takes fewer tokens than wanted."""
     found = encoders.described(checkpoint.model, checkpoint.revision)
     if request.max_length and request.max_length > found.max_length:
-        raise _refusal(f"{checkpoint.model} takes {found.max_length:,} tokens of a text", pointer="/max_length")
+        raise refusal(f"{checkpoint.model} takes {found.max_length:,} tokens of a text", pointer="/max_length")
     return found
 
 
@@ -544,16 +568,12 @@ def _width(checkpoint: Checkpoint, kinds: Sequence[FeatureKind], encoder: Encode
         return 0
     found = models.hidden_size(checkpoint.model, checkpoint.revision)
     if found is None:
-        raise _refusal(
+        raise refusal(
             f"the width of {checkpoint.model}'s hidden states is not known: it stands in the config.json, which "
             "is neither on the service's machine nor on the hub; put the model there, or ask for other kinds",
             pointer="/kinds",
         )
     return found
-
-
-def _refusal(detail: str, *, pointer: str) -> InvalidInput:
-    return InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer=pointer)])
 
 
 def _computed_rows(job: JobRow, settings: dict[str, Any]) -> float:
@@ -601,7 +621,7 @@ def _shards(session: Session, plan: Plan) -> list[NewShard]:
     """The plan's shards; those whose chunks exist already, left by an earlier job, are finished."""
     found = []
     for checkpoint, start, stop, features in plan.missing_ranges():
-        outputs = [_output(feature) for feature in features]
+        outputs = [output_of(feature) for feature in features]
         for shard in shards.plan(stop - start, size=features[0].shard_rows):
             done = all(_chunk_exists(session, output["segment"], shard.start) for output in outputs)
             payload = {
@@ -614,12 +634,14 @@ def _shards(session: Session, plan: Plan) -> list[NewShard]:
     return found
 
 
-def _output(feature: PlannedFeatureSet) -> dict[str, Any]:
+def output_of(feature: PlannedFeatureSet) -> dict[str, Any]:
+    """Where a shard's features of a set go, as its payload says it: to the set's last segment."""
     segment, start, stop = feature.segments[-1]
     return {
         "segment": segment,
         "kind": feature.kind,
         "adam": feature.parameters["adam"],
+        "logodds_form": feature.parameters.get("logodds_form"),
         "dim": feature.dim,
         "base": start,
         "rows": stop - start,
@@ -711,7 +733,8 @@ def described(session: Session, row: FeatureSetRow) -> FeatureSet:
     excluded = sum(len(chunk.excluded) for _, chunk in _chunks(session, row.id))
     segments = _segments(session, row.id)
     size = sum(
-        stored_bytes(stop - start, dim=parameters["dim"], dtype=parameters["dtype"]) for _, start, stop in segments
+        stored_bytes(stop - start, dim=parameters["dim"], dtype=parameters["dtype"], kind=parameters["kind"])
+        for _, start, stop in segments
     )
     return FeatureSet.model_validate(
         {**parameters, "id": row.id, "dataset": row.dataset, "task": row.task, "rows": row.rows,

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from datastore import json_rows, parquet_rows
+from datastore.archives import EXPANSION_LIMIT, allowance
 from datastore.errors import InvalidDataset, TooLarge
 from datastore.json_rows import BOM, Cut, RawRow, Unreadable
 
 CHUNK = 1 << 20  # bytes read, or decompressed, at a time
 PACKED = 1 << 16  # bytes of gzip at a time: what follows the end of a member is copied for every member
-EXPANSION_LIMIT = 200  # decompressed bytes per byte of the file; text compresses 3 to 20 times
-EXPANSION_FLOOR = 256 << 20  # decompressed bytes that any file may reach
 
 Format = Literal["jsonl", "json", "parquet"]
 Encoding = Literal["utf-8", "utf-16-le", "utf-16-be"]
@@ -69,7 +68,7 @@ def read(path: Path, packaging: Packaging) -> Iterator[RawRow | Unreadable]:
     Raises TooLarge where the file decompresses to implausibly much, InvalidDataset where it cannot be opened at all.
     """
     if packaging.format == "parquet":
-        limit = _allowance(path)
+        limit = allowance(path.stat().st_size)
         return _bounded(parquet_rows.rows(path, limit=limit), limit=limit)
     text = _text(path, packaging)
     return json_rows.elements(text) if packaging.format == "json" else json_rows.lines(text)
@@ -88,7 +87,7 @@ def _text(path: Path, packaging: Packaging) -> Iterator[bytes]:
     """The file's text in UTF-8, decompressed."""
     chunks = _chunks(path, PACKED if packaging.compressed else CHUNK)
     if packaging.compressed:
-        chunks = gunzip(chunks, limit=_allowance(path))
+        chunks = gunzip(chunks, limit=allowance(path.stat().st_size))
     return chunks if packaging.encoding == "utf-8" else utf8(chunks, packaging.encoding)
 
 
@@ -96,10 +95,6 @@ def _chunks(path: Path, size: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(size):
             yield chunk
-
-
-def _allowance(path: Path) -> int:
-    return max(EXPANSION_FLOOR, EXPANSION_LIMIT * path.stat().st_size)
 
 
 def _too_large(limit: int) -> TooLarge:

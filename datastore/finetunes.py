@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradstore.types import AnyJob, Estimate, FinetuneRequest, Method, Precision, ProblemItem
+from gradstore.types import AnyJob, Estimate, FinetuneRequest, Method, Precision
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
@@ -20,12 +20,13 @@ from datastore import models
 from datastore.catalog import Catalog
 from datastore.checkpoints import Checkpoints
 from datastore.durations import duration, own_precision
-from datastore.errors import Conflict, InUse, InvalidInput, NotEnoughSpace
+from datastore.errors import Conflict, InUse, NotEnoughSpace, refusal
 from datastore.identity import content_id
 from datastore.leases import Jobs, NewShard
 from datastore.schema import CheckpointRow, JobRow, RunCheckpointRow, RunRow, UseRow
 from datastore.selection.top import count
 from datastore.settings import Settings
+from datastore.sizes import free_bytes
 
 MOMENTS_BYTES = 8  # of a trainable parameter in a checkpoint: two moments in float32
 STORED_BYTES = 4 + MOMENTS_BYTES  # of an adapter's parameter in a checkpoint: float32, too
@@ -71,7 +72,7 @@ class Finetunes:
         Raises `NotFound`, `InvalidInput` and `NotEnoughSpace`.
         """
         plan = self.plan(request)
-        free = self._free_bytes()
+        free = free_bytes(self.settings)
         needed = self._stored_bytes(request, models.size(plan.model, plan.revision))
         if needed > free:
             raise NotEnoughSpace(needed=needed, free=free)
@@ -130,7 +131,7 @@ class Finetunes:
             rows=plan.rows,
             tokens=tokens,
             bytes=self._stored_bytes(request, size),
-            free_bytes=self._free_bytes(),
+            free_bytes=free_bytes(self.settings),
             seconds=time.seconds,
             basis=time.basis,
             memory_bytes=None if size is None else self._memory_bytes(request, size, longest=lengths.longest),
@@ -183,16 +184,11 @@ class Finetunes:
         chosen = {own_precision(worker.device) for worker in self.jobs.known_workers()}
         return "bfloat16" if chosen == {"bfloat16"} else "float32"
 
-    def _free_bytes(self) -> int:
-        self.settings.checkpoints.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.settings.checkpoints).free
-
 
 def _drawn(request: FinetuneRequest, rows: int) -> int:
     """How many rows of a dataset the request trains on."""
     if request.rows is not None and request.rows > rows:
-        detail = f"the dataset has {rows:,} rows"
-        raise InvalidInput(f"rows: {detail}", errors=[ProblemItem(pointer="/rows", detail=detail)])
+        raise refusal(f"the dataset has {rows:,} rows", "/rows")
     if request.rows is None and request.fraction is None:
         return rows
     return count(rows, pct=request.fraction, k=request.rows)

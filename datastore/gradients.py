@@ -19,9 +19,9 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ import numpy as np
 from gradstore.types import FeatureDtype
 from numpy.typing import NDArray
 
-from datastore.chunk_files import Bucket, Files, LocalFiles, checksum
+from datastore.chunk_files import ADVICE, Files, LocalFiles, checksum
 from datastore.dtypes import decode, encode, lengths
-from datastore.durable import place, sweep, sync_folder, unfinished, write_file
+from datastore.durable import place, sweep, sync_folder, unfinished, untouched_for, write_file
 from datastore.errors import Conflict, Damaged, NotFound
 from datastore.segments import (
     FORMAT_VERSION,
     OTHER_REASON,
+    OWN_COLUMNS,
     REASONS,
     VALID,
     ArrayFormat,
@@ -44,9 +45,10 @@ from datastore.segments import (
     array_formats,
 )
 from datastore.shards import CHUNK_ROWS
+from datastore.sizes import bytes_of
 
-_GROUP = "data.zarr"
-_MANIFEST = "manifest.json"
+GROUP = "data.zarr"
+MANIFEST = "manifest.json"
 _CODES = {text: code for code, text in REASONS.items()}
 
 
@@ -66,6 +68,8 @@ class Block:
     """Supervised tokens (n,)."""
     reasons: Sequence[str | None]
     """Why a row has no feature; None where it has one."""
+    logodds: NDArray[np.float32] | None = None
+    """Mean log-odds of the supervised tokens (n,); None of other kinds than `logodds`."""
 
     @property
     def excluded(self) -> dict[int, str]:
@@ -81,6 +85,9 @@ class Attempt:
     start: int
     attempt: int
     age_seconds: float
+    bytes: int
+    place: str
+    """Folder or key below the store."""
 
 
 def sound(block: Block) -> Block:
@@ -102,10 +109,8 @@ def sound(block: Block) -> Block:
 class FeatureStore:
     """The segments of all feature sets under one folder."""
 
-    def __init__(self, root: Path, *, bucket: Bucket | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self._bucket = bucket
-        """Where segments are read that are not under the folder."""
 
     def create(self, segment: str, *, rows: int, dim: int, dtype: FeatureDtype, attributes: Mapping[str, Any]) -> None:
         """Make room for a segment; again for one that exists, nothing happens.
@@ -114,12 +119,10 @@ class FeatureStore:
         where the segment exists with another shape or recipe.
         """
         wanted = (rows, dim, dtype, json.loads(json.dumps(dict(attributes))))
-        with unfinished(self._unfinished, segment) as partial:
-            if not self._folder(segment).is_dir():
-                _create_group(partial / _GROUP, rows=rows, dim=dim, dtype=dtype, recipe=attributes)
-                for folder in ("attempts", "receipts"):
-                    (partial / folder).mkdir()
-                place(partial, self._folder(segment))
+        if not self._is_there(segment):
+            with unfinished(self._unfinished, segment) as partial:
+                _create_group(partial / GROUP, rows=rows, dim=dim, dtype=dtype, recipe=attributes)
+                self._keep_group(segment, partial)
         found = self.open(segment)
         if (found.rows, found.dim, found.dtype, found.recipe) != wanted:
             raise Conflict(f"the segment {segment} exists with another shape or recipe: its name is not a content hash")
@@ -132,17 +135,13 @@ class FeatureStore:
         """
         target = self.open(segment)
         _check_fit(target, start, block)
-        final = self._attempt(segment, start, attempt)
         with unfinished(self._unfinished, f"{segment}.{start}-{attempt}") as partial:
             block = sound(block)
             manifest = _manifest(start, block, _write_chunks(partial, target, start, block))
-            write_file(partial / _MANIFEST, manifest)
-            try:
-                placed = place(partial, final)
-            except FileNotFoundError:
-                raise NotFound("segment", segment, collection="/gradients") from None
-        digest = _digest(manifest)
-        if not placed and _digest((final / _MANIFEST).read_bytes()) != digest:
+            write_file(partial / MANIFEST, manifest)
+            kept = self._keep_attempt(segment, start, attempt, partial)
+        digest = digest_of(manifest)
+        if kept not in {None, digest}:
             raise Conflict(f"attempt {attempt} has already written other bytes for rows from {start} of {segment}")
         return digest
 
@@ -159,12 +158,12 @@ class FeatureStore:
             manifest = receipt.read_bytes()
         except FileNotFoundError:
             raise Conflict(f"rows from {start} of {segment} were given up while they were published") from None
-        if _digest(manifest) != digest:
+        if digest_of(manifest) != digest:
             raise Conflict(f"rows from {start} of {segment} belong to another attempt; nothing was changed")
         touched = set()
         for name in json.loads(manifest)["files"]:
-            key = self._folder(segment) / _GROUP / name
-            _move(source / _flat(name), key)
+            key = self._folder(segment) / GROUP / name
+            _move(source / flat_name(name), key)
             touched.add(key.parent)
         for folder in touched:
             sync_folder(folder)
@@ -176,8 +175,8 @@ class FeatureStore:
         if not source.is_dir():
             return
         receipt = self._receipt(segment, start)
-        if receipt.exists() and receipt.read_bytes() == (source / _MANIFEST).read_bytes():
-            group = self._folder(segment) / _GROUP
+        if receipt.exists() and receipt.read_bytes() == (source / MANIFEST).read_bytes():
+            group = self._folder(segment) / GROUP
             if not all((group / name).exists() for name in json.loads(receipt.read_bytes())["files"]):
                 raise Conflict(
                     f"attempt {attempt} is being published for rows from {start} of {segment}: publish it again"
@@ -198,20 +197,56 @@ class FeatureStore:
             receipt = self._receipt(segment, start)
             if receipt.exists():
                 for name in json.loads(receipt.read_bytes())["files"]:
-                    (self._folder(segment) / _GROUP / name).unlink(missing_ok=True)
+                    (self._folder(segment) / GROUP / name).unlink(missing_ok=True)
                 receipt.unlink()  # last: killed before this, all of it is done again
 
-    def open(self, segment: str) -> Segment:
-        """A segment as it stands, from the folder or else the bucket.
+    def forget(self, segment: str, *, start: int, stop: int) -> None:
+        """Remove the published bytes of rows, whole chunks of them, and their receipt, as if nobody had written them.
 
-        Raises `NotFound`; reading rows that are not published raises `Damaged`.
+        The catalog decides who may, and that nobody commits these rows meanwhile. Raises `Damaged` where the segment's
+        metadata cannot be read.
         """
-        folder = self._folder(segment)
-        files: Files | None = None
-        if folder.is_dir():
-            files = LocalFiles(folder / _GROUP, receipts=folder / "receipts")
-        elif self._bucket is not None:
-            files = self._bucket.segment(segment)
+        for path in self.files(segment, start=start, stop=stop):
+            path.unlink(missing_ok=True)
+        self._receipt(segment, start).unlink(missing_ok=True)
+
+    def files(self, segment: str, *, start: int, stop: int) -> list[Path]:
+        """Where the chunks of rows lie, or will, in the folder."""
+        group = self._folder(segment) / GROUP
+        return [group / name for name in chunk_sizes(self.open(segment), start, stop)]
+
+    def receipts(self, segment: str) -> dict[int, str]:
+        """First row of every range of a segment that somebody has published, and the digest of its bytes."""
+        folder = self._folder(segment) / "receipts"
+        return {int(path.stem): digest_of(path.read_bytes()) for path in sorted(folder.glob("*.json"))}
+
+    def renew(self, segment: str) -> None:
+        """Have no machine take what it keeps of a segment for what is there now. A folder is no cache, and stays."""
+
+    def faults(self, segment: str, ranges: Iterable[tuple[int, int]], *, deep: bool) -> Iterator[tuple[int, int, str]]:
+        """The published ranges of rows of which bytes are missing, cut or changed: (start, stop, what is wrong).
+
+        It is looked at what is kept for good, whatever this machine has of it. Checksums of features are compared when
+        it is `deep`. Raises `NotFound` and, for unreadable metadata, `Damaged`.
+        """
+        opened = self.afresh(segment)
+        for start, stop in ranges:
+            try:
+                _read(opened, start, stop, check=deep)
+            except Damaged as error:
+                yield start, stop, str(error)
+
+    def afresh(self, segment: str) -> Segment:
+        """A segment as `open` has it, read from where it is kept for good."""
+        return self.open(segment)
+
+    def is_local(self, segment: str) -> bool:
+        """Whether a segment lies in the folder, and not only in the bucket."""
+        return self._folder(segment).is_dir()
+
+    def open(self, segment: str) -> Segment:
+        """A segment as it stands. Raises `NotFound`; reading rows that are not published raises `Damaged`."""
+        files = self._files(segment)
         if files is None:
             raise NotFound("segment", segment, collection="/gradients")
         return Segment(segment, files)
@@ -222,7 +257,7 @@ class FeatureStore:
 
     def bytes(self, segment: str) -> int:
         """Bytes that a segment takes on the disk by now, attempts apart; 0 where it does not exist."""
-        return sum(path.stat().st_size for path in (self._folder(segment) / _GROUP).rglob("*") if path.is_file())
+        return bytes_of(self._folder(segment) / GROUP)
 
     def delete(self, segment: str) -> None:
         """Remove a segment and all attempts at it; nothing happens where there is none."""
@@ -236,13 +271,49 @@ class FeatureStore:
     def attempts(self) -> list[Attempt]:
         """What attempts have written and nobody has published or discarded; the catalog knows which are wanted."""
         return [
-            Attempt(path.parent.parent.name, *_start_and_attempt(path.name), time.time() - path.stat().st_mtime)
+            Attempt(
+                path.parent.parent.name, *start_and_attempt(path.name), untouched_for(path),
+                bytes=bytes_of(path), place=f"{self.root.name}/{path.relative_to(self.root)}",
+            )
             for path in sorted(self.root.glob("*/attempts/*-*"))
-        ]
+        ]  # fmt: skip
+
+    def names(self) -> list[str]:
+        """The segments that there are, whether the catalog knows them or not."""
+        return [path.name for path in self.root.glob("seg_*")]
+
+    def age(self, segment: str) -> float:
+        """Seconds since the last change of a segment."""
+        return untouched_for(self._folder(segment))
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
         return sweep(self._unfinished, older_than=older_than)
+
+    def _is_there(self, segment: str) -> bool:
+        return self._folder(segment).is_dir()
+
+    def _files(self, segment: str) -> Files | None:
+        """A segment's files, where there is one."""
+        folder = self._folder(segment)
+        return LocalFiles(folder / GROUP, receipts=folder / "receipts") if folder.is_dir() else None
+
+    def _keep_group(self, segment: str, partial: Path) -> None:
+        """Make a new segment of a folder with its group; where another was faster, nothing happens."""
+        for folder in ("attempts", "receipts"):
+            (partial / folder).mkdir()
+        place(partial, self._folder(segment))
+
+    def _keep_attempt(self, segment: str, start: int, attempt: int, partial: Path) -> str | None:
+        """Keep a folder with what an attempt has written; the digest of what it has written before, if anything.
+
+        Raises `NotFound` for a deleted segment.
+        """
+        final = self._attempt(segment, start, attempt)
+        try:
+            return None if place(partial, final) else digest_of((final / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            raise NotFound("segment", segment, collection="/gradients") from None
 
     @property
     def _unfinished(self) -> Path:
@@ -266,7 +337,7 @@ class FeatureStore:
         problem = self._unpublishable(segment, source, digest)
         if problem is None:
             with contextlib.suppress(FileExistsError, FileNotFoundError):
-                os.link(source / _MANIFEST, receipt)
+                os.link(source / MANIFEST, receipt)
         if not receipt.exists():
             raise Conflict(problem or f"{source.name} of {segment} was discarded while it was published")
         sync_folder(receipt.parent)
@@ -274,12 +345,12 @@ class FeatureStore:
     def _unpublishable(self, segment: str, source: Path, digest: str) -> str | None:
         """Why an attempt cannot become the winner, if so."""
         try:
-            manifest = (source / _MANIFEST).read_bytes()
+            manifest = (source / MANIFEST).read_bytes()
         except FileNotFoundError:
             return f"{source.name} of {segment} has written nothing, or was discarded: compute the shard again"
-        if _digest(manifest) != digest:
+        if digest_of(manifest) != digest:
             return f"{source.name} of {segment} has written other bytes than these; nothing was changed"
-        group = self._folder(segment) / _GROUP
+        group = self._folder(segment) / GROUP
         taken = [name for name in json.loads(manifest)["files"] if (group / name).exists()]
         if taken:
             return f"{taken[0]} of {segment} is published already by a shard of another size; nothing was changed"
@@ -292,7 +363,7 @@ def _create_group(path: Path, *, rows: int, dim: int, dtype: FeatureDtype, recip
 
     header = {"format": FORMAT_VERSION, "rows": rows, "dim": dim, "dtype": dtype, "reasons": dict(REASONS)}
     group = zarr.create_group(path, zarr_format=3, attributes={"gradstore": header, "recipe": dict(recipe)})
-    for each in array_formats(rows, dim=dim, dtype=dtype).values():
+    for each in array_formats(rows, dim=dim, dtype=dtype, kind=recipe.get("kind")).values():
         group.create_array(
             each.name,
             shape=(rows, *each.row_shape),
@@ -321,9 +392,13 @@ def _check_fit(segment: Segment, start: int, block: Block) -> None:
         )
     if block.features.shape != (rows, segment.dim):
         raise ValueError(f"the features have the shape {block.features.shape}, not {(rows, segment.dim)}")
-    for name in ("norms", "raw_norms", "losses", "tokens"):
-        if getattr(block, name).shape != (rows,):
-            raise ValueError(f"{name} has the shape {getattr(block, name).shape}, not {(rows,)}")
+    own = [name for names in OWN_COLUMNS.values() for name in names]
+    for name in ("norms", "raw_norms", "losses", "tokens", *own):
+        values = getattr(block, name)
+        if (values is None) == (name in segment.formats):
+            raise ValueError(f"features of kind {segment.recipe.get('kind')} have {name}, or have none: not these")
+        if values is not None and values.shape != (rows,):
+            raise ValueError(f"{name} has the shape {values.shape}, not {(rows,)}")
 
 
 def _write_chunks(folder: Path, target: Segment, start: int, block: Block) -> dict[str, dict[str, Any]]:
@@ -349,7 +424,7 @@ def _write_chunk(folder: Path, each: ArrayFormat, start: int, values: NDArray[An
     body = _padded(values, each)
     key = f"{each.name}/{each.key(start // each.chunk_rows)}"
     raw, check = body.view(np.uint8).reshape(-1).data, checksum(body)
-    write_file(folder / _flat(key), raw, check)
+    write_file(folder / flat_name(key), raw, check)
     hashed = hashlib.sha256(raw)
     hashed.update(check)
     return {key: {"bytes": each.chunk_bytes, "sha256": hashed.hexdigest()}}
@@ -375,6 +450,7 @@ def _columns(block: Block) -> dict[str, NDArray[Any]]:
         "norms": np.where(valid, block.norms, 0),
         "raw_norms": np.where(valid, block.raw_norms, 0),
         "losses": np.where(valid, block.losses, 0),
+        **({} if block.logodds is None else {"logodds": np.where(valid, block.logodds, 0)}),
         "tokens": block.tokens,
         "reason": codes,
     }
@@ -397,11 +473,29 @@ def _manifest(start: int, block: Block, files: Mapping[str, Mapping[str, Any]]) 
     return json.dumps(content, sort_keys=True, indent=1).encode()
 
 
-def _digest(manifest: bytes) -> str:
+def digest_of(manifest: bytes) -> str:
+    """What the catalog calls an attempt's bytes."""
     return hashlib.sha256(manifest).hexdigest()
 
 
-def _flat(key: str) -> str:
+def chunk_sizes(segment: Segment, start: int, stop: int) -> dict[str, int]:
+    """The chunks that hold rows of a segment, by their names in the group, and the bytes of each."""
+    return {
+        f"{each.name}/{each.key(chunk)}": each.chunk_bytes
+        for each in segment.formats.values()
+        for chunk in range(start // each.chunk_rows, each.chunks(stop))
+    }
+
+
+def _read(segment: Segment, start: int, stop: int, *, check: bool) -> None:
+    """Read rows and throw them away; columns are always compared with their checksums. Raises `Damaged`."""
+    for column in segment.columns:
+        segment.part(column, start, stop)
+    for first, last in pairwise([start, *(edge for edge in segment.edges if start < edge < stop), stop]):
+        segment.stored(first, last, check=check)
+
+
+def flat_name(key: str) -> str:
     """Name of a chunk's file inside an attempt's folder."""
     return key.replace("/", ".")
 
@@ -411,11 +505,10 @@ def _move(source: Path, key: Path) -> None:
         source.replace(key)
     except FileNotFoundError:
         if not key.exists():
-            raise Damaged(
-                f"{key} is lost, and so is {source}; delete this feature set and POST /gradients again"
-            ) from None
+            raise Damaged(f"{key} is lost, and so is {source}; {ADVICE}") from None
 
 
-def _start_and_attempt(name: str) -> tuple[int, int]:
+def start_and_attempt(name: str) -> tuple[int, int]:
+    """First row and number of an attempt, from the name of its folder."""
     start, attempt = name.split("-")
     return int(start), int(attempt)

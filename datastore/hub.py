@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from gradstore.types import ProblemItem
 
-from datastore.errors import HubUnreachable, InvalidInput, first_line
+from datastore.errors import DownloadFailed, HubUnreachable, InvalidInput, first_line
 from datastore.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
@@ -40,31 +40,74 @@ def commit(model: str, revision: str | None) -> str:
     try:
         url = hf_hub_url(model, CONFIG, revision=revision or MAIN)
         found = HfApi().get_hf_file_metadata(url=url, timeout=TIMEOUT).commit_hash
-    except errors.GatedRepoError as error:
-        raise _refused(
-            f"the hub shows {model!r} to those who have accepted its terms: accept them on its page, and start the "
-            "server with a token of that account in HF_TOKEN"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise _refused(
-            f"the hub has no model {model!r} that this server may see: check its name, or where it is private start "
-            "the server with a token in HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise _refused(f"{model!r} has no branch, tag or commit {revision!r} on the hub", field="revision") from error
     except errors.EntryNotFoundError as error:
         raise _refused(f"{model!r} is no model for transformers: it has no {CONFIG} on the hub") from error
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code in {401, 403}:
-            raise _refused(f"the hub refuses this server's HF_TOKEN for {model!r}: {first_line(error)}") from error
-        return _downloaded_commit(model, revision, reason=f"it answers {error.response.status_code}")
-    except errors.OfflineModeIsEnabled:
-        return _downloaded_commit(model, revision, reason="HF_HUB_OFFLINE is set")
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, of whichever version
-        return _downloaded_commit(model, revision, reason=first_line(error))
+        refusal = _refusal(error, model, revision)
+        if refusal is not None:
+            raise refusal from error
+        return _downloaded_commit(model, revision, reason=_outage(error) or first_line(error))
     if found is None:
         raise HubUnreachable(model, "it answers without saying which commit that is")
     return found
+
+
+def explained(error: BaseException, model: str, revision: str | None) -> InvalidInput | DownloadFailed | None:
+    """What the hub has to do with it that a model could not be loaded, as an error that says what to do next.
+
+    Libraries tell it in words of their own; what the hub answered is among the causes of their errors. None where it
+    is none of them.
+    """
+    causes = list(_causes(error))
+    refusals = (_refusal(cause, model, revision) for cause in causes)
+    reasons = (_outage(cause) for cause in causes)
+    refusal = next(filter(None, refusals), None)
+    reason = next(filter(None, reasons), None)
+    return refusal or (None if reason is None else DownloadFailed(model, reason))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came of, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _refusal(error: BaseException, model: str, revision: str | None) -> InvalidInput | None:
+    """What the hub's refusal means; None for what is none."""
+    from huggingface_hub import errors  # noqa: PLC0415 - see above
+
+    if isinstance(error, errors.GatedRepoError):
+        return _refused(
+            f"the hub shows {model!r} to those who have accepted its terms: accept them on its page, and start the "
+            "server and its workers with a token of that account in HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return _refused(
+            f"the hub has no model {model!r} that this server may see: check its name, or where it is private start "
+            "the server and its workers with a token in HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return _refused(f"{model!r} has no branch, tag or commit {revision!r} on the hub", field="revision")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in {401, 403}:
+        return _refused(f"the hub refuses this server's HF_TOKEN for {model!r}: {first_line(error)}")
+    return None
+
+
+def _outage(error: BaseException) -> str | None:
+    """Why the hub gives nothing, and may later; None where the error does not tell."""
+    from huggingface_hub import constants, errors  # noqa: PLC0415 - see above
+
+    if isinstance(error, errors.OfflineModeIsEnabled) or (
+        isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
+    ):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        return f"it answers {status}" if status in {408, 429} or status >= 500 else None
+    if isinstance(error, errors.HTTPError):  # type: ignore[attr-defined]  # see above
+        return first_line(error)
+    return None
 
 
 def downloaded(model: str, revision: str | None) -> Path | None:

@@ -9,7 +9,6 @@ name (`projection_id`); see `SHARED` of datastore/parameters.py.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog
-from datastore.durable import place
+from datastore.depot import LOCAL, Depot, evict
 from datastore.errors import Conflict, InvalidFeatures, InvalidInput, NotEnoughSpace
 from datastore.features import MAX_REPORTED, Plan, PlannedFeatureSet, described, excluded_rows, record
 from datastore.identity import content_id
@@ -29,6 +28,7 @@ from datastore.parameters import FOREIGN
 from datastore.schema import FeatureSetRow, JobFeatureRow, JobRow, ShardRow
 from datastore.segments import stored_bytes
 from datastore.settings import Settings
+from datastore.sizes import free_bytes
 
 LESS_FILES = ("all_unormalized.pt", "all_orig.pt")
 """What LESS writes in the end, the more telling first: `all_orig` is normalised."""
@@ -44,6 +44,7 @@ class Imports:
     catalog: Catalog
     jobs: Jobs
     settings: Settings
+    depot: Depot = LOCAL
 
     def start(self, request: ImportRequest, files: Path, *, fingerprint: object, uploaded: bool) -> tuple[AnyJob, bool]:
         """Start the job that reads these files, or return the one that has; says whether there is work to do.
@@ -53,11 +54,11 @@ class Imports:
         """
         plan = self._plan(request)
         id = content_id("imp", {"files": fingerprint, "plan": plan})
-        plan["files"] = str(self.settings.imports / id if uploaded else files)
+        plan["files"] = None if uploaded else str(files)
         plan["segments"], plan["found"] = [], None
         if uploaded:
             self.settings.imports.mkdir(parents=True, exist_ok=True)
-            place(files, self.settings.imports / id)
+            self.depot.keep(files, self.settings.imports / id)
         rows = plan["rows"]
         job, new = self.jobs.create(
             id=id,
@@ -74,7 +75,17 @@ class Imports:
 
     def forget(self, id: str) -> None:
         """Remove an import's uploaded files."""
-        shutil.rmtree(self.settings.imports / id, ignore_errors=True)
+        self.depot.delete(self.settings.imports / id)
+        evict(self.settings.imports / id)
+
+    def files(self, claim: Claim) -> Path:
+        """The files of a claimed import, uploaded or of the server. Raises `Conflict` where they are not there."""
+        if claim.plan["files"] is not None:
+            return Path(claim.plan["files"])
+        uploaded = self.settings.imports / claim.job
+        if not self.depot.ensure(uploaded):
+            raise Conflict(f"the uploaded files of {claim.job} are gone: send them again")
+        return uploaded
 
     def prepare(self, claim: Claim, *, dim: int, found: Mapping[str, Any]) -> PlannedFeatureSet:
         """Record the feature set that the files of a claimed import hold, again without effect; returns it.
@@ -83,7 +94,7 @@ class Imports:
         and `NotEnoughSpace`.
         """
         feature = planned(claim.plan, dim=dim)
-        needed, free = stored_bytes(feature.rows, dim=dim, dtype=feature.dtype), self._free_bytes()
+        needed, free = stored_bytes(feature.rows, dim=dim, dtype=feature.dtype), free_bytes(self.settings)
         if needed > free:
             raise NotEnoughSpace(needed=needed, free=free)
         segment = feature.segments[0][0]
@@ -148,10 +159,6 @@ class Imports:
                 "quantisation": None,
             },
         }
-
-    def _free_bytes(self) -> int:
-        self.settings.features.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.settings.features).free
 
 
 def planned(plan: Mapping[str, Any], *, dim: int) -> PlannedFeatureSet:

@@ -37,11 +37,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.durable import place, sweep, unfinished, write_file
+from datastore.depot import LOCAL, Depot, evict
+from datastore.durable import sweep, unfinished, write_file
 from datastore.identity import content_id
 from datastore.influence import Floats, Mask, normalise
 from datastore.search import Ends, Places, Pool, best_of, blocks, directions
 from datastore.segments import Rows, ranges
+from datastore.sizes import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class Index:
     @property
     def bytes(self) -> int:
         """Bytes on the disk."""
-        return sum(path.stat().st_size for path in self._folder.iterdir())
+        return bytes_of(self._folder)
 
     def search(self, pool: Pool, asked: NDArray[np.floating], k: int) -> list[Ends]:
         """The k rows with the highest and the lowest scores for each question, as far as the index finds them.
@@ -167,11 +169,12 @@ class Indexes:
     """The indexes under one folder."""
 
     root: Path
+    depot: Depot = LOCAL
 
     def get(self, views: Sequence[Rows], weights: Sequence[float]) -> Index | None:
         """The index of a pool, if it has one; nothing of the pool's is read."""
         folder = self.root / _id(views, weights)
-        return Index(folder) if folder.is_dir() else None
+        return Index(folder) if self.depot.ensure(folder) else None
 
     def build(self, pool: Pool, asked: NDArray[np.floating], *, on_rows: Callable[[int], None] | None = None) -> Index:
         """Make the index of a pool, from the one that begins it where there is one, and measure it.
@@ -185,19 +188,19 @@ class Indexes:
         with unfinished(self.root / "unfinished", final.name) as partial:
             build = _Build(partial, pool, self._beginning(pool))
             build.run(asked[:PROBES], on_rows)
-            place(partial, final)
+            self.depot.keep(partial, final, of=segments_of(_pieces(pool.views)))
+            self.depot.ensure(final)  # where another was faster, its own
         log.info("index built", extra={"index": final.name, "rows": pool.rows})
         return Index(final)
 
     def delete(self, segment: str) -> int:
         """Remove the indexes that hold rows of a segment; returns how many there were."""
-        users = [folder for folder, manifest in self._manifests() if segment in _segments(manifest)]
-        for folder in users:
-            with unfinished(self.root / "unfinished", folder.name) as partial:
-                try:
-                    folder.rename(partial / folder.name)
-                except FileNotFoundError:
-                    continue
+        users = self.depot.users(self.root, "index_*", segment)
+        if users is None:
+            users = [folder.name for folder, found in self._manifests() if segment in segments_of(found["pieces"])]
+        for user in users:
+            self.depot.delete(self.root / user)
+            evict(self.root / user)
         return len(users)
 
     def sweep(self, *, older_than: float) -> int:
@@ -214,14 +217,13 @@ class Indexes:
             and manifest["version"] == INDEX_VERSION
             and manifest["pieces"] == pieces[: len(manifest["pieces"])]
         ]
-        return max(found)[1] if found else None
+        return max(found)[1] if found and self.depot.ensure(max(found)[1]) else None
 
     def _manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path in sorted(self.root.glob("index_*/manifest.json")):
-            try:
-                yield path.parent, json.loads(path.read_bytes())
-            except FileNotFoundError:  # deleted at this moment
-                continue
+        for name in sorted(self.depot.names(self.root, "index_*")):
+            manifest = self.depot.read(self.root / name, "manifest.json")
+            if manifest is not None:  # else deleted at this moment
+                yield self.root / name, json.loads(manifest)
 
 
 class _Build:
@@ -446,8 +448,9 @@ def _pieces(views: Sequence[Rows]) -> list[list[list[Any]]]:
     return [[list(view.place(*each)) for view in views] for each in ranges(views)]
 
 
-def _segments(manifest: dict[str, Any]) -> set[str]:
-    return {name for piece in manifest["pieces"] for name, _, _ in piece}
+def segments_of(pieces: list[list[list[Any]]]) -> set[str]:
+    """The segments that an index has rows of, by the `pieces` of its manifest."""
+    return {name for piece in pieces for name, _, _ in piece}
 
 
 def _write_empty(path: Path, sample: Floats) -> None:

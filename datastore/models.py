@@ -19,7 +19,7 @@ from typing import Any
 from gradstore.types import LoraSettings, Precision, ProblemItem, Quantisation
 
 from datastore import hub
-from datastore.archives import allowed_path
+from datastore.archives import allowed_folder, allowed_path
 from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
 from datastore.identity import DIGITS
 from datastore.rows import Example
@@ -55,7 +55,28 @@ def resolve(model: str, *, roots: Sequence[Path]) -> str:
     if not (folder / "config.json").is_file():
         detail = f"{model!r} is no model: the folder has no config.json"
         raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])
+    try:
+        allowed_folder(folder, roots)
+        refuse_weights_elsewhere(folder)
+    except InvalidInput as error:
+        raise type(error)(str(error), errors=[ProblemItem(pointer="/model", detail=str(error))]) from error
     return str(folder)
+
+
+def refuse_weights_elsewhere(folder: Path) -> None:
+    """Raise `InvalidCheckpoint` where an index names weights outside its folder: whoever loads the model opens them."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            elsewhere = sorted(name for name in names if Path(name).name != name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidCheckpoint(
+                f"{index.name} does not say which files the weights are in: save the model again"
+            ) from error
+        if elsewhere:
+            raise InvalidCheckpoint(
+                f"{index.name} names weights outside its folder ({elsewhere[0]!r}): put them beside it"
+            )
 
 
 def folder_of(model: str, revision: str | None) -> Path | None:
@@ -230,9 +251,15 @@ def _size(folder: Path, tensors: dict[str, TensorInfo]) -> Size | None:
 
 def hidden_size(model: str, revision: str | None) -> int | None:
     """The width of a model's hidden states, or None where its config.json is not to be had or does not say."""
+    config = configuration(model, revision)
+    return _number(config, *_WIDTH) or None if config else None
+
+
+def configuration(model: str, revision: str | None) -> dict[str, Any] | None:
+    """What the model's config.json says of its language model; None where it is not to be had, or is no JSON."""
     folder = folder_of(model, revision) or described(model, revision)[0]
     try:
-        return _number(_text_config(folder), *_WIDTH) or None if folder else None
+        return _text_config(folder) if folder else None
     except (OSError, ValueError):
         return None
 

@@ -18,6 +18,7 @@ from gradstore.types import (
     FeatureDtype,
     FeatureKind,
     FeatureSet,
+    LogoddsForm,
     Precision,
     ProblemItem,
     Quantisation,
@@ -37,26 +38,50 @@ FOREIGN = "foreign"
 OWN = ("kind", "adam")
 """Parameters of a pool's features that its task's may have otherwise."""
 SHARED = (
-    "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "projection_version",
-    "seed", "template", "max_length", "precision", "quantisation",
+    "logodds_form", "weights", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id",
+    "projection_version", "seed", "template", "max_length", "precision", "quantisation",
 )  # fmt: skip
 """Parameters in which the features of pool and task must agree: like is compared with like."""
 ASKED = tuple(name for name in (*OWN, *SHARED) if name != "projection_version")
 """Parameters that a query can name."""
 _NONE = ("quantisation", "converted_from")
 """Parameters whose absence can be asked for, as `none`."""
-OF_GRADIENTS = ("adam", "weights", "reduction", "dim", "projection", "projection_id", "seed")
+OF_GRADIENTS = ("adam", "logodds_form", "weights", "reduction", "dim", "projection", "projection_id", "seed")
 """Parameters that say nothing about hidden states; the dim of these is the model's."""
 OWN_KINDS: tuple[Literal["rds", "embedding"], ...] = ("rds", "embedding")
 """Methods that compare the features of the kind of their name, which no other method takes."""
+LEARNED: tuple[Literal["predicted", "cascade"], ...] = ("predicted", "cascade")
+"""Methods whose scores something learned, for one task and with an aggregate of its own."""
+WHEN_NAMED: frozenset[FeatureKind] = frozenset({*OWN_KINDS, "logodds", "output"})
+"""Kinds of features that a query means only where it names the kind, by itself or by its method."""
+OF_FEATURES = ("run", "checkpoints", *ASKED)
+"""Parameters that name features: of no account where a method reads none."""
 _UNUSED: dict[SelectionMethod, tuple[str, ...]] = {
     "influence": (),
     "rds": (),
     "embedding": (),
-    "bm25": ("run", "checkpoints", *ASKED),
-    "random": ("run", "checkpoints", *ASKED, "aggregate", "combine"),
+    "bm25": OF_FEATURES,
+    "random": (*OF_FEATURES, "aggregate", "combine"),
+    "predicted": (*OF_FEATURES, "combine"),
+    "cascade": (*OF_FEATURES, "combine"),
+    "gradex": (*OF_FEATURES, "aggregate"),
+    "cods": (*OF_FEATURES, "aggregate"),
 }
 """Parameters of a query that a method does nothing with."""
+_OF_SOME: dict[str, tuple[SelectionMethod, ...]] = {
+    "by": ("predicted", "cascade", "gradex", "cods"),
+    "budget": ("cascade",),
+    "neighbours": ("cods",),
+    "beta": ("cods",),
+    "capabilities": ("cods",),
+}
+"""Parameters that only these methods have."""
+NEIGHBOURS = 5
+"""References that give a row's score in an ability space."""
+
+
+_AGGREGATES: dict[SelectionMethod, Aggregate | None] = {"influence": "less", "gradex": None}
+"""How a method takes a task's rows together where nothing else is asked for; the others take the largest score."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,7 @@ class Query:
     weights: Sequence[str] | None = None
     kind: FeatureKind | None = None
     adam: AdamForm | None = None
+    logodds_form: LogoddsForm | None = None
     reduction: Reduction | None = None
     dim: int | None = None
     dtype: FeatureDtype | None = None
@@ -82,8 +108,13 @@ class Query:
     precision: Precision | None = None
     quantisation: Quantisation | Literal["none"] | None = None
     method: SelectionMethod | None = None
+    by: str | None = None
+    budget: float | None = None
     aggregate: Aggregate | None = None
     combine: Combine | None = None
+    neighbours: int | None = None
+    beta: float | None = None
+    capabilities: Sequence[str] = ()
     selection_seed: int | None = None
     pct: float | None = None
     k: int | None = None
@@ -130,22 +161,38 @@ def with_method(query: Query) -> Query:
     if by_kind and method == "influence":
         detail = f"features of kind={by_kind} are compared by method={by_kind}"
         raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="method")])
-    if method == "random":
+    if method in ("random", *LEARNED):
         return replace(query, method=method)
     several = len(set(query.tasks)) > 1 and method != "influence"
+    if method == "cods":
+        return _in_an_ability_space(query, combine="round-robin" if several else "max")
     return replace(
         query,
         method=method,
         kind=own or query.kind,
-        aggregate=query.aggregate or ("less" if method == "influence" else "max"),
+        aggregate=query.aggregate or _AGGREGATES.get(method, "max"),
         combine=query.combine or ("round-robin" if several else "max"),
+    )
+
+
+def _in_an_ability_space(query: Query, *, combine: Combine) -> Query:
+    """The defaults of method=cods."""
+    strategy = query.strategy or "nearest"
+    return replace(
+        query,
+        method="cods",
+        strategy=strategy,
+        combine=query.combine or combine,
+        neighbours=query.neighbours or (None if strategy in {"prototype", "capability"} else NEIGHBOURS),
+        beta=0.0 if query.beta is None and strategy != "capability" else query.beta,
     )
 
 
 def refuse_idle(query: Query) -> None:
     """Refuse what narrows nothing: what the method does without, and what no feature of the kind could ever have."""
     method = query.method or "influence"
-    unused = [name for name in _UNUSED[method] if getattr(query, name) not in (None, (), [])]
+    others = [name for name, methods in _OF_SOME.items() if method not in methods]
+    unused = [name for name in (*_UNUSED[method], *others) if getattr(query, name) not in (None, (), [])]
     if unused:
         detail = f"method={method} does nothing with {' and '.join(unused)}: leave it out"
         parameters = {"checkpoints": "checkpoint"}
@@ -154,8 +201,11 @@ def refuse_idle(query: Query) -> None:
         )
     own: dict[str, tuple[str, ...]] = {
         **dict.fromkeys(UNPROJECTED, OF_GRADIENTS),
-        "sgd": ("adam",),
-        "sign": ("adam",),
+        "adam": ("logodds_form",),
+        "sgd": ("adam", "logodds_form"),
+        "sign": ("adam", "logodds_form"),
+        "logodds": ("adam",),
+        "output": ("adam", "logodds_form", "weights"),
     }
     idle = own.get(query.kind or "", ())
     named = [name for name in idle if getattr(query, name) is not None]

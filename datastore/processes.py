@@ -1,7 +1,7 @@
 """A process that is kept running: the worker beside the API, which so never imports torch, or one worker of several.
 
-It is started again when it dies, ever more slowly while it keeps dying, and it ends with the process that keeps it,
-however that ends.
+It is started again when it dies, ever more slowly while it keeps dying, unless it says that it cannot do what it was
+told. It ends with the process that keeps it, however that ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import SecretStr
 
 from datastore.settings import Settings
 
@@ -21,6 +24,8 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a dead worker is started again
 SETTLED = 60.0  # seconds after which a worker counts as working: the next pause is the first again
 GRACE = 30.0  # seconds to give its shard back
+USAGE = 2
+"""Exit status of a process that was told something that it cannot do, such as a GPU that is not there."""
 
 
 class KeptProcess:
@@ -69,6 +74,11 @@ class KeptProcess:
             status = self.status = self._run()
             if self._stopping.is_set() or self._once:
                 return
+            if status == USAGE:
+                log.error(
+                    f"the {self._name} cannot do what it was told, and is not started again", extra={"status": status}
+                )
+                return
             pause = FIRST_PAUSE if time.monotonic() - began > SETTLED else pause
             log.error(f"the {self._name} ended", extra={"status": status, "again_in_seconds": pause})
             self._stopping.wait(pause)
@@ -112,4 +122,11 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
-    return os.pathsep.join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+    """A setting as the environment says it."""
+    if value is None:
+        return ""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, tuple):
+        return (os.pathsep if all(isinstance(part, Path) for part in value) else ",").join(map(str, value))
+    return str(value)

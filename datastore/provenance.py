@@ -2,8 +2,9 @@
 
 The page is a Hugging Face dataset card: YAML front matter that `datasets.load_dataset` reads, and Markdown below it
 (https://huggingface.co/docs/hub/datasets-cards). Nothing in a card depends on when it is asked for, so the same
-selection gives the same bytes until something in it is renamed or deleted. A recipe is shown whatever it holds: its
-fields become rows of a table, and, by the names that /select has for them, the request that makes the selection again.
+selection gives the same bytes until something in it is renamed or deleted, or another version tells it. A recipe is
+shown whatever it holds: its fields become rows of a table, and, by the names that /select has for them, the request
+that makes the selection again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -151,11 +153,12 @@ def card(provenance: Provenance, *, files: Sequence[DataFile] = (), notes: Seque
     parts = [
         _front_matter(provenance, files),
         f"# {provenance.selection}" + (f": {_text(provenance.name)}" if provenance.name else ""),
-        f"{chosen}, chosen by gradstore at {provenance.created_at.isoformat()}"
-        + (f" for {', '.join(_text(task.name) for task in provenance.tasks)}." if provenance.tasks else "."),
+        f"{chosen}, chosen by gradstore at {provenance.created_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        + (f" for {', '.join(_text(task.name) for task in provenance.tasks)}." if provenance.tasks else ".")
+        + f" This card is of gradstore {provenance.gradstore}.",
         *notes,
         "## How it was chosen",
-        _table(["field", "value"], [(name, _value(value)) for name, value in provenance.recipe.items()]),
+        _table(["field", "value"], _said(provenance.recipe)),
         "The same again, against the same store:",
         f"    {provenance.request}\n\n    {provenance.command}",
         "## From what",
@@ -172,19 +175,8 @@ def card(provenance: Provenance, *, files: Sequence[DataFile] = (), notes: Seque
             ],
         ),
         _origins(provenance),
-        "## For what",
-        _table(
-            ["task", "name", "kind", "validation rows", "subtasks"],
-            [(task.id, task.name, task.kind, f"{task.validation:,}", task.subtasks) for task in provenance.tasks],
-        ),
-        "## By what",
-        _table(
-            ["checkpoint", "model", "revision", "epoch", "step", "learning rate", "weight"],
-            [
-                (one.id, one.model, one.revision, one.epoch, one.step, one.learning_rate, one.weight)
-                for one in provenance.checkpoints
-            ],
-        ),
+        *_targets(provenance.tasks),
+        *_models(provenance.checkpoints),
         *_training(provenance.run),
         *_not_chosen(provenance),
     ]
@@ -289,14 +281,27 @@ def _origins(provenance: Provenance) -> str:
     return _table(["origin", "chosen rows", "rows of the pool"], rows)
 
 
+def _targets(tasks: Sequence[ProvenanceTask]) -> list[str]:
+    rows = [(task.id, task.name, task.kind, f"{task.validation:,}", task.subtasks) for task in tasks]
+    return ["## For what", _table(["task", "name", "kind", "validation rows", "subtasks"], rows)] if rows else []
+
+
+def _models(checkpoints: Sequence[ProvenanceCheckpoint]) -> list[str]:
+    names = ["checkpoint", "model", "revision", "epoch", "step", "learning rate", "weight"]
+    rows = [
+        (one.id, one.model, one.revision, one.epoch, one.step, _rounded(one.learning_rate), _rounded(one.weight))
+        for one in checkpoints
+    ]
+    return ["## By what", _table(names, rows)] if rows else []
+
+
 def _training(run: ProvenanceRun | None) -> list[str]:
     if run is None:
         return []
     told = f"The checkpoints are those of the run {run.id}"
     if run.training is None:
         return [f"{told}."]
-    rows = [(name, _value(value)) for name, value in run.training.items() if value is not None]
-    return [f"{told}, trained by {run.finetune}:", _table(["setting", "value"], rows)]
+    return [f"{told}, trained by {run.finetune}:", _table(["setting", "value"], _said(run.training))]
 
 
 def _not_chosen(provenance: Provenance) -> list[str]:
@@ -310,8 +315,22 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(_text('' if cell is None else str(cell)) for cell in line)} |" for line in lines)
 
 
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+def _said(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The fields that say something, as rows of a table."""
+    return [
+        (name, value if isinstance(value, str) else json.dumps(_rounded(value), ensure_ascii=False))
+        for name, value in fields.items()
+        if value is not None
+    ]
+
+
+def _rounded(value: Any) -> Any:
+    """A value without the noise of binary fractions, for reading: the request below has it in full."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def _text(text: str) -> str:

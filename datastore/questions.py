@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.chunk_files import CHECKSUM_BYTES, checksum
+from datastore.depot import LOCAL, Depot
 from datastore.durable import replacing, sweep_files
+from datastore.errors import Damaged
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,19 @@ class QuestionFeature:
 class Questions:
     """The features of questions under one folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
+        self.root, self._depot = root, depot
 
     def get(self, key: str) -> QuestionFeature | None:
         """What is kept under this name; None where nothing is, or what is there is damaged."""
         try:
+            self._depot.ensure(self._path(key))
             raw = self._path(key).read_bytes()
             body, check = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
             if checksum(np.frombuffer(body, np.uint8)) != check:
                 return None
             row: NDArray[np.float32] = np.load(io.BytesIO(body), allow_pickle=False)
-        except (FileNotFoundError, ValueError, EOFError):
+        except (FileNotFoundError, ValueError, EOFError, Damaged):
             return None
         return QuestionFeature(row[2:], float(row[0]), int(row[1]))
 
@@ -57,10 +60,12 @@ class Questions:
         body = buffer.getvalue()
         with replacing(self._path(key)) as partial:
             partial.write_bytes(body + checksum(np.frombuffer(body, np.uint8)))
+            self._depot.publish(partial, self._path(key))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove what is kept under these names."""
         for key in keys:
+            self._depot.delete(self._path(key))
             with contextlib.suppress(FileNotFoundError):
                 self._path(key).unlink()
 

@@ -12,23 +12,34 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradstore.types import Dataset, FeatureSet, Run, SelectionMethod, SelectionRecipe, Task
+from gradstore.types import Dataset, FeatureSet, Run, SelectionRecipe, Task
 
 from datastore import advice
-from datastore.bm25 import BM25_VERSION
 from datastore.catalog import Catalog
 from datastore.catalog_states import Remembered
 from datastore.errors import Conflict, InvalidInput, NotFound
-from datastore.features import UNPROJECTED, Features
-from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, SHARED, Fit, Query, refuse_idle, said, with_method
+from datastore.features import LIKE_WITH_LIKE, Features
+from datastore.own_scores import Methods
+from datastore.parameters import (
+    ASKED,
+    FOREIGN,
+    OWN,
+    OWN_KINDS,
+    SHARED,
+    WHEN_NAMED,
+    Fit,
+    Query,
+    refuse_idle,
+    said,
+    with_method,
+)
 from datastore.schema import SelectionRow
 from datastore.selection import rules
 from datastore.selection.contamination import DEFAULT_NGRAM
 
 REMEMBERED = 1024  # queries of which it is remembered what they meant
-_WITHOUT_TASKS: frozenset[SelectionMethod] = frozenset({"random"})
 _TASK_KINDS = (("sgd", None), ("adam", "less"), ("adam", "exact"), ("sign", None))
-"""A task's features (kind, form) that go with a pool's of any kind of gradients: the first there are."""
+"""A task's features (kind, form) that go with a pool's of any kind of losses' gradients: the first there are."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Recipes:
 
     catalog: Catalog
     features: Features
+    methods: Methods
     _meanings: Remembered[tuple[SelectionRecipe, Sources]] = field(
         default_factory=lambda: Remembered(REMEMBERED), init=False
     )
@@ -74,7 +86,7 @@ class Recipes:
     def _resolve(self, query: Query, path: str) -> tuple[SelectionRecipe, Sources]:
         query = with_method(query)
         refuse_idle(query)
-        if not query.tasks and query.method not in _WITHOUT_TASKS:
+        if not query.tasks and rules.needs_task(query):
             raise rules.refused("task", f"method={query.method} selects for a task: name one (task)")
         rules.check(query)
         if query.method in rules.WITHOUT_FEATURES:
@@ -86,7 +98,7 @@ class Recipes:
         if not complete:
             raise advice.missing_task(found, tasks, features=self.features)
         if len(complete) > 1:
-            raise advice.ambiguous(query, [fit for fit, _ in complete], path)
+            raise advice.ambiguous(query, [fit for fit, _ in complete], path, catalog=self.catalog)
         fit, targets = complete[0]
         return self._recipe(query, fit, targets), Sources(datasets=fit.pools, tasks=targets)
 
@@ -99,19 +111,19 @@ class Recipes:
             run = self.catalog.run(recipe.run)
             members = {checkpoint.id for checkpoint in run.checkpoints}
             if run.id != recipe.run:
-                raise rules.refused("run", f"a recipe holds ids, and {recipe.run!r} is the name of {run.id}")
+                raise rules.named("run", recipe.run, id=run.id)
             if not members.issuperset(recipe.checkpoints):
                 raise rules.refused("run", f"{run.id} has not all of the recipe's checkpoints: leave it out, as null")
         return self.sources(recipe)
 
     def sources(self, recipe: SelectionRecipe) -> Sources:
         """The features that a recipe reads. Raises `NotFound`, `InvalidInput` and `GradientsMissing`."""
-        if not recipe.tasks and recipe.method not in _WITHOUT_TASKS:
+        if not recipe.tasks and rules.needs_task(recipe):
             raise rules.refused("tasks", f"method={recipe.method} selects for a task: a recipe of it has one")
         rules.check(recipe)
         self._find_all(recipe)
-        if recipe.method == "bm25" and recipe.bm25_version != BM25_VERSION:
-            raise rules.refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
+        if recipe.method in self.methods:
+            self.methods[recipe.method].check(recipe)
         if recipe.method in rules.WITHOUT_FEATURES:
             return Sources(datasets={}, tasks={})
         kind = recipe.method if recipe.method in OWN_KINDS else None
@@ -121,8 +133,11 @@ class Recipes:
             raise rules.refused("checkpoints", f"method={recipe.method} compares features: a recipe has checkpoints")
         shared = {name: getattr(recipe, name) for name in SHARED}
         own = {name: getattr(recipe, name) for name in OWN}
-        known = _TASK_KINDS if recipe.task_kind not in UNPROJECTED else ((recipe.task_kind, None),)
+        known = _TASK_KINDS if recipe.task_kind not in LIKE_WITH_LIKE else ((recipe.task_kind, None),)
         forms = [form for form in known if form[0] == recipe.task_kind and recipe.task_adam in (None, form[1])]
+        if recipe.tasks and not forms:
+            form = f"task_kind={recipe.task_kind} and task_adam={recipe.task_adam}"
+            raise rules.refused("task_kind", f"no features of a task have {form}: send those of an answer of /select")
         pools = {dataset: self._stored({"dataset": dataset}, recipe, [own | shared]) for dataset in recipe.datasets}
         tasks = {
             task: self._stored({"task": task}, recipe, [{"kind": kind, "adam": adam} | shared for kind, adam in forms])
@@ -142,7 +157,7 @@ class Recipes:
         for parameter, references, look in looks:
             for reference in references:
                 if (id := look(reference).id) != reference:
-                    raise rules.refused(parameter, f"a recipe holds ids, and {reference!r} is the name of {id}")
+                    raise rules.named(parameter, reference, id=id)
         if isinstance(recipe.quota, dict):
             rules.check_shares(recipe.quota, self._origins(recipe.datasets))
 
@@ -150,27 +165,29 @@ class Recipes:
         return {origin for dataset in datasets for origin in self.catalog.dataset(dataset).origins}
 
     def _plain(self, query: Query, path: str) -> SelectionRecipe:
-        """The recipe of a method that reads no features."""
+        """The recipe of a method that compares no features."""
+        own = self.methods.get(query.method or "influence")
         datasets = [self.catalog.dataset(reference).id for reference in dict.fromkeys(query.datasets)]
         if query.match is not None:
             datasets = datasets or list(self.catalog.selection(query.match).recipe["datasets"])
-        datasets = datasets or list(self.catalog.dataset_sizes())
+        datasets = datasets or list(own.pool(query, path=path) if own else ()) or self.catalog.pools()
         if not datasets:
             raise Conflict("there is no dataset to select from: upload one with POST /datasets")
         if len(datasets) > 1 and not query.datasets and query.match is None:
-            raise advice.several_datasets(query, datasets, path)
+            raise advice.several_datasets(query, datasets, path, catalog=self.catalog)
+        tasks = [self.catalog.task(reference).id for reference in dict.fromkeys(query.tasks)]
         nothing = dict.fromkeys(name for name, field in SelectionRecipe.model_fields.items() if field.is_required())
         return SelectionRecipe.model_validate(
             nothing
             | {
                 "method": query.method,
                 "datasets": datasets,
-                "tasks": [self.catalog.task(reference).id for reference in dict.fromkeys(query.tasks)],
+                "tasks": tasks,
                 "checkpoints": [],
                 "checkpoint_weights": [],
                 "aggregate": query.aggregate,
                 "combine": query.combine,
-                "bm25_version": BM25_VERSION if query.method == "bm25" else None,
+                **(own.resolved(query, datasets=datasets, tasks=tasks, path=path) if own else {}),
                 **self._resolved(query, datasets),
             }
         )
@@ -206,7 +223,7 @@ class Recipes:
         if not found:
             raise advice.foreign(fits[0].parameters["projection_id"], lacking="what is computed here")
         if len(found) > 1:
-            raise advice.ambiguous(query, found, path)
+            raise advice.ambiguous(query, found, path, catalog=self.catalog)
         fit = found[0]
         run = fit.run.id if fit.run else None
         return Pools(run, fit.checkpoints, self._weights(fit), fit.parameters, fit.pools)
@@ -221,7 +238,9 @@ class Recipes:
         near = self._pool_fits(query, datasets, run, checkpoints)
         found = [fit for fit in near if len(fit.pools) == max(1, len(datasets))]
         if not found:
-            raise advice.missing_pool(query, datasets, run, checkpoints, near, catalog=self.catalog)
+            raise advice.missing_pool(
+                query, datasets, run, checkpoints, near, catalog=self.catalog, features=self.features
+            )
         return found
 
     def _stored(
@@ -239,11 +258,11 @@ class Recipes:
         self, query: Query, datasets: Sequence[str], run: Run | None, checkpoints: tuple[str, ...]
     ) -> list[Fit]:
         """What fits the query; of the datasets that it names a fit may have only some."""
-        known = self.features.complete(datasets=datasets or list(self.catalog.dataset_sizes()))
+        known = self.features.complete(datasets=datasets or self.catalog.pools())
         wanted = {name: value for name in ASKED if (value := getattr(query, name)) is not None}
         groups: dict[tuple[Any, ...], dict[str, list[FeatureSet]]] = defaultdict(lambda: defaultdict(list))
         for feature in known:
-            if feature.kind in OWN_KINDS and feature.kind != query.kind:
+            if feature.kind in WHEN_NAMED and feature.kind != query.kind:
                 continue
             if all(said(name, getattr(feature, name)) == value for name, value in wanted.items()):
                 key = tuple(getattr(feature, name) for name in (*OWN, *SHARED))
@@ -283,7 +302,7 @@ class Recipes:
         kind = fit.parameters["kind"]
         found = {}
         for task in tasks:
-            for wanted in ((kind, None),) if kind in UNPROJECTED else _TASK_KINDS:
+            for wanted in ((kind, None),) if kind in LIKE_WITH_LIKE else _TASK_KINDS:
                 sets = [each for each in fitting if each.task == task.id and (each.kind, each.adam) == wanted]
                 chosen = _in_order(sets, fit.checkpoints)
                 if chosen is not None:
@@ -332,7 +351,7 @@ class Recipes:
             with suppress(NotFound):
                 found.append(look(reference))
         if not found:
-            raise NotFound("dataset or selection", reference, collection="/datasets and GET /selections")
+            raise NotFound("dataset or selection", reference, collection=("/datasets", "/selections"))
         if len(found) > 1:
             ids = " and ".join(one.id for one in found)
             raise rules.refused("exclude", f"{reference!r} is the name of {ids}: say which by its id")

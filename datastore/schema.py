@@ -132,6 +132,35 @@ class CheckpointRow(Noun):
     bytes: Mapped[int]
 
 
+class AdapterRow(Noun):
+    """An adapter of the bank: what is known of it beside its checkpoint, which has its files."""
+
+    __tablename__ = "adapters"
+
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"), index=True)
+    brought: Mapped[bool]
+    """Whether the checkpoint was stored for it, and goes with it where nothing else needs it."""
+    rank: Mapped[int]
+    alpha: Mapped[float]
+    scaling: Mapped[float]
+    modules: Mapped[int]
+    finetune: Mapped[str | None]
+    dataset: Mapped[str | None]
+    """As it was when the adapter came: the dataset may be deleted since."""
+    selection: Mapped[str | None]
+    trained_on: Mapped[str | None] = mapped_column(String(1000))
+    sha256: Mapped[str]
+
+
+class AdapterTargetRow(Table):
+    """The kinds of modules that an adapter is on: lists are asked for by them."""
+
+    __tablename__ = "adapter_targets"
+
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
+    target: Mapped[str] = mapped_column(primary_key=True)
+
+
 class JobRow(Table):
     """Work that outlives a request."""
 
@@ -155,6 +184,12 @@ class JobRow(Table):
     resumed_at: Mapped[datetime | None]
     """When the present run of the job began: the rate is counted from here."""
     resumed_done: Mapped[int]
+    priority: Mapped[int] = mapped_column(server_default="0")
+    """Jobs of a higher one have their shards claimed first."""
+    api_key: Mapped[str | None]
+    """Id of the API key that started it: workers share themselves out among keys."""
+    request_id: Mapped[str | None]
+    """Id of the request that started it, which the log's lines of its shards carry, too."""
 
     __table_args__ = (Index("uq_jobs_kind_name", "kind", "name", unique=True),)
 
@@ -184,6 +219,10 @@ class ShardRow(Table):
     worked: Mapped[float]
     """Seconds that its attempts have worked, the present one apart."""
     error: Mapped[dict[str, Any] | None]
+    trying: Mapped[list[Any] | None]
+    """Rows that the present attempt is at, kept where an earlier one took its worker down."""
+    poisoned: Mapped[list[Any] | None]
+    """Rows that took their worker down every time, and are left out."""
 
     __table_args__ = (
         Index("ix_shards_claim", "status", "kind", "id"),
@@ -268,6 +307,27 @@ class SelectionRow(Noun):
     summary: Mapped[dict[str, Any]]
 
 
+class TaxonomyRow(Noun):
+    """The capabilities that rows are labelled with."""
+
+    __tablename__ = "taxonomies"
+
+    capabilities: Mapped[list[Any]]
+
+
+class ReplyRow(Table):
+    """What a labeller has replied about a row of an annotation, kept as it comes: a retry goes on from there."""
+
+    __tablename__ = "replies"
+
+    annotation_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    row: Mapped[int] = mapped_column(primary_key=True)
+    labels: Mapped[list[Any] | None]
+    """Numbers of the capabilities; null where the reply could not be read."""
+    reply: Mapped[str | None] = mapped_column(String(1024))
+    """The beginning of a reply that could not be read, or what went wrong."""
+
+
 class UseRow(Table):
     """What something depends on: nothing that is used can be deleted."""
 
@@ -304,3 +364,43 @@ class WorkerRow(Table):
     """Operations a second by precision."""
     gone: Mapped[bool]
     seen_at: Mapped[datetime]
+    host: Mapped[str | None]
+    shard: Mapped[int | None]
+    """Number of the shard within its job."""
+    kinds: Mapped[list[Any] | None]
+    """Kinds of jobs that it does."""
+    memory: Mapped[dict[str, Any] | None]
+    """Bytes of the device's memory: `used` and `total`."""
+    started_at: Mapped[datetime | None]
+
+
+class ApiKeyRow(Table):
+    """A key that requests are let in with; the key itself is nowhere, only its hash."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    sha256: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[list[Any]]
+    requests_per_minute: Mapped[int | None]
+    max_upload_bytes: Mapped[int | None]
+    created_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]
+
+
+class AuditRow(Table):
+    """Who changed what, or was refused."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    at: Mapped[datetime] = mapped_column(index=True)
+    api_key: Mapped[str | None] = mapped_column(index=True)
+    client: Mapped[str | None]
+    """Address that the request came from."""
+    request_id: Mapped[str]
+    method: Mapped[str]
+    path: Mapped[str] = mapped_column(String(4096))
+    status: Mapped[int]

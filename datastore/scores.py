@@ -17,14 +17,12 @@ kernels, agree within 1e-6 of a score.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +32,9 @@ import numpy as np
 from gradstore.types import Aggregate
 from numpy.typing import NDArray
 
-from datastore.durable import place, sweep, unfinished, write_file
+from datastore.array_files import read_arrays, write_arrays
+from datastore.depot import LOCAL, Depot, evict
+from datastore.durable import sweep, unfinished
 from datastore.errors import Damaged
 from datastore.identity import content_id
 from datastore.influence import (
@@ -49,7 +49,7 @@ from datastore.influence import (
     reduce,
     usable_rows,
 )
-from datastore.products import NUMPY, Kernel
+from datastore.products import NUMPY, Kernel, Products
 from datastore.segments import VALID, Rows, ranges
 from datastore.shards import CHUNK_ROWS
 
@@ -59,6 +59,8 @@ SCORES_VERSION = 1
 """Counted up when the arithmetic changes, so that old results are not found again."""
 PIECE_ROWS = 64 * CHUNK_ROWS
 """Rows that are scored, kept and found again together: about a second of work, or 0.5 GB of int8 at 8,192 dims."""
+AHEAD = 4
+"""Blocks that wait for each thread: with one, a thread that is done waits until somebody looks at its result."""
 _ARRAYS = ("score", "subtask", "valid")
 
 
@@ -103,7 +105,8 @@ def score(
     some checkpoint has no score. Raises `Damaged` where stored bytes are missing or do not match their checksum.
     """
     plan = _Plan(pool, targets, checkpoint_weights(weights), aggregate)
-    parts = [plan.score(start, stop, cache, kernel, on_rows) for start, stop in plan.pieces]
+    asked = _Questions(plan, kernel)
+    parts = [plan.score(start, stop, cache, asked, on_rows) for start, stop in plan.pieces]
     return [concatenated(part) for part in zip(*parts, strict=True)]
 
 
@@ -119,7 +122,8 @@ def score_piece(
     on_rows: Callable[[int], None] | None = None,
 ) -> None:
     """Have the scores of one of the pool's `pieces` in the cache; `on_rows` hears which row of the pool is reached."""
-    _Plan(pool, targets, checkpoint_weights(weights), aggregate).score(*piece, cache, kernel, on_rows)
+    plan = _Plan(pool, targets, checkpoint_weights(weights), aggregate)
+    plan.score(*piece, cache, _Questions(plan, kernel), on_rows)
 
 
 def missing_pieces(
@@ -186,14 +190,14 @@ class _Plan:
         return ranges(self.pool, most=PIECE_ROWS)
 
     def score(
-        self, start: int, stop: int, cache: ScoreCache, kernel: Kernel, on_rows: Callable[[int], None] | None
+        self, start: int, stop: int, cache: ScoreCache, asked: _Questions, on_rows: Callable[[int], None] | None
     ) -> list[TaskScores]:
         """The scores of a piece for each task; what was not in the cache is, after this."""
         keys = [self.key(target, start, stop) for target in self.targets]
         found = {number: kept for number, key in enumerate(keys) if (kept := cache.get(key)) is not None}
         missing = [number for number in range(len(keys)) if number not in found]
         if missing:
-            fresh = self.compute([self.targets[number] for number in missing], start, stop, kernel, on_rows)
+            fresh = self.compute(asked.of(missing), start, stop, on_rows)
             for number, result in zip(missing, fresh, strict=True):
                 cache.put(keys[number], result, made_from=self.content(self.targets[number], start, stop))
                 found[number] = result
@@ -217,30 +221,22 @@ class _Plan:
         return content_id("score", self.content(target, start, stop))
 
     def compute(
-        self,
-        targets: Sequence[Target],
-        start: int,
-        stop: int,
-        kernel: Kernel,
-        on_rows: Callable[[int], None] | None,
+        self, question: _Question, start: int, stop: int, on_rows: Callable[[int], None] | None
     ) -> list[TaskScores]:
-        """The scores of rows `start:stop`, all targets in one pass over all checkpoints."""
-        asked = [target.queries(self.aggregate) for target in targets]
-        by_task = [rows for rows, _ in asked]
-        stacked = by_task[0] if len(targets) == 1 else [np.concatenate(rows) for rows in zip(*by_task, strict=True)]
-        ends = np.cumsum([0, *(len(labels) for _, labels in asked)]).tolist()
+        """The scores of rows `start:stop`, all targets of the question in one pass over all checkpoints."""
         valid = everywhere([view.part("reason", start, stop) == VALID for view in self.pool])
-        results = [(np.empty(stop - start, np.float32), np.empty(stop - start, np.int16)) for _ in targets]
-        influences = _Influences(self.pool, stacked, self.weights, kernel, start, stop, valid)
+        results = [(np.empty(stop - start, np.float32), np.empty(stop - start, np.int16)) for _ in question.labels]
+        influences = _Influences(self.pool, question, start, stop, valid)
 
         def reach(edges: tuple[int, int]) -> int:
             """Score the rows between two edges; results of different threads lie beside each other."""
             block, rows = influences.of(*edges), slice(edges[0] - start, edges[1] - start)
-            for (scores, subtasks), (_, labels), (low, high) in zip(results, asked, pairwise(ends), strict=True):
+            parts = zip(results, question.labels, pairwise(question.ends), strict=True)
+            for (scores, subtasks), labels, (low, high) in parts:
                 scores[rows], subtasks[rows] = reduce(block[:, low:high], labels, self.aggregate)
             return edges[1]
 
-        for reached in _in_threads(reach, influences.blocks, kernel):
+        for reached in _in_threads(reach, influences.blocks, question.kernel):
             if on_rows is not None:
                 on_rows(reached)
         if not all(np.isfinite(scores[valid]).all() for scores, _ in results):
@@ -248,24 +244,54 @@ class _Plan:
         return [masked(scores, subtasks, valid) for scores, subtasks in results]
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What rows are multiplied with: the queries of several targets side by side."""
+
+    kernel: Kernel
+    labels: Sequence[Subtasks]
+    """Of each target, the subtasks of its queries."""
+    ends: Sequence[int]
+    """Where each target's queries begin and end, from 0 on."""
+    products: Sequence[Products]
+    """One per checkpoint, whose weight is in the queries."""
+
+
+class _Questions:
+    """The questions of a plan, each made ready for the kernel once for all pieces."""
+
+    def __init__(self, plan: _Plan, kernel: Kernel) -> None:
+        self._plan = plan
+        self._kernel = kernel
+        self._made: dict[tuple[int, ...], _Question] = {}
+
+    def of(self, targets: Sequence[int]) -> _Question:
+        """The question of these of the plan's targets."""
+        key = tuple(targets)
+        if key not in self._made:
+            self._made[key] = self._make([self._plan.targets[number] for number in key])
+        return self._made[key]
+
+    def _make(self, targets: Sequence[Target]) -> _Question:
+        asked = [target.queries(self._plan.aggregate) for target in targets]
+        stacked = [np.concatenate(rows) for rows in zip(*(rows for rows, _ in asked), strict=True)]
+        products = [
+            self._kernel.products(rows * np.float32(weight), dtype=view.dtype)
+            for view, rows, weight in zip(self._plan.pool, stacked, self._plan.weights, strict=True)
+        ]
+        labels = [labels for _, labels in asked]
+        ends = np.cumsum([0, *map(len, labels)]).tolist()
+        return _Question(self._kernel, labels, ends, products)
+
+
 class _Influences:
     """Weighted influences of the rows `start:stop` of all checkpoints on the queries, a block at a time."""
 
-    def __init__(
-        self,
-        pool: Sequence[Rows],
-        queries: Sequence[Floats],
-        weights: Sequence[float],
-        kernel: Kernel,
-        start: int,
-        stop: int,
-        valid: Mask,
-    ) -> None:
+    def __init__(self, pool: Sequence[Rows], question: _Question, start: int, stop: int, valid: Mask) -> None:
         self._pool = pool
         self._start = start
-        self._width = len(queries[0])
-        weighted = [rows * np.float32(weight) for rows, weight in zip(queries, weights, strict=True)]
-        self._products = [kernel.products(rows, dtype=view.dtype) for view, rows in zip(pool, weighted, strict=True)]
+        self._width = question.ends[-1]
+        self._products = question.products
         self._factors = [_reciprocals(view.part("lengths", start, stop), valid) for view in pool]
         edges = sorted({edge for view in pool for edge in view.edges if start < edge < stop} | {start, stop})
         self.blocks = list(pairwise(edges))
@@ -295,7 +321,7 @@ def _in_threads(
         ahead: deque[Future[int]] = deque()
         try:
             for block in blocks:
-                if len(ahead) > kernel.threads:
+                if len(ahead) > AHEAD * kernel.threads:
                     yield ahead.popleft().result()
                 ahead.append(threads.submit(work, block))
             while ahead:
@@ -320,43 +346,42 @@ def _unit_rows(view: Rows, usable: NDArray[np.bool_]) -> Floats:
 class ScoreCache:
     """Scores under the hash of all that they depend on: three .npy files and a manifest each, never a pickle."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
+        self.root, self._depot = root, depot
 
     def get(self, key: str) -> TaskScores | None:
         """The scores of this name; None where there are none, or where their bytes are damaged (they are removed)."""
         folder = self.root / key
         try:
-            sums = json.loads((folder / "manifest.json").read_bytes())["sha256"]
-            arrays = [_load(folder / f"{name}.npy", sums[name]) for name in _ARRAYS]
+            if not self._depot.ensure(folder):
+                return None
+            found = read_arrays(folder)
+            return TaskScores(*(found[name] for name in _ARRAYS))
         except FileNotFoundError:
             if folder.is_dir():
                 self._remove(folder)
             return None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, Damaged) as error:
             log.warning("damaged scores removed", extra={"scores": key, "reason": str(error)})
             self._remove(folder)
             return None
-        return TaskScores(*arrays)
 
     def put(self, key: str, scores: TaskScores, *, made_from: Mapping[str, Any]) -> None:
         """Keep scores; where they are kept already, nothing happens."""
         with unfinished(self._unfinished, key) as partial:
-            sums = {}
-            for name in _ARRAYS:
-                buffer = io.BytesIO()
-                np.save(buffer, getattr(scores, name), allow_pickle=False)
-                write_file(partial / f"{name}.npy", buffer.getvalue())
-                sums[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
-            manifest = {"made_from": dict(made_from), "rows": len(scores.score), "sha256": sums}
-            write_file(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-            place(partial, self.root / key)
+            arrays = {name: getattr(scores, name) for name in _ARRAYS}
+            write_arrays(partial, arrays, about={"made_from": dict(made_from), "rows": len(scores.score)})
+            self._depot.keep(partial, self.root / key, of=_parts(made_from))
 
     def delete(self, name: str) -> int:
         """Remove the scores that a segment, or the texts of a dataset or task, entered into; returns how many."""
-        users = [path.parent for path in self.root.glob("score_*/manifest.json") if name in _made_of(path)]
-        for folder in users:
-            self._remove(folder)
+        users = self._depot.users(self.root, "score_*", name)
+        if users is None:
+            users = [
+                path.parent.name for path in self.root.glob("score_*/manifest.json") if name in made_of(_content(path))
+            ]
+        for user in users:
+            self._remove(self.root / user)
         return len(users)
 
     def sweep(self, *, older_than: float) -> int:
@@ -368,26 +393,25 @@ class ScoreCache:
         return self.root / "unfinished"
 
     def _remove(self, folder: Path) -> None:
-        with unfinished(self._unfinished, folder.name) as partial:
-            try:
-                folder.rename(partial / folder.name)
-            except FileNotFoundError:
-                return
-            shutil.rmtree(partial)
+        self._depot.delete(folder)
+        evict(folder)
 
 
-def _load(path: Path, sha256: str) -> NDArray[Any]:
-    raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise ValueError(f"{path} does not match its checksum")
-    array: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)
-    return array
-
-
-def _made_of(manifest: Path) -> set[str]:
+def made_of(manifest: bytes | None) -> set[str]:
+    """The segments, datasets and tasks that kept scores were made of; nothing where there is no manifest."""
     try:
-        content = json.loads(manifest.read_bytes())["made_from"]
-    except (FileNotFoundError, ValueError, KeyError):
+        return set() if manifest is None else _parts(json.loads(manifest)["made_from"])
+    except (ValueError, KeyError):
         return set()
+
+
+def _content(path: Path) -> bytes | None:
+    with suppress(FileNotFoundError):
+        return path.read_bytes()
+    return None
+
+
+def _parts(content: Mapping[str, Any]) -> set[str]:
+    """The segments, datasets and tasks that scores were made from."""
     segments = {name for name, _, _ in content.get("rows", ())} | set(content.get("target_segments", ()))
     return segments | set(content.get("texts", ()))

@@ -7,7 +7,8 @@ share a large pool and a grown one is scored where it has grown. A shard leaves 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gradstore.types import AnyJob, FeatureSet, ScoringResult, SelectionRecipe
@@ -16,20 +17,24 @@ from sqlalchemy.orm import Session
 
 from datastore import scores
 from datastore.catalog import Catalog
+from datastore.catalog_states import Remembered
 from datastore.errors import NotFound
 from datastore.features import Features
 from datastore.identity import content_id
 from datastore.influence import TaskScores
 from datastore.leases import Claim, Jobs, NewShard
+from datastore.own_scores import Methods, Placing
 from datastore.products import NUMPY, Kernel
 from datastore.recipes import Sources
 from datastore.schema import JobRow, ShardRow
 from datastore.scores import ScoreCache, Target
 from datastore.segments import FeatureView
+from datastore.selection.abilities import References
 from datastore.selection.draws import draw
 from datastore.selection.rules import OF_THE_CHOICE
 from datastore.tasks import Tasks
-from datastore.text_scoring import TextScoring
+
+TASKS = 256  # whose subtasks a process remembers
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Scoring:
     features: Features
     tasks: Tasks
     cache: ScoreCache
-    texts: TextScoring
+    methods: Methods
+    _subtasks: Remembered[list[str]] = field(default_factory=lambda: Remembered(TASKS), compare=False, repr=False)
 
     def known(self, recipe: SelectionRecipe, sources: Sources) -> list[TaskScores] | None:
         """The scores of each task over all pools, one after the other, if all of them are cached.
@@ -51,8 +57,8 @@ class Scoring:
         if recipe.method == "random":
             sizes = self.catalog.dataset_sizes()
             return [draw(sum(sizes[dataset] for dataset in recipe.datasets), recipe.selection_seed or 0)]
-        if recipe.method == "bm25":
-            return self.texts.known(recipe)
+        if recipe.method in self.methods:
+            return self.methods[recipe.method].known(recipe)
         targets = self._targets(sources)
         found = []
         for sets in sources.datasets.values():
@@ -73,11 +79,10 @@ class Scoring:
 
         One that was cancelled is returned as it is: who asks for scores does not overrule who cancelled them.
         """
-        scored = recipe.model_dump(mode="json", exclude={*OF_THE_CHOICE, "combine"})
-        if recipe.method == "bm25":
-            units = self.texts.units(recipe)
-            plan: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "rows": self.texts.rows(recipe)}
-            return self._started(scored, plan, [NewShard({}, units=units)])
+        scored = _scored(recipe)
+        if (own := self.methods.get(recipe.method)) is not None:
+            plan: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "rows": own.rows(recipe)}
+            return self._started(scored, plan, [NewShard({}, units=own.units(recipe))])
         plan = {
             "datasets": {id: [feature.id for feature in found] for id, found in sources.datasets.items()},
             "tasks": {id: [feature.id for feature in found] for id, found in sources.tasks.items()},
@@ -86,6 +91,10 @@ class Scoring:
             "rows": sum(sets[0].rows for sets in sources.datasets.values()),
         }
         return self._started(scored, plan, list(self._shards(recipe, sources)))
+
+    def job_id(self, recipe: SelectionRecipe) -> str:
+        """The id of the job that computes a recipe's scores, whether there is one or not."""
+        return content_id("scores", _scored(recipe))
 
     def _started(self, scored: dict[str, Any], plan: dict[str, Any], shards: Sequence[NewShard]) -> AnyJob:
         id = content_id("scores", scored)
@@ -124,7 +133,8 @@ class Scoring:
         """
         plan, payload = claim.plan, claim.payload
         if "recipe" in plan:
-            self.texts.work(SelectionRecipe.model_validate(plan["recipe"]), on_rows)
+            recipe = SelectionRecipe.model_validate(plan["recipe"])
+            self.methods[recipe.method].work(recipe, on_rows)
             return
         start = payload["start"]
         views = self._views(self._sets(plan["datasets"][payload["dataset"]]))
@@ -146,18 +156,20 @@ class Scoring:
 
     def subtasks(self, recipe: SelectionRecipe, sources: Sources) -> dict[str, tuple[str, ...]]:
         """Names of each task's subtasks, as the scores number them."""
-        if recipe.method == "bm25":
-            return self.texts.subtasks(recipe)
+        if recipe.method in self.methods:
+            return self.methods[recipe.method].subtasks(recipe)
         return {task: target.subtasks for task, target in zip(sources.tasks, self._targets(sources), strict=True)}
 
-    def notes(self, sources: Sources) -> list[str]:
+    def notes(self, recipe: SelectionRecipe, sources: Sources) -> list[str]:
         """What the scores leave out of the tasks, and why."""
+        if recipe.method in self.methods:
+            return self.methods[recipe.method].notes(recipe)
         return [note for target in self._targets(sources) for note in target.notes]
 
     def reasons(self, recipe: SelectionRecipe, sources: Sources) -> dict[int, str]:
         """The pool's rows without a score, and why: they have no feature at some checkpoint, or no words."""
-        if recipe.method == "bm25":
-            return self.texts.reasons(recipe)
+        if recipe.method in self.methods:
+            return self.methods[recipe.method].reasons(recipe)
         found: dict[int, str] = {}
         first = 0
         for sets in sources.datasets.values():
@@ -165,6 +177,11 @@ class Scoring:
                 found |= {first + row: reason for row, reason in view.reasons.items()}
             first += sets[0].rows
         return found
+
+    def references(self, recipe: SelectionRecipe) -> References | None:
+        """Where rows are, of a method that has places for them."""
+        own = self.methods.get(recipe.method)
+        return own.references(recipe) if isinstance(own, Placing) else None
 
     def rows(self, sources: Sources) -> list[list[FeatureView]]:
         """The rows that are scored: of each pool a view for each checkpoint."""
@@ -185,9 +202,18 @@ class Scoring:
 
     def _targets(self, sources: Sources) -> list[Target]:
         return [
-            Target(self._views(sets), [row.subtask for row in self.tasks.validation(task)])
+            Target(self._views(sets), self._subtasks.get(task, None, partial(self._read_subtasks, task)))
             for task, sets in sources.tasks.items()
         ]
+
+    def _read_subtasks(self, task: str) -> list[str]:
+        """The subtask of each validation row, which an id names for ever."""
+        return [row.subtask for row in self.tasks.validation(task)]
+
+
+def _scored(recipe: SelectionRecipe) -> dict[str, Any]:
+    """What of a recipe its scores depend on."""
+    return recipe.model_dump(mode="json", exclude={*OF_THE_CHOICE, "combine"})
 
 
 def _over_all_pools(pools: Sequence[Sequence[TaskScores]]) -> list[TaskScores]:

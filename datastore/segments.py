@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
-from gradstore.types import FeatureDtype
+from gradstore.types import FeatureDtype, FeatureKind
 from numpy.typing import NDArray
 
 from datastore.chunk_files import ADVICE, CHECKSUM_BYTES, Files
@@ -43,6 +43,8 @@ REASONS: Final[Mapping[int, str]] = {
 }
 """Why a row has no feature, by its code in the array `reason`; another reason's words are in the shard's receipt."""
 VALID, OTHER_REASON, NOT_WRITTEN = 0, 254, 255
+OWN_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {"logodds": ("logodds",)}
+"""Arrays of one float32 a row that the segments of a kind have beside those of all kinds."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ class ArrayFormat:
         return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
 
 
-def array_formats(rows: int, *, dim: int, dtype: FeatureDtype) -> dict[str, ArrayFormat]:
-    """The arrays of a new segment by name, in the order in which they are written."""
+def array_formats(
+    rows: int, *, dim: int, dtype: FeatureDtype, kind: FeatureKind | None = None
+) -> dict[str, ArrayFormat]:
+    """The arrays of a new segment by name, in the order in which they are written; `kind` is its features'."""
     storage = STORAGE[dtype]
     width = storage.width(dim)
-    numbers = ("scales", "lengths", "norms", "raw_norms", "losses")
+    numbers = ("scales", "lengths", "norms", "raw_norms", "losses", *OWN_COLUMNS.get(kind or "", ()))
     short = chunk_rows(rows, row_bytes=4)
     formats = [
         ArrayFormat(
@@ -92,9 +96,9 @@ def array_formats(rows: int, *, dim: int, dtype: FeatureDtype) -> dict[str, Arra
     return {each.name: each for each in formats}
 
 
-def stored_bytes(rows: int, *, dim: int, dtype: FeatureDtype) -> int:
+def stored_bytes(rows: int, *, dim: int, dtype: FeatureDtype, kind: FeatureKind | None = None) -> int:
     """Bytes that a segment takes on the disk, metadata apart."""
-    formats = array_formats(rows, dim=dim, dtype=dtype).values()
+    formats = array_formats(rows, dim=dim, dtype=dtype, kind=kind).values()
     return sum(each.chunks(rows) * each.chunk_bytes for each in formats)
 
 
@@ -118,7 +122,10 @@ class Rows(ABC):
 
     @abstractmethod
     def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """One number for each of the rows `start:stop`; checksums are always compared. Raises `Damaged`."""
+        """One number for each of the rows `start:stop`, of one of the `columns`; checksums are always compared.
+
+        Raises `Damaged`, and KeyError for a column that features of this kind do not have.
+        """
 
     @abstractmethod
     def stored_rows(self, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -131,6 +138,11 @@ class Rows(ABC):
     def column(self, name: str) -> NDArray[Any]:
         """One number per row, see `part`."""
         return self.part(name, 0, self.rows)
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """What there is of each row beside its feature: what `part` can be asked for."""
 
     @property
     @abstractmethod
@@ -223,6 +235,11 @@ class Rows(ABC):
         return self.column("losses")
 
     @property
+    def logodds(self) -> NDArray[np.float32]:
+        """Mean log-odds of the supervised tokens (n,); only features of kind `logodds` have them."""
+        return self.column("logodds")
+
+    @property
     def tokens(self) -> NDArray[np.int32]:
         """Supervised tokens (n,)."""
         return self.column("tokens")
@@ -254,7 +271,7 @@ class Segment(Rows):
         self.dim = int(header["dim"])
         self.dtype = cast("FeatureDtype", header["dtype"])
         self.recipe = cast("dict[str, Any]", header["recipe"])
-        intended = array_formats(self.rows, dim=self.dim, dtype=self.dtype)
+        intended = array_formats(self.rows, dim=self.dim, dtype=self.dtype, kind=self.recipe.get("kind"))
         metadata = {each: files.document(f"{each}/zarr.json") for each in intended}
         self.formats = _found_formats(intended, metadata)
         self._chunks = _chunks(name, files, self.formats, metadata, self.rows)
@@ -284,6 +301,11 @@ class Segment(Rows):
         if name not in self._columns:
             self._columns[name] = super().column(name)
         return self._columns[name]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Rows.columns`."""
+        return tuple(name for name in self.formats if name != "features")
 
     @property
     def reasons(self) -> dict[int, str]:
@@ -353,6 +375,11 @@ class FeatureView(Rows):
         for segment, (first, last) in zip(self.segments, pairwise(self._starts), strict=True):
             if first < stop and start < last:
                 yield segment, max(start, first) - first, min(stop, last) - first
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Rows.columns`."""
+        return self.segments[0].columns
 
     @property
     def reasons(self) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from gradstore.types import SelectedRow
 
+from datastore.depot import LOCAL, Depot
 from datastore.durable import replacing, sweep_files
 from datastore.errors import Damaged
 
@@ -37,13 +39,16 @@ class SelectionFiles:
     """The files of a folder, by the ids of their selections; reading one that is lost or broken raises `Damaged`."""
 
     root: Path
+    depot: Depot = LOCAL
 
     def write(self, id: str, table: pa.Table) -> None:
         """Keep the rows of a selection, best first: whole or not at all."""
-        with replacing(self.path(id)) as partial, partial.open("wb") as file:
-            pq.write_table(table, file, row_group_size=GROUP_ROWS)
-            file.flush()
-            os.fsync(file.fileno())
+        with replacing(self._place(id)) as partial:
+            with partial.open("wb") as file:
+                pq.write_table(table, file, row_group_size=GROUP_ROWS)
+                file.flush()
+                os.fsync(file.fileno())
+            self.depot.publish(partial, self._place(id))
 
     def page(self, id: str, *, limit: int, after: int) -> list[dict[str, Any]]:
         """At most so many rows, from rank `after` + 1 on."""
@@ -68,16 +73,22 @@ class SelectionFiles:
             return file.read(columns=columns)
 
     def path(self, id: str) -> Path:
-        """Where the file lies."""
-        return self.root / f"{id}.parquet"
+        """Where the file lies, if there is one. Raises `BucketUnreachable`."""
+        with suppress(Damaged):  # who reads it is told
+            self.depot.ensure(self._place(id))
+        return self._place(id)
 
     def remove(self, id: str) -> None:
         """Delete a selection's file."""
-        self.path(id).unlink(missing_ok=True)
+        self.depot.delete(self._place(id))
+        self._place(id).unlink(missing_ok=True)
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
         return sweep_files(self.root, older_than=older_than)
+
+    def _place(self, id: str) -> Path:
+        return self.root / f"{id}.parquet"
 
     def _open(self, id: str) -> pq.ParquetFile:
         try:

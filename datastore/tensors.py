@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from datastore.errors import InvalidCheckpoint
 
@@ -29,6 +30,8 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "BF16": (np.uint16, 0x7F80), "F8_E5M2": (np.uint8, 0x7C), "F8_E4M3": (np.uint8, 0x7F),
 }  # fmt: skip
 """By type, the bits that are all set in a NaN or an infinity, and in no other number."""
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""Numpy's names of the types that trained weights have."""
 STEP = 1 << 22  # bytes read at once; a multiple of every number's size
 
 
@@ -97,6 +100,35 @@ def check_finite(path: Path) -> None:
                         f"{name!r} in {path.name} holds a number that is not finite: its training has diverged, or the "
                         "file is damaged; send an earlier checkpoint"
                     )
+
+
+def length(path: Path, *, names: Container[str]) -> float:
+    """The L2 norm of these tensors of a safetensors file together, read a step at a time, in float64.
+
+    Raises `InvalidCheckpoint` for a type of numbers without a name in numpy other than BF16.
+    """
+    header, squares = read_header(path), 0.0
+    with path.open("rb") as file:
+        for name, tensor in header.tensors.items():
+            if name not in names:
+                continue
+            if tensor.dtype not in _FLOATS:
+                raise InvalidCheckpoint(f"{name!r} in {path.name} is stored as {tensor.dtype}, whose length is unknown")
+            file.seek(header.bytes + tensor.start)
+            left = tensor.size * _ITEM_BITS[tensor.dtype] // 8
+            while left > 0:
+                read = file.read(min(left, STEP))
+                if not read:
+                    raise _broken(path, f"the bytes of {name!r} end early")
+                left -= len(read)
+                squares += float(np.square(_numbers(read, tensor.dtype)).sum())
+    return math.sqrt(squares)
+
+
+def _numbers(raw: bytes, dtype: str) -> NDArray[np.float64]:
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    return np.frombuffer(raw, _FLOATS[dtype]).astype(np.float64)
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorInfo:

@@ -6,7 +6,7 @@ grown pool's are computed anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from datastore.catalog import Catalog
 from datastore.datasets import Datasets
 from datastore.identity import content_id
 from datastore.influence import TaskScores
+from datastore.parameters import Query
 from datastore.scores import ScoreCache
+from datastore.selection.rules import refused
 from datastore.tasks import Tasks
 
 
@@ -31,6 +33,26 @@ class TextScoring:
     datasets: Datasets
     tasks: Tasks
     cache: ScoreCache
+
+    def pool(self, query: Query, *, path: str) -> Sequence[str]:  # noqa: ARG002 - the interface
+        """Leave it to what there is."""
+        return ()
+
+    def resolved(
+        self,
+        query: Query,  # noqa: ARG002 - the interface
+        *,
+        datasets: Sequence[str],  # noqa: ARG002
+        tasks: Sequence[str],  # noqa: ARG002
+        path: str,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """The version of the words and weights."""
+        return {"bm25_version": BM25_VERSION}
+
+    def check(self, recipe: SelectionRecipe) -> None:
+        """Raise `InvalidInput` where the recipe is of another version."""
+        if recipe.bm25_version != BM25_VERSION:
+            raise refused("bm25_version", f"version {recipe.bm25_version} of BM25's scores is not made any more")
 
     def known(self, recipe: SelectionRecipe) -> list[TaskScores] | None:
         """The scores of each task over the pool, if all of them are cached."""
@@ -61,12 +83,16 @@ class TextScoring:
 
     def subtasks(self, recipe: SelectionRecipe) -> dict[str, tuple[str, ...]]:
         """Names of each task's subtasks, as the scores number them."""
-        return {task: tuple(dict.fromkeys(row.subtask for row in self.tasks.validation(task))) for task in recipe.tasks}
+        return {task: self.tasks.subtasks(task) for task in recipe.tasks}
 
     def reasons(self, recipe: SelectionRecipe) -> dict[int, str]:
         """The pool's rows without a score, and why."""
         without = [np.flatnonzero(~scores.valid).tolist() for scores in self.known(recipe) or []]
         return {row: NO_WORDS for rows in without for row in rows}
+
+    def notes(self, recipe: SelectionRecipe) -> list[str]:  # noqa: ARG002 - the interface
+        """Nothing."""
+        return []
 
     def _texts(self, recipe: SelectionRecipe) -> Iterator[str]:
         for dataset in recipe.datasets:

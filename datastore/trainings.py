@@ -1,6 +1,6 @@
 """Trainings that exist to be measured: the losses on a task's rows after training on some rows of a pool.
 
-Their models are not kept: a training that is asked for again, by another validation or after a kill, is found by its
+Their models are not kept: a training that is asked for again, by another job or after a kill, is found by its
 content, which is what was trained on, how, and what was measured. A file holds a number for each row of the task, so
 that thousands of trainings cost megabytes, where their checkpoints would cost gigabytes.
 """
@@ -16,15 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradstore.types import Split, TrainingRecipe
+from gradstore.types import JobKind, Split, TrainingRecipe
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session
 
+from datastore.catalog import Catalog
 from datastore.correlation import Numbers
-from datastore.durable import beside, sweep_files, sync_folder, untouched_for, write_file
+from datastore.depot import LOCAL, Depot
+from datastore.durable import beside, sweep_files, sync_folder, write_file
 from datastore.errors import Damaged
 from datastore.identity import content_id
+from datastore.schema import JobRow, ShardRow
 
 TRAININGS_VERSION = 1
 """Counted up when the same training would give other losses, so that old ones are not found again."""
+
+MEASURE: tuple[JobKind, ...] = ("validation", "comparison", "estimate-validation")
+"""Kinds of jobs whose shards are trainings."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Training:
 
     dataset: str
     rows: Sequence[int]
-    """Rows of the dataset, in order."""
+    """Rows of the dataset, in order; none: the base model is measured as it is."""
     recipe: TrainingRecipe
     """Resolved: the model's commit, and the seed."""
     task: str
@@ -79,11 +87,12 @@ class Measured:
 class Trainings:
     """The finished trainings under one folder, a JSON file each."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
+        self.root, self._depot = root, depot
 
     def get(self, key: str) -> Measured | None:
         """What came of the training of this name, or None where it has not been done."""
+        self._depot.ensure(self._path(key))
         try:
             text = self._path(key).read_bytes()
         except FileNotFoundError:
@@ -101,6 +110,8 @@ class Trainings:
         kept = {"made_from": training.content, "measured": asdict(measured)}
         with beside(path) as partial:
             write_file(partial, json.dumps(kept, allow_nan=False).encode())
+            if not self._depot.publish(partial, path):
+                return self.get(training.key) or measured
             try:
                 os.link(partial, path)
             except FileExistsError:
@@ -108,18 +119,48 @@ class Trainings:
         sync_folder(path.parent)
         return measured
 
+    def kept(self, key: str) -> Measured:
+        """What came of a training that a job at work has recorded. Raises `Damaged` where it is gone."""
+        found = self.get(key)
+        if found is None:
+            raise Damaged(f"{key} was deleted while its job was at work: delete the job and send it again")
+        return found
+
+    def record(self, key: str, _session: Session, shard: ShardRow) -> None:
+        """Write on a shard which training it was. Raises `Damaged` where that is gone."""
+        if self.get(key) is None:
+            raise Damaged(f"{key} was deleted before it was recorded; the next attempt does it again")
+        shard.payload = {**shard.payload, "training": key}
+
+    def forget_job(self, session: Session, job: JobRow) -> None:
+        """Delete the trainings that no job but this one has."""
+        self.delete(recorded(session, ShardRow.job_id == job.id) - recorded(session, ShardRow.job_id != job.id))
+
     def delete(self, keys: Iterable[str]) -> None:
         """Forget trainings."""
         for key in keys:
+            self._depot.delete(self._path(key))
             self._path(key).unlink(missing_ok=True)
 
     def keys(self, *, older_than: float) -> set[str]:
         """The trainings that were done more than so many seconds ago."""
-        return {path.stem for path in self.root.glob("training_*.json") if untouched_for(path) > older_than}
+        names = self._depot.names(self.root, "training_*.json", older_than=older_than)
+        return {name.removesuffix(".json") for name in names}
 
-    def sweep(self, *, older_than: float) -> int:
-        """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
-        return sweep_files(self.root, older_than=older_than)
+    def sweep(self, catalog: Catalog, *, older_than: float) -> None:
+        """Remove the trainings of `older_than` seconds ago that no job has: of deleted ones, and of workers that were
+        killed before they recorded them; and what killed processes left unfinished.
+        """
+        sweep_files(self.root, older_than=older_than)
+        if old := self.keys(older_than=older_than):
+            with catalog.transaction() as session:
+                self.delete(old - recorded(session))
 
     def _path(self, key: str) -> Path:
         return self.root / f"{key}.json"
+
+
+def recorded(session: Session, *which: ColumnElement[bool]) -> set[str]:
+    """The trainings that shards have recorded."""
+    payloads = session.scalars(select(ShardRow.payload).where(ShardRow.kind.in_(MEASURE), *which))
+    return {payload["training"] for payload in payloads if "training" in payload}

@@ -12,7 +12,7 @@ it is divided by its lengths, 28·1,024·d; with TrackStar's preconditioning 12�
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -23,7 +23,6 @@ from gradstore.types import (
     Estimate,
     FinetuneRequest,
     Interval,
-    ProblemItem,
     ScatterPoint,
     SelectionRecipe,
     Task,
@@ -36,13 +35,11 @@ from gradstore.types import (
     ValidationResult,
 )
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, select
-from sqlalchemy.orm import Session
 
+from datastore import assembly
 from datastore.catalog import Catalog
 from datastore.correlation import Numbers, interval, resampled, resampled_change, spearman
-from datastore.durations import duration
-from datastore.errors import Ambiguous, Conflict, Damaged, GradientsMissing, InvalidInput
+from datastore.errors import Ambiguous, Conflict, GradientsMissing, refusal
 from datastore.features import Features
 from datastore.finetunes import Finetunes
 from datastore.identity import content_id
@@ -52,11 +49,11 @@ from datastore.parameters import Query
 from datastore.preconditioning import MAX_DIM
 from datastore.predictions import Target, fold_of, losses_of, members, predictions, sums, targets_of
 from datastore.recipes import Recipes, Sources
-from datastore.schema import JobRow, ShardRow
 from datastore.segments import Rows
 from datastore.selection.top import candidates, count, top
 from datastore.tasks import Tasks
-from datastore.trainings import Measured, Training, Trainings
+from datastore.training_costs import cost_of
+from datastore.trainings import Training, Trainings
 
 KEPT = 16
 """Score vectors whose best rows a process remembers, 4 bytes a row."""
@@ -69,10 +66,6 @@ _Views = tuple[Sequence[Rows], Sequence[Rows]]
 
 _Losses = Sequence[tuple[dict[str, Any], Numbers]]
 """What each training was made from, and the losses of its targets."""
-
-
-class _ResultWanted(Exception):
-    """All trainings are done, and nobody has put together what they came to."""
 
 
 @dataclass(frozen=True)
@@ -174,48 +167,20 @@ class Validations:
             keys = [self.training(settings, payload).key for payload in plan.shards]
             reused = sum(self.trainings.get(key) is not None for key in keys)
         missing = len(plan.shards) - reused
-        tokens = of_one.tokens * settings["recipe"]["epochs"] * missing
-        model = settings["recipe"]["model"]
-        before = duration(
-            self.jobs,
-            kind="validation",
-            units=tokens,
-            done=lambda job: job.result["tokens"] if job.result and job.plan["recipe"]["model"] == model else 0.0,
-            operations=None,
-            precision=None,
-            alone=True,
-        )
-        alone, basis = before.seconds, before.basis
-        if alone is None and of_one.seconds is not None:
-            alone, basis = of_one.seconds * missing, of_one.basis
-        workers = max(1, len(self.jobs.workers()))
+        cost = cost_of(self.jobs, of_one, recipe=settings["recipe"], missing=missing)
         return ValidationEstimate(
             trainings=len(plan.shards),
             reused_trainings=reused,
             rows=settings["rows"],
-            tokens=tokens,
-            seconds=None if alone is None else alone / min(workers, max(1, missing)),
-            basis=basis,
+            tokens=cost.tokens,
+            seconds=cost.seconds,
+            basis=cost.basis,
             memory_bytes=of_one.memory_bytes,
         )
 
     def remove(self, reference: str) -> str:
-        """Delete a validation and the trainings that no other one has, and return its id."""
-
-        def forget(session: Session, job: JobRow) -> None:
-            mine = _recorded(session, ShardRow.job_id == job.id)
-            self.trainings.delete(mine - _recorded(session, ShardRow.job_id != job.id))
-
-        return self.jobs.remove(reference, kind="validation", before=forget)
-
-    def sweep(self, *, older_than: float) -> None:
-        """Remove the trainings of `older_than` seconds ago that no validation has: of deleted jobs, and of workers that
-        were killed before they recorded them.
-        """
-        self.trainings.sweep(older_than=older_than)
-        if old := self.trainings.keys(older_than=older_than):
-            with self.catalog.transaction() as session:
-                self.trainings.delete(old - _recorded(session, ShardRow.kind == "validation"))
+        """Delete a validation and the trainings that no other job has, and return its id."""
+        return self.jobs.remove(reference, kind="validation", before=self.trainings.forget_job)
 
     def _scores(self, request: ValidationRequest, pool: str, task: Task) -> list[dict[str, Any]]:
         """The scores that are judged, resolved to feature sets."""
@@ -223,14 +188,14 @@ class Validations:
         for number, wanted in enumerate(request.scores):
             label = wanted.label or _label(wanted)
             if label in {scores["label"] for scores in found}:
-                raise _refusal(f"two scores are called {label!r}: give them labels", f"/scores/{number}/label")
+                raise refusal(f"two scores are called {label!r}: give them labels", f"/scores/{number}/label")
             scores: dict[str, Any] = {"label": label, "control": wanted.control, "recipe": None, "pool": [], "task": []}
             scores |= {"precondition": wanted.precondition, "aggregate": wanted.aggregate}
             if wanted.control is None:
                 recipe, sources = self._resolved(wanted, pool, task, label=label)
                 if wanted.precondition == "trackstar" and (recipe.dim or 0) > MAX_DIM:
                     detail = f"a second moment of {recipe.dim:,} dims takes too long to invert: at most {MAX_DIM:,}"
-                    raise _refusal(detail, f"/scores/{number}/precondition")
+                    raise refusal(detail, f"/scores/{number}/precondition")
                 scores["recipe"] = recipe.model_dump(mode="json")
                 scores["pool"] = [features.id for features in sources.datasets[pool]]
                 scores["task"] = [features.id for features in sources.tasks[task.id]]
@@ -263,26 +228,9 @@ class Validations:
 
     def finish(self, claim: Claim, key: str) -> bool:
         """Commit a training that is done, and with the last one the job's result; False where it is not wanted."""
-        try:
-            return self.jobs.succeed(claim, records=partial(self._record, claim, key, complete=False))
-        except _ResultWanted:
-            result = self.result(claim, key)
-            records = partial(self._record, claim, key, complete=True)
-            return self.jobs.succeed(claim, result=result.model_dump(mode="json"), records=records)
-
-    def _record(self, claim: Claim, key: str, session: Session, *, complete: bool) -> None:
-        """Write which training a shard was, unless it is the last one of a job without a result."""
-        if self.trainings.get(key) is None:
-            raise Damaged(f"{key} was deleted before it was recorded; the next attempt does it again")
-        shard = session.get_one(ShardRow, claim.shard)
-        shard.payload = {**shard.payload, "training": key}
-        if complete:
-            return
-        others = select(ShardRow.id).where(
-            ShardRow.job_id == claim.job, ShardRow.id != claim.shard, ShardRow.status != "succeeded"
+        return assembly.commit(
+            self.jobs, claim, record=partial(self.trainings.record, key), result=lambda: self.result(claim, key)
         )
-        if session.scalar(others.limit(1)) is None:
-            raise _ResultWanted
 
     def result(self, claim: Claim, key: str) -> ValidationResult:
         """What a validation comes to whose trainings are all done; `key` is the claim's own.
@@ -291,8 +239,8 @@ class Validations:
         loss differs between trainings.
         """
         plan = claim.plan
-        payloads = self._payloads(claim, key)
-        measured = {payload["training"]: self._measured(payload["training"]) for payload in payloads}
+        payloads = assembly.payloads(self.catalog, claim, training=key)
+        measured = {payload["training"]: self.trainings.kept(payload["training"]) for payload in payloads}
         losses = np.stack([measured[payload["training"]].values for payload in payloads])
         views = [self._views(scores) for scores in plan["scores"]]
         targets = self._targets(plan, everywhere(list(np.isfinite(losses))), views)
@@ -437,33 +385,12 @@ class Validations:
         pool, task = (self.features.views(scores[side]) for side in ("pool", "task"))
         return pool, task
 
-    def _payloads(self, claim: Claim, key: str) -> list[dict[str, Any]]:
-        """What the shards of a job were made from, each with its training; the claim's own is `key`."""
-        query = select(ShardRow.number, ShardRow.payload).where(ShardRow.job_id == claim.job).order_by(ShardRow.number)
-        with self.catalog.reading() as session:
-            found = session.execute(query).all()
-        return [{**payload, "training": key} if number == claim.number else payload for number, payload in found]
-
-    def _measured(self, key: str) -> Measured:
-        found = self.trainings.get(key)
-        if found is None:
-            raise Damaged(
-                f"{key} was deleted while its validation was at work: delete the validation and send it again"
-            )
-        return found
-
-
-def _recorded(session: Session, which: ColumnElement[bool]) -> set[str]:
-    """The trainings that shards of validations have recorded."""
-    payloads = session.scalars(select(ShardRow.payload).where(ShardRow.kind == "validation", which))
-    return {payload["training"] for payload in payloads if "training" in payload}
-
 
 def _check_split(request: ValidationRequest, task: Task) -> None:
     if not task.validation:
-        raise _refusal(f"the task {task.name} has no validation rows: upload it again with some", "/task")
+        raise refusal(f"the task {task.name} has no validation rows: upload it again with some", "/task")
     if request.split == "test" and not task.test:
-        raise _refusal(f"the task {task.name} has no test rows: upload it again with some", "/split")
+        raise refusal(f"the task {task.name} has no test rows: upload it again with some", "/split")
 
 
 def _rows_of_a_training(request: ValidationRequest, pool: int) -> int:
@@ -473,7 +400,7 @@ def _rows_of_a_training(request: ValidationRequest, pool: int) -> int:
     else:
         rows, name = pool - count(pool, pct=request.pct, k=request.k), "pct" if request.k is None else "k"
     if not 0 < rows < pool:
-        raise _refusal(f"of {pool:,} rows that trains on {rows:,}: some must be trained on, and some not", f"/{name}")
+        raise refusal(f"of {pool:,} rows that trains on {rows:,}: some must be trained on, and some not", f"/{name}")
     return rows
 
 
@@ -500,7 +427,12 @@ def _query(wanted: ValidatedRecipe, pool: str, task: str) -> Query:
 def _label(wanted: ValidatedRecipe) -> str:
     """What scores are called that have no label: by what was said of them."""
     said = wanted.model_dump(mode="json", exclude_defaults=True, exclude={"label", "control"})
-    return wanted.control or " ".join(f"{name}={_text(value)}" for name, value in said.items()) or "scores"
+    return wanted.control or called(said) or "scores"
+
+
+def called(said: Mapping[str, Any]) -> str:
+    """What is called by the parameters that were said of it."""
+    return " ".join(f"{name}={_text(value)}" for name, value in said.items())
 
 
 def _text(value: Any) -> str:
@@ -534,7 +466,3 @@ def _described(
 def _interval(samples: Numbers) -> Interval:
     low, high = interval(samples)
     return Interval(low=low, high=high)
-
-
-def _refusal(detail: str, pointer: str) -> InvalidInput:
-    return InvalidInput(f"{pointer}: {detail}", errors=[ProblemItem(pointer=pointer, detail=detail)])

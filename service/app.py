@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,20 +15,32 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from gradstore import __version__
 
+from datastore import tracing
 from datastore.catalog import Catalog
+from datastore.errors import BucketUnreachable
+from datastore.keys import Keys
 from datastore.settings import Settings
 from service import openapi, problems
+from service.access import Access
 from service.dependencies import Backend
+from service.door import Auditing, Door, is_loopback
 from service.metrics import Metrics
-from service.middleware import Bodies, Conversation, Door
+from service.middleware import Bodies, Conversation
 from service.queue import Queue, queue_of
 from service.routes import (
+    adapters,
+    allocations,
     attributions,
+    audit,
+    cascades,
     checkpoints,
+    comparisons,
     conversions,
     dashboard,
     datasets,
     distributions,
+    embeddings,
+    estimates,
     evaluations,
     exports,
     finetunes,
@@ -35,11 +48,19 @@ from service.routes import (
     health,
     imports,
     jobs,
+    predictors,
+    projectors,
     runs,
     select,
     selections,
+    streams,
     tasks,
+    taxonomies,
     validations,
+    workers,
+)
+from service.routes import (
+    annotations as annotating,  # the name is taken by __future__
 )
 
 log = logging.getLogger(__name__)
@@ -48,6 +69,8 @@ ROUTERS = (
     datasets.router,
     tasks.router,
     checkpoints.router,
+    adapters.router,
+    allocations.router,
     runs.router,
     gradients.router,
     imports.router,
@@ -59,8 +82,20 @@ ROUTERS = (
     conversions.router,
     evaluations.router,
     validations.router,
+    predictors.router,
+    cascades.router,
     attributions.router,
+    estimates.validations,
+    estimates.router,
+    comparisons.router,
+    projectors.router,
+    embeddings.router,
+    streams.router,
+    annotating.router,
+    taxonomies.router,
     jobs.router,
+    audit.router,
+    workers.router,
     health.router,
     dashboard.router,
 )
@@ -88,9 +123,11 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None, queue: Que
         app.include_router(router)
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]  # FastAPI's way of changing it
     problems.install(app)
-    key = settings.api_key.get_secret_value() if settings.api_key else None
-    app.add_middleware(Door, api_key=key)
+    app.add_middleware(
+        Door, access=Access(Keys(backend.catalog), settings, among_strangers=not is_loopback(settings.host))
+    )
     app.add_middleware(Bodies, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(Auditing, audit=backend.audit)
     app.add_middleware(Conversation, observe=app.state.metrics.observe)  # the last one added is the outermost
     return app
 
@@ -104,16 +141,28 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     backend: Backend = app.state.backend
     await run_sync(backend.catalog.migrate)
     await run_sync(_sweep, backend)
+    threading.Thread(target=_sweep_bucket, args=[backend], name="bucket", daemon=True).start()  # it may be away
     current_default_thread_limiter().total_tokens = THREADS
     backend.scorer.start()
     yield
     backend.stopping.set()
     await run_sync(backend.scorer.stop)
+    await run_sync(tracing.close)
     backend.catalog.close()
 
 
+def _sweep_bucket(backend: Backend) -> None:
+    """Delete what killed processes left in the bucket, if there is one."""
+    try:
+        for depot in backend.depots:
+            depot.sweep(older_than=ABANDONED)
+    except BucketUnreachable as error:
+        log.warning("the bucket was not swept", extra={"reason": str(error)})
+
+
 def _sweep(backend: Backend) -> None:
-    """Delete what killed servers left of uploads, tasks and scores."""
+    """Delete what killed servers left of uploads, tasks, scores and requests."""
+    backend.catalog.free_unanswered_keys()
     backend.tasks.sweep(older_than=ABANDONED)
     backend.scoring.cache.sweep(older_than=ABANDONED)
     for folder in (backend.settings.data / "incoming").glob("form-*"):

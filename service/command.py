@@ -14,13 +14,16 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from datastore import logs
+from datastore import logs, tracing
+from datastore.console import opened
+from datastore.keys import Keys
 from datastore.options import configured
 from datastore.processes import KeptProcess, environment
 from datastore.settings import Settings
 from service.app import create_app
 from service.dependencies import Backend
-from service.middleware import is_loopback
+from service.door import is_loopback
+from service.protocol import MAX_HEAD_BYTES, Protocol
 
 DRAIN = 10  # seconds that requests at work have when the server is asked to stop
 
@@ -32,6 +35,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Protocol,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -76,7 +81,12 @@ def serve(
     data: Annotated[Path | None, typer.Option(help="Folder of the store, else gradstore-data.")] = None,
     allow: Annotated[
         list[Path] | None,
-        typer.Option(metavar="<path>", help="Folder whose models, tasks and checkpoints may be named; repeatable."),
+        typer.Option(
+            metavar="<path>",
+            exists=True,
+            file_okay=False,
+            help="Folder whose models, tasks and checkpoints may be named; repeatable.",
+        ),
     ] = None,
     worker: Annotated[bool | None, typer.Option("--worker/--no-worker", help="Start a worker beside the API.")] = None,
     device: Annotated[
@@ -95,7 +105,8 @@ def serve(
         api_key=SecretStr(api_key) if api_key else None,
     )
     _refuse_strangers(settings)
-    logs.configure()
+    logs.begin(settings)
+    tracing.begin_process(settings.otlp_endpoint, part="api")
     _refuse_unusable(settings.data)
     worker_beside = _worker_beside(settings) if settings.embedded_worker else None
     with listen(settings) as listener, suppress(KeyboardInterrupt):
@@ -107,12 +118,20 @@ def _worker_beside(settings: Settings) -> KeptProcess:
 
 
 def _refuse_strangers(settings: Settings) -> None:
-    """Raise typer.BadParameter where the settings would let anybody in."""
-    if settings.api_key is None and not is_loopback(settings.host):
+    """Raise typer.BadParameter where the server would listen to a network and nobody had a key."""
+    if settings.api_key is None and not is_loopback(settings.host) and not _has_keys(settings):
         raise typer.BadParameter(
-            f"on {settings.host} anybody on the network could use the store: "
-            "set GRADSTORE_API_KEY, or listen on 127.0.0.1"
+            f"on {settings.host} the network reaches the store, and nobody has a key: make one with gradstore keys "
+            "create, set GRADSTORE_API_KEY, or listen on 127.0.0.1"
         )
+
+
+def _has_keys(settings: Settings) -> bool:
+    """Whether the catalog has a key that lets requests in; one that is not there yet is not made for it."""
+    if not settings.catalog and not settings.data.exists():
+        return False
+    with opened(settings) as catalog:
+        return Keys(catalog).exist(usable=True)
 
 
 def _refuse_unusable(data: Path) -> None:

@@ -10,6 +10,7 @@ from fastapi import Depends, Path, Request
 from gradstore.types import Request as RequestBody
 from pydantic import ConfigDict, Field
 
+from datastore.audit import Audit
 from datastore.catalog import Catalog
 from datastore.settings import Settings
 from datastore.store import OpenStore, open_store
@@ -23,6 +24,7 @@ class Backend(OpenStore):
 
     queue: Queue
     scorer: ScoringWorker
+    audit: Audit
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is asked to stop: streams that would never end, end."""
 
@@ -31,7 +33,7 @@ class Backend(OpenStore):
         """Put the parts together."""
         store = open_store(settings, catalog)
         scorer = ScoringWorker(store.jobs, store.scoring, poll_interval=settings.poll_interval)
-        return cls(**vars(store), queue=queue, scorer=scorer)
+        return cls(**vars(store), queue=queue, scorer=scorer, audit=Audit(catalog, settings.audit_days))
 
 
 def backend_of(request: Request) -> Backend:

@@ -1,10 +1,21 @@
-"""What gradients, a fine-tune or a validation would cost: the base model's tokenizer measures some of its rows."""
+"""What gradients, a fine-tune or trainings that are measured would cost: the model's tokenizer measures some rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradstore.types import Estimate, FinetuneRequest, GradientsRequest, ValidationEstimate, ValidationRequest
+from gradstore.types import (
+    CascadeEstimate,
+    CascadeRequest,
+    ComparisonEstimate,
+    ComparisonRequest,
+    Estimate,
+    EstimateValidationRequest,
+    FinetuneRequest,
+    GradientsRequest,
+    ValidationEstimate,
+    ValidationRequest,
+)
 
 from datastore import models
 from datastore.features import Plan
@@ -17,11 +28,16 @@ SAMPLED = 256  # rows
 
 def of_gradients(backend: Backend, request: GradientsRequest) -> Estimate:
     """Rows, tokens, bytes, seconds and memory of a request. Raises what starting it would raise."""
-    plan = backend.features.plan(request)
-    checkpoint = backend.catalog.checkpoint(plan.feature_sets[0].checkpoint)
-    folder, size = models.described(checkpoint.model, checkpoint.revision)
-    lengths = models.lengths(_computed(backend, plan), folder=folder, max_length=plan.settings["max_length"])
-    return backend.features.estimate(request, tokens_per_row=lengths.mean, size=size)
+    return _of_plan(backend, backend.features.plan(request))
+
+
+def of_cascade(backend: Backend, request: CascadeRequest) -> CascadeEstimate:
+    """Rows, gradients and forward passes of a request. Raises what starting it would raise."""
+    plan = backend.cascades.plan(request)
+    inputs = [_of_plan(backend, backend.features.plan(each)) for each in backend.cascades.passes(plan)]
+    whole = backend.features.plan(backend.cascades.gradients_of(plan, plan["dataset"]))
+    gradients = _of_plan(backend, whole.of_new_rows(sum(plan["stages"])))
+    return backend.cascades.estimate(plan, gradients=gradients, inputs=inputs)
 
 
 def of_finetune(backend: Backend, request: FinetuneRequest) -> Estimate:
@@ -36,6 +52,26 @@ def of_validation(backend: Backend, request: ValidationRequest) -> ValidationEst
     """Trainings and seconds of a request. Raises what starting it would raise."""
     plan = backend.validations.plan(request)
     return backend.validations.estimate(plan, of_finetune(backend, plan.finetune))
+
+
+def of_comparison(backend: Backend, request: ComparisonRequest) -> ComparisonEstimate:
+    """Trainings and seconds of a request. Raises what starting it would raise."""
+    plan = backend.comparisons.plan(request)
+    return backend.comparisons.estimate(plan, None if plan.finetune is None else of_finetune(backend, plan.finetune))
+
+
+def of_estimate_validation(backend: Backend, request: EstimateValidationRequest) -> ValidationEstimate:
+    """Trainings and seconds of a request. Raises what starting it would raise."""
+    plan = backend.estimate_validations.plan(request)
+    like_one = backend.estimate_validations.finetune(plan)
+    return backend.estimate_validations.estimate(plan, of_finetune(backend, like_one))
+
+
+def _of_plan(backend: Backend, plan: Plan) -> Estimate:
+    checkpoint = backend.catalog.checkpoint(plan.feature_sets[0].checkpoint)
+    folder, size = models.described(checkpoint.model, checkpoint.revision)
+    lengths = models.lengths(_computed(backend, plan), folder=folder, max_length=plan.settings["max_length"])
+    return backend.features.estimate(plan, tokens_per_row=lengths.mean, size=size)
 
 
 def _computed(backend: Backend, plan: Plan) -> Iterator[Example]:

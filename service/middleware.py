@@ -1,4 +1,4 @@
-"""What happens to every request around its route: its id, its log line, its limits, and who may send it.
+"""What happens to every request around its route: its id, its log line, and its limits; service/door.py has the rest.
 
 Plain ASGI, so that streams pass untouched.
 """
@@ -6,23 +6,22 @@ Plain ASGI, so that streams pass untouched.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
 import secrets
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
-from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from datastore import tracing
 from datastore.errors import TooLarge
+from datastore.keys import Key
+from datastore.origin import request_id
 from service import problems
 from service.forms import MEDIA_TYPE as FORM
-from service.problems import NotAllowed, NotAuthenticated
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-cache",  # keep it, and ask each time whether it is still so
 }
 
-WATCHED = frozenset({"/health", "/metrics"})
+WATCHED = frozenset({"/health", "/ready", "/metrics"})
 """Asked for every few seconds by whatever watches over the service: logged only when something is wrong."""
 
 Observer = Callable[[str, str, int, float], None]
@@ -60,6 +59,9 @@ class Conversation:
             return
         id = _request_id(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = id
+        request_id.set(id)
+        watched = scope["path"] in WATCHED
+        end_span = tracing.begin(scope["method"], request=id) if not watched else None
         answer = _Answer(send, id)
         began = time.perf_counter()
         try:
@@ -75,7 +77,9 @@ class Conversation:
             seconds = time.perf_counter() - began
             status = answer.status or 499
             self.observe(scope["method"], _route(scope), status, seconds)
-            quiet = scope["path"] in WATCHED and status < 400
+            if end_span is not None:
+                _end(end_span, scope, status)
+            quiet = watched and status < 400
             log.log(
                 logging.DEBUG if quiet else logging.INFO,
                 "request",
@@ -130,6 +134,7 @@ class Bodies:
     """Limits what a request may send, and reads what is left of a refused body before the refusal is sent.
 
     A server that answers and closes while its client still sends resets the connection, and the client sees no answer.
+    The limit of an upload is its key's, where the key has one; the key is known by the time the body is asked for.
     """
 
     def __init__(self, app: ASGIApp, *, max_upload_bytes: int) -> None:
@@ -142,11 +147,8 @@ class Bodies:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if headers.get("content-type", "").startswith(FORM):
-            limit, advice = self.max_upload_bytes, "send less at once, or raise the server's GRADSTORE_MAX_UPLOAD_BYTES"
-        else:
-            limit, advice = MAX_JSON_BYTES, f"what is larger is sent as a file, in a form ({FORM})"
-        body = _Body(receive, limit=limit, advice=advice, headers=headers)
+        upload = headers.get("content-type", "").startswith(FORM)
+        body = _Body(receive, limits=lambda: self._limits(scope, upload=upload), headers=headers)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
@@ -155,12 +157,24 @@ class Bodies:
 
         await self.app(scope, body.receive, answer)
 
+    def _limits(self, scope: Scope, *, upload: bool) -> tuple[int, str]:
+        """The most bytes of a body, and what to do with more."""
+        if not upload:
+            return MAX_JSON_BYTES, f"what is larger is sent as a file, in a form ({FORM})"
+        key: Key | None = scope["state"].get("key")
+        own = key.max_upload_bytes if key is not None else None
+        if key is None or own is None or own > self.max_upload_bytes:
+            return self.max_upload_bytes, "send less at once, or raise the server's GRADSTORE_MAX_UPLOAD_BYTES"
+        return own, (
+            f"send less at once, or ask whoever runs the server for a key that may send more than {key.name!r} "
+            "(gradstore keys create NAME --max-upload-bytes N)"
+        )
+
 
 class _Body:
-    def __init__(self, receive: Receive, *, limit: int, advice: str, headers: Headers) -> None:
+    def __init__(self, receive: Receive, *, limits: Callable[[], tuple[int, str]], headers: Headers) -> None:
         self._receive = receive
-        self._limit = limit
-        self._advice = advice
+        self._limits = limits
         self._length = headers.get("content-length", "")
         self._empty = not self._length and "transfer-encoding" not in headers
         self._waits = headers.get("expect", "").lower() == "100-continue"
@@ -168,11 +182,13 @@ class _Body:
         self._finished = self._empty
 
     async def receive(self) -> Message:
-        if self._length.isdecimal() and int(self._length) > self._limit:
-            raise self._too_large()
+        limit, advice = self._limits()
+        refusal = TooLarge(f"the body is larger than {limit:,} bytes: {advice}")
+        if self._length.isdecimal() and int(self._length) > limit:
+            raise refusal
         message = await self._next()
-        if self._read > self._limit:
-            raise self._too_large()
+        if self._read > limit:
+            raise refusal
         return message
 
     async def drain(self) -> None:
@@ -196,74 +212,17 @@ class _Body:
             self._finished = True
         return message
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._limit:,} bytes: {self._advice}")
-
-
-class Door:
-    """Lets in who may come in: with an API key, whoever has it; without one, programs of this machine.
-
-    The dashboard's files are open to all who reach the server: a browser asks for them before its user can give a key.
-
-    Without a key, a web page open in a browser of this machine could send forms to the service, or read it through a
-    name that resolves to 127.0.0.1. So a request that names another origin or another host is refused.
-    """
-
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
-        self.app = app
-        self.api_key = api_key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
-        refusal = self._refusal(Headers(scope=scope), page=_is_page(scope)) if scope["type"] == "http" else None
-        if refusal is None:
-            await self.app(scope, receive, send)
-            return
-        problem = problems.describe(refusal, request_id=scope["state"]["request_id"])
-        headers = {"WWW-Authenticate": "Bearer"} if isinstance(refusal, NotAuthenticated) else None
-        answer: Response = problems.respond(problem, headers)
-        await answer(scope, receive, send)
-
-    def _refusal(self, headers: Headers, *, page: bool) -> NotAuthenticated | NotAllowed | None:
-        if self.api_key is not None:
-            if page:
-                return None
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.api_key.encode()):
-                return None
-            return NotAuthenticated("send the server's API key: Authorization: Bearer <GRADSTORE_API_KEY>")
-        host = headers.get("host", "")
-        if host and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-            return NotAllowed(f"without an API key the service answers to this machine's own names only, not {host}")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return NotAllowed(f"a web page of {origin} may not use this service")
-        return None
-
-
-def _is_page(scope: Scope) -> bool:
-    """Whether a request is for the dashboard's own files, which hold no data."""
-    path: str = scope["path"]
-    return scope["method"] in {"GET", "HEAD"} and (path in {"/", "/dashboard"} or path.startswith("/dashboard/"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own.
-
-    >>> is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0")
-    (True, True, True, False)
-    """
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
+
+
+def _end(span: tracing.End, scope: Scope, status: int) -> None:
+    """End a request's span, named by what is known of it only now."""
+    method, route = scope["method"], _route(scope)
+    attributes = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+    span(name=f"{method} {route}", attributes=attributes, error=status >= 500)
 
 
 def _route(scope: Scope) -> str:

@@ -12,7 +12,15 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from gradstore import types
-from gradstore.types import CheckpointRegister, ImportRequest, Problem, TaskRegister
+from gradstore.types import (
+    AdapterRegister,
+    AnnotationRequest,
+    CheckpointRegister,
+    ImportRequest,
+    Problem,
+    StreamRequest,
+    TaskRegister,
+)
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -20,13 +28,16 @@ from service import forms, problems
 from service.idempotency import HEADER
 
 DESCRIPTION = "Computes the gradient of every training example once, keeps it, and answers which examples help a task."
-BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (Problem, TaskRegister, CheckpointRegister, ImportRequest)
+BEYOND_FASTAPI: tuple[type[BaseModel], ...] = (
+    *(Problem, TaskRegister, CheckpointRegister, AdapterRegister, ImportRequest),
+    *(AnnotationRequest, StreamRequest),
+)
 """Models that routes name by hand."""
 
 CONFLICTING = {
     "/select", "/scores", "/checkpoints/{reference}/content", "/finetunes/{reference}/content",
     "/gradients/{reference}/rows", "/gradients/{reference}/features", "/jobs/{reference}",
-    "/scores/distribution", "/overlaps", "/selections/{selection}/explanations",
+    "/annotations/{reference}/rows", "/scores/distribution", "/overlaps", "/selections/{selection}/explanations",
 }  # fmt: skip
 """Paths whose GET can answer 409."""
 
@@ -87,7 +98,7 @@ def upload(fields: type[BaseModel], *, file: str, also_json: type[BaseModel] | N
 
 def _complete(operation: dict[str, Any], *, path: str, method: str) -> None:
     """Add the problems a route can answer with, and the header that every POST takes."""
-    statuses = {400, 401, 403, 404, 422, 500, 503}
+    statuses = {400, 401, 403, 404, 422, 429, 500, 503}
     if "requestBody" in operation:
         statuses |= {413, 415}
     if method != "get" or path in CONFLICTING:

@@ -6,14 +6,16 @@ Errors that only the web has stand beside those of `datastore/errors.py`:
     ├── Unreadable              400
     ├── NotAuthenticated        401
     ├── NotAllowed              403
-    └── UnsupportedMediaType    415
+    ├── UnsupportedMediaType    415
+    ├── TooManyRequests         429
+    └── NotReady                503
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -21,10 +23,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from gradstore.types import Problem, ProblemItem
+from gradstore.types import Check, Problem, ProblemItem
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
+from datastore.durable import FULL
 from datastore.errors import (
     Ambiguous,
     BucketUnreachable,
@@ -35,6 +38,8 @@ from datastore.errors import (
     GradstoreError,
     HubUnreachable,
     InvalidInput,
+    LabellerFails,
+    NamedOtherwise,
     NotEnoughSpace,
     NotFound,
     TooLarge,
@@ -46,7 +51,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 SHOWN = 100  # places of the input that one answer names
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_ROOM = "the disk of the store is full: free some space, then send this again"
 
 
 class Refused(Exception):
@@ -62,11 +67,27 @@ class NotAuthenticated(Refused):
 
 
 class NotAllowed(Refused):
-    """A web page of another origin sent this, or the server was reached under a name that is not its own."""
+    """The key does not permit this; or a web page of another origin sent it, or it names another server."""
 
 
 class UnsupportedMediaType(Refused):
     """The body is of a kind that the route does not take."""
+
+
+class TooManyRequests(Refused):
+    """The key has sent more requests than it may; `wait` is the time until it may send one more, in seconds."""
+
+    def __init__(self, detail: str, *, wait: float) -> None:
+        super().__init__(detail)
+        self.wait = wait
+
+
+class NotReady(Refused):
+    """Something that requests cannot do without is missing."""
+
+    def __init__(self, missing: Sequence[Check]) -> None:
+        super().__init__("; ".join(f"{check.name}: {check.detail}" for check in missing))
+        self.missing = missing
 
 
 STATUS: dict[type[Exception], int] = {
@@ -76,6 +97,7 @@ STATUS: dict[type[Exception], int] = {
     NotEnoughSpace: 507,
     Damaged: 500,
     HubUnreachable: 503,
+    LabellerFails: 503,
     BucketUnreachable: 503,
     Busy: 503,
     Conflict: 409,
@@ -83,9 +105,13 @@ STATUS: dict[type[Exception], int] = {
     NotAuthenticated: 401,
     NotAllowed: 403,
     UnsupportedMediaType: 415,
+    TooManyRequests: 429,
+    NotReady: 503,
     UnexpectedError: 500,
 }
 """The status of each error and of those below it in the tree."""
+OF_KEYS = frozenset(STATUS[kind] for kind in (NotAuthenticated, NotAllowed, TooManyRequests))
+"""The statuses of what is refused for its key."""
 
 
 def install(app: FastAPI) -> None:
@@ -126,6 +152,11 @@ def of_status(status: int, detail: str, *, request_id: str | None, errors: Seque
     )
 
 
+def unreadable(detail: str, *, request_id: str) -> Problem:
+    """Bytes that are no request."""
+    return of_status(400, detail, request_id=request_id)
+
+
 def unexpected(request_id: str) -> Problem:
     """What the user is told of an error that nobody foresaw: where the log has it, and nothing of its insides."""
     detail = f"the server failed in a way that nobody foresaw; its log has the reason under {request_id}"
@@ -140,11 +171,21 @@ def request_id(request: Request) -> str | None:
 def _places(error: Exception, base_url: str) -> tuple[list[ProblemItem], int]:
     if isinstance(error, InvalidInput):
         return error.errors, error.total_errors
+    if isinstance(error, NotReady):
+        items = [ProblemItem(detail=f"{check.name}: {check.detail}") for check in error.missing]
+        return items, len(items)
     if isinstance(error, Ambiguous):
-        return [ProblemItem(detail=base_url + choice) for choice in error.choices], len(error.choices)
+        return [ProblemItem(detail=_said(choice, base_url)) for choice in error.choices], len(error.choices)
+    if isinstance(error, NamedOtherwise):
+        return [ProblemItem(detail=error.id, pointer="/name")], 1
     if isinstance(error, GradientsMissing):
         return [ProblemItem(detail=f"POST /gradients {json.dumps(error.body)}")], 1
     return [], 0
+
+
+def _said(choice: str, base_url: str) -> str:
+    """A choice that is a path as a URL; what a request's body would say as it is."""
+    return base_url + choice if choice.startswith("/") else choice
 
 
 async def _foreseen(request: Request, error: GradstoreError | Refused) -> Response:
@@ -152,8 +193,16 @@ async def _foreseen(request: Request, error: GradstoreError | Refused) -> Respon
     problem = describe(error, request_id=request_id(request), base_url=base_url)
     if problem.status >= 500:
         log.error("refused", exc_info=error, extra={"request": problem.instance})
-    headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, NotAuthenticated) else None
-    return respond(problem, headers)
+    return respond(problem, headers_of(error))
+
+
+def headers_of(error: Exception) -> dict[str, str]:
+    """The headers that an error's answer has."""
+    if isinstance(error, NotAuthenticated):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, TooManyRequests):
+        return {"Retry-After": str(math.ceil(error.wait))}
+    return {}
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
@@ -177,11 +226,13 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 def _item(error: dict[str, Any], body: Any) -> ProblemItem:
     where, *path = error["loc"]
     detail = _SAYINGS.get(error["type"], error["msg"].removeprefix("Value error, "))
+    if error["type"] == "too_short":
+        detail = f"at least {error['ctx']['min_length']} needed, and {error['ctx']['actual_length']} given"
     if where == "body":
         if not path and error["type"] == "missing":
             return ProblemItem(detail="the body is missing: send JSON, as application/json", pointer="")
         return ProblemItem(detail=detail, pointer=_pointer(path, body))
-    return ProblemItem(detail=detail, parameter=".".join(str(part) for part in path if isinstance(part, str)))
+    return ProblemItem(detail=detail, parameter=".".join(part for part in path if isinstance(part, str)) or None)
 
 
 _SAYINGS = {
@@ -207,25 +258,45 @@ def _pointer(path: Sequence[str | int], body: Any) -> str:
 
 async def _of_the_framework(request: Request, error: HTTPException) -> Response:
     """What FastAPI and Starlette refuse: unknown paths and methods, bodies that cannot be decoded."""
-    allowed = (error.headers or {}).get("Allow", "other methods")
+    headers = dict(error.headers or {})
+    allowed = ", ".join(_methods(request))
+    if error.status_code == 405:
+        headers["Allow"] = allowed
     details = {
         400: "the body cannot be read: send UTF-8 of the kind that Content-Type names",
         404: f"there is no {request.url.path}; GET /openapi.json lists what there is",
         405: f"{request.url.path} has no {request.method}; it has {allowed}",
     }
     detail = details.get(error.status_code, str(error.detail))
-    return respond(of_status(error.status_code, detail, request_id=request_id(request)), error.headers)
+    return respond(of_status(error.status_code, detail, request_id=request_id(request)), headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that the request's path has: one method is one route, and Starlette names those of one route."""
+    path = getattr(request.scope.get("route"), "path", None)
+    found = {method.upper() for method in request.app.openapi()["paths"].get(path, ("get",))}  # else a page or a file
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
 async def _no_catalog(request: Request, error: OperationalError) -> Response:
-    log.error("the catalog does not answer", exc_info=error, extra={"request": request_id(request)})
-    problem = of_status(503, "the catalog does not answer; try again in a moment", request_id=request_id(request))
+    if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_FULL":
+        return _no_room(request, error)
+    return no_catalog(error, request_id=request_id(request))
+
+
+def no_catalog(error: OperationalError, *, request_id: str | None) -> Response:
+    """The answer while the catalog does not answer."""
+    log.error("the catalog does not answer", exc_info=error, extra={"request": request_id})
+    problem = of_status(503, "the catalog does not answer; try again in a moment", request_id=request_id)
     return respond(problem, {"Retry-After": "5"})
 
 
 async def _disk(request: Request, error: OSError) -> Response:
     if error.errno not in FULL:
         raise error
+    return _no_room(request, error)
+
+
+def _no_room(request: Request, error: Exception) -> Response:
     log.error("the disk is full", exc_info=error, extra={"request": request_id(request)})
-    detail = "the disk of the store is full: free some space, then send this again"
-    return respond(of_status(507, detail, request_id=request_id(request)))
+    return respond(of_status(507, NO_ROOM, request_id=request_id(request)))

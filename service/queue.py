@@ -13,10 +13,11 @@ from celery import Celery
 from gradstore.types import JobKind
 from kombu.exceptions import OperationalError
 
+from datastore.doorbell import REQUEST_HEADER, TASK
+from datastore.origin import request_id
+
 log = logging.getLogger(__name__)
 
-TASK = "gradstore.work"
-"""Name of the workers' Celery task; its one argument is the kind of job that waits."""
 TIMEOUT = 2.0  # seconds given to the broker while a request waits
 
 
@@ -56,7 +57,7 @@ class CeleryQueue:
     def ring(self, job_id: str, kind: JobKind) -> None:
         """Send the message once; if it cannot be sent, log it."""
         try:
-            self._app.send_task(TASK, args=[kind], retry=False)
+            self._app.send_task(TASK, args=[kind], retry=False, headers={REQUEST_HEADER: request_id.get()})
         except (OperationalError, OSError) as error:
             log.warning("the broker does not answer", extra={"job": job_id, "kind": kind, "reason": str(error)})
 

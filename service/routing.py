@@ -1,6 +1,7 @@
-"""What every route does beside its own work: HEAD, the media types it takes, idempotency, entity tags.
+"""What every route does beside its own work: the scope it needs, HEAD, its media types, idempotency, entity tags.
 
-A route takes the media types that its entry in the OpenAPI document names, so the two cannot differ.
+A route needs the scope and takes the media types that its entry in the OpenAPI document names, so that the two cannot
+differ.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from fastapi import APIRouter, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from gradstore.types import ProblemItem
+from gradstore.types import KeyScope, ProblemItem
 from pydantic import BaseModel
 
 from datastore.errors import InvalidInput
 from service import forms, idempotency
+from service.access import require
 from service.dependencies import backend_of
 from service.problems import UnsupportedMediaType
 
@@ -37,8 +39,10 @@ class Route(APIRoute):
         answer = super().get_route_handler()
         accepted = self._media_types()
         single = self._single_parameters()
+        scope = self._scope()
 
         async def handle(request: Request) -> Response:
+            require(getattr(request.state, "key", None), scope)
             _refuse_repeated(request, single)
             if request.method in READING:
                 return conditional(request, await answer(request))
@@ -54,6 +58,11 @@ class Route(APIRoute):
             return await _once(request, body, answer)
 
         return handle
+
+    def _scope(self) -> KeyScope:
+        """What the key of a request must permit."""
+        [scope] = (self.openapi_extra or {})["security"][1]["key"]
+        return cast("KeyScope", scope)
 
     def _single_parameters(self) -> frozenset[str]:
         """The parameters of the query that take one value."""
@@ -97,11 +106,16 @@ def _refuse_repeated(request: Request, single: frozenset[str]) -> None:
 class Router(APIRouter):
     """A router whose GET routes answer HEAD, too: the headers alone, and nothing is read or made for the body."""
 
-    def __init__(self, *, prefix: str = "", tag: str) -> None:
+    def __init__(self, *, prefix: str = "", tag: str, admin: bool = False) -> None:
+        """`admin`: its routes are for whoever runs the server."""
         super().__init__(prefix=prefix, tags=[tag], route_class=Route)
+        self.admin = admin
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
-        """Add a route, and its HEAD beside a GET."""
+        """Add a route with the scope that it needs, and its HEAD beside a GET."""
+        scope: KeyScope = "admin" if self.admin else "read" if settings.get("methods") == ["GET"] else "write"
+        security = {"security": [{}, {"key": [scope]}]}
+        settings["openapi_extra"] = {**(settings.get("openapi_extra") or {}), **security}
         super().add_api_route(path, endpoint, **settings)
         if settings.get("methods") == ["GET"]:
             head = {"methods": ["HEAD"], "include_in_schema": False}

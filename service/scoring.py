@@ -13,7 +13,7 @@ from secrets import token_hex
 
 from gradstore.types import JobKind
 
-from datastore.errors import GradstoreError, UnexpectedError
+from datastore.errors import GradstoreError, UnexpectedError, is_outage
 from datastore.leases import Claim, Jobs
 from datastore.scoring import Scoring
 from service.problems import describe
@@ -40,6 +40,8 @@ class ScoringWorker:
         self._bell = threading.Event()
         self._stopping = False
         self._owner = f"service-{token_hex(4)}"
+        self.expired = 0
+        """Leases that it has seen end, so far."""
         self._left_since: float | None = None
         """When shards were first left to workers, in monotonic seconds."""
         self._thread = threading.Thread(target=self._loop, name="scoring", daemon=True)
@@ -65,7 +67,8 @@ class ScoringWorker:
             claim = None
             try:
                 if time.monotonic() - swept > self._jobs.lease / 3:
-                    self._jobs.sweep()  # a server that was killed may have left a job, and there may be no worker
+                    # a server that was killed may have left a job, and there may be no worker
+                    self.expired += self._jobs.sweep()
                     swept = time.monotonic()
                 claim = self.claim()
                 if claim is not None:
@@ -116,9 +119,12 @@ class ScoringWorker:
         except _Dropped:
             self._jobs.release(claim)
         except GradstoreError as error:
-            self._jobs.fail(claim, describe(error, request_id=None), permanent=True)
+            if is_outage(error):
+                self._jobs.release(claim)
+            else:
+                self._jobs.fail(claim, describe(error, request_id=None), permanent=True)
         except Exception:  # a job's failure is recorded on the job
             id = token_hex(8)
-            log.exception("scoring failed", extra={"job": claim.job, "error_id": id})
+            log.exception("scoring failed", extra={**claim.labels, "error_id": id})
             told = UnexpectedError(f"an unexpected error; its traceback is in the service's log under {id}")
             self._jobs.fail(claim, describe(told, request_id=id), permanent=False)

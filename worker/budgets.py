@@ -76,9 +76,11 @@ class Budgets:
             self._found[key] = budget
         return self._found[key]
 
-    def limit(self, job: str, budget: int) -> None:
-        """Remember that a larger budget than this does not fit the memory in this job."""
+    def limit(self, job: str, budget: int, *, key: Hashable = None) -> None:
+        """Remember that a larger budget than this does not fit the memory in this job, nor in later ones of a model."""
         self._limits[job] = budget
+        if key in self._found:
+            self._found[key] = min(self._found[key], budget)
 
     def within_limit(self, job: str, budget: int) -> int:
         """The budget, or what of it fits the memory."""
@@ -87,8 +89,9 @@ class Budgets:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device's memory was full."""
-    # on a CPU torch raises a plain RuntimeError
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    # torch's allocator has an error of its own; a CPU's, the driver and the libraries beside it raise a RuntimeError
+    full = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in full)
 
 
 def range_of(device: torch.device) -> Range:

@@ -22,14 +22,13 @@ from gradstore.types import JobKind
 from kombu.exceptions import OperationalError
 from sqlalchemy.exc import SQLAlchemyError
 
+from datastore.doorbell import REQUEST_HEADER, TASK
 from datastore.errors import first_line
 from worker.context import Context
 from worker.loop import Caretaker, drain
 
 log = logging.getLogger(__name__)
 
-TASK = "gradstore.work"
-"""Name of the task that the service sends (service/queue.py)."""
 LOOK_INTERVAL = 5.0  # seconds
 VISIBILITY_TIMEOUT = 60  # seconds after which an unanswered ring is delivered again, which is harmless
 
@@ -62,7 +61,11 @@ class Doorbell:
             worker_redirect_stdouts=False,
             worker_cancel_long_running_tasks_on_connection_loss=True,  # there is none: a solo worker notices later
         )
-        self.app.task(name=TASK)(self._ring_heard)
+
+        @self.app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+        def hear(task: Any, kind: str | None = None) -> None:
+            self._ring_heard(kind, task.request.get(REQUEST_HEADER))
+
         self.app.steps["consumer"].add(_look_step(self.look, look_interval))
 
     def run(self) -> int:
@@ -95,7 +98,8 @@ class Doorbell:
             if shards:
                 log.info("nothing waits any more", extra={"shards": shards, "woken_by": woken_by})
 
-    def _ring_heard(self, _kind: str | None = None) -> None:
+    def _ring_heard(self, kind: str | None, request: str | None) -> None:
+        log.info("ring heard", extra={"kind": kind, **({"request": request} if request else {})})
         self.look("ring")
 
     def _pass_on_once(self) -> Callable[[], None]:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-from gradstore.types import Problem
-
-from datastore.errors import Conflict, Damaged
 from datastore.gradients import Block
-from datastore.leases import Claim, NewChunk, Publication
+from datastore.leases import Claim, NewChunk
+from datastore.publications import discard, publish
 from worker.context import Context
 from worker.laps import Laps
 
@@ -67,44 +64,3 @@ def commit(claim: Claim, context: Context, chunks: Sequence[NewChunk]) -> bool:
         if (chunk.segment, chunk.start) not in committed:  # another attempt has these rows, or has published these
             discard(context, chunk.segment, start=chunk.start, attempt=claim.token)
     return won
-
-
-def publish(context: Context, publications: Sequence[Publication]) -> None:
-    """Put committed chunks where they are read, or have their rows computed again."""
-    done = []
-    for one in publications:
-        try:
-            context.store.publish(one.segment, start=one.start, attempt=one.attempt, digest=one.digest)
-        except (Conflict, Damaged) as error:
-            _give_up(context, one, reason=str(error))
-        else:
-            done.append(one)
-    if done:
-        context.jobs.published(done)
-
-
-def discard(context: Context, segment: str, *, start: int, attempt: int) -> None:
-    """Remove what an attempt has written, unless it is being published."""
-    try:
-        context.store.discard(segment, start=start, attempt=attempt)
-    except Conflict:  # somebody is publishing it at this moment
-        log.info("attempt is being published", extra={"segment": segment, "start": start})
-
-
-def _give_up(context: Context, chunk: Publication, *, reason: str) -> None:
-    """Have rows computed again whose bytes are lost; these may also be deleted, or another attempt's, and then stay so.
-
-    A publication is refused only where it can never be finished: an attempt's bytes are either in its folder or, moved
-    by another publisher, under their keys.
-    """
-    problem = Problem(
-        type="bytes-lost", title="Bytes lost", status=500,
-        detail=f"what was computed for rows from {chunk.start} of {chunk.segment} was lost before it was published: "
-        f"{reason}",
-    )  # fmt: skip
-    give_up = partial(context.store.give_up, chunk.segment, start=chunk.start, attempt=chunk.attempt)
-    again = context.jobs.lost(chunk, problem, discard=give_up)
-    log.warning(
-        "chunk not published",
-        extra={"segment": chunk.segment, "start": chunk.start, "reason": reason, "computed_again": again},
-    )

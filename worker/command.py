@@ -5,6 +5,7 @@ Nothing heavy is imported before the worker is really started: the command line 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -12,20 +13,22 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
 from gradstore.types import JobKind
 
-from datastore import logs
+from datastore import logs, tracing
 from datastore.options import configured
 from datastore.settings import Settings
 from worker.devices import SPREAD, choose_device, workers
+from worker.monitoring import show
+from worker.queues import QUEUES, kinds_of
 from worker.several import STOP_SIGNALS, supervise
 
 log = logging.getLogger("worker.command")  # its own name when run with -m, too
 
-KINDS: tuple[JobKind, ...] = get_args(JobKind)
+KINDS: tuple[JobKind, ...] = tuple(QUEUES.values())
 
 
 def worker(
@@ -38,28 +41,26 @@ def worker(
             "spread: one worker, with models over all GPUs."
         ),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Workers for each device, else 1.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Workers for each device, else 1.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=0, help="CPU threads of each worker; 0, the default: its part of the cores.")
     ] = None,
-    kinds: Annotated[
-        list[str] | None,
-        typer.Option("--kind", metavar="<kind>", help=f"Kind of job to do ({', '.join(KINDS)}), else all; repeatable."),
+    queues: Annotated[
+        str | None,
+        typer.Option(metavar="<queues>", help=f"What to do, with commas ({','.join(QUEUES)}), else all."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Do what waits, then leave.")] = False,
 ) -> None:
     """Do the jobs of a store. What is left out comes from the environment (GRADSTORE_…)."""
-    unknown = sorted(set(kinds or ()) - set(KINDS))
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is no kind of job that workers do; these are {', '.join(KINDS)}")
-    settings = configured(data=data, device=device, processes=processes, threads=threads)
-    logs.configure()
-    sys.exit(run(settings, kinds=cast("list[JobKind]", kinds) or KINDS, once=once))
+    kinds = KINDS if queues is None else kinds_of(queues)
+    settings = configured(data=data, device=device, concurrency=concurrency, threads=threads)
+    logs.begin(settings)
+    sys.exit(run(settings, kinds=kinds, once=once))
 
 
 def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
     """Be a worker, or several, until asked to stop; returns the exit status."""
-    names = workers(settings.device, settings.processes)
+    names = workers(settings.device, settings.concurrency)
     several = len(names) > 1
     by_celery = bool(settings.broker) and not once and not several
     if not by_celery:
@@ -77,17 +78,30 @@ def run(settings: Settings, *, kinds: Any = KINDS, once: bool = False) -> int:
     gc.freeze()  # what is imported stays: it takes 0.7 s to look through, each time that a model's memory is freed
     _use_one_log()
     use_cpu_threads(settings.threads or None)
+    _show_metrics(settings.metrics_listen)
+    tracing.begin_process(settings.otlp_endpoint, part="worker")
+    atexit.register(tracing.close)
     context = Context.open(settings, device, spread=spread)
     if by_celery:
         from worker.celery_app import Doorbell  # noqa: PLC0415 - only where there is a broker
 
-        with Caretaker(context) as caretaker:
+        with Caretaker(context, kinds=kinds) as caretaker:
             log.info("worker ready", extra={"worker": context.owner, "device": str(device), "kinds": sorted(kinds)})
             return Doorbell(context, caretaker, kinds=kinds).run()
 
     threading.Thread(target=_leave_when_asked, args=(context.leaving,), name="signals", daemon=True).start()
     work_until_left(context, kinds=kinds, once=once)
     return 0
+
+
+def _show_metrics(listen: str) -> None:
+    """Show the worker's metrics where the settings say so; exits with a reason where that is not to be had."""
+    if not listen:
+        return
+    try:
+        show(listen)
+    except OSError as error:
+        sys.exit(f"metrics cannot be shown at {listen}: {error.strerror or error}; change GRADSTORE_METRICS_LISTEN")
 
 
 def _leave_when_asked(leaving: threading.Event) -> None:

@@ -14,6 +14,7 @@ import torch
 from datastore.catalog import Catalog
 from datastore.settings import Settings
 from datastore.store import OpenStore, open_store
+from datastore.turns import Turns
 from worker.budgets import Budgets
 from worker.loaded import Loaded
 from worker.reading import Ahead
@@ -31,6 +32,7 @@ class Context(OpenStore):
     loaded: Loaded
     budgets: Budgets = field(default_factory=Budgets)
     ahead: Ahead = field(default_factory=Ahead)
+    turns: Turns = field(default_factory=Turns)
     owner: str = field(default_factory=worker_name)
     leaving: threading.Event = field(default_factory=threading.Event)
     """Set when the worker is asked to stop: the shard at hand is given back."""

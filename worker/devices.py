@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from gradstore.types import Memory
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +66,18 @@ def choose_device(name: str) -> torch.device:
     if name != "auto":
         raise typer.BadParameter(f"there is no GPU {name!r} that torch {torch.__version__} can use")
     return torch.device("cpu")
+
+
+def memory(device: torch.device) -> Memory:
+    """The memory of a GPU, whoever uses it, or of this process and its machine."""
+    if device.type == "cuda":
+        import torch  # noqa: PLC0415 - heavy
+
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(used=total - free, total=total)
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path("/proc/self/statm").read_text().split()[1])  # pages
+    return Memory(used=resident * page, total=os.sysconf("SC_PHYS_PAGES") * page)
 
 
 def _gpus() -> list[str]:

@@ -4,6 +4,15 @@ Two kinds of features are made of no gradient, and are not projected either: mea
 token weighs the same (`hidden`), or the t-th as much as t (`rds`: RDS+, Ivison et al., arXiv 2503.01807, whose pooling
 is SGPT's, arXiv 2202.08904: Σ t·h_t / Σ t over all tokens of the sequence, the prompt's too).
 
+`output` is the gradient of the output layer, as the layers before it would see it: Σ_t δ_t ⊗ h_t with h_t what that
+layer gets and δ_t = ∂loss/∂h_t, which is Wᵀ(p_t − y_t) over the number of tokens where it is a matrix W alone. That is
+Wᵀ times the gradient of W, and the gradient of a matrix of the model's width that stood before W and were the identity.
+It is projected as gradients are, and costs a forward pass: nothing but the output layer is differentiated. (Gradients
+of the last layer stand for those of all in TracIn, arXiv 2002.08484, and in BADGE, arXiv 1906.03671.)
+
+`logodds` is the gradient as it is, but of another number than the loss: of the mean log-odds of the right tokens
+(GradEx, arXiv 2409.19458), in one of the forms of `worker.losses.stabilised`.
+
 Mathematics: LESS (arXiv 2402.04333), section 2, and Adam (Kingma and Ba, arXiv 1412.6980), at moments that stay fixed.
 """
 
@@ -18,8 +27,9 @@ from torch import Tensor
 
 from worker.layouts import Pooling
 
-FeatureKind = Literal["adam", "sgd", "sign", "hidden", "rds", "embedding"]
+FeatureKind = Literal["adam", "sgd", "sign", "logodds", "output", "hidden", "rds", "embedding"]
 AdamForm = Literal["less", "exact"]
+LogoddsForm = Literal["exact", "reference"]
 
 BETA1 = 0.9
 BETA2 = 0.999
@@ -28,16 +38,24 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Kind:
-    """What a feature is made of: the gradient as it is or its sign, Adam's step in one of its forms, hidden states."""
+    """What a feature is made of: the gradient as it is, its sign, Adam's step in one of its forms, the output layer's
+    gradient, hidden states."""
 
     name: FeatureKind
     adam: AdamForm = "less"
     """Of no account where the name is not `adam`."""
+    logodds: LogoddsForm = "exact"
+    """Of no account where the name is not `logodds`."""
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it takes a backward pass."""
-        return self.name in ("adam", "sgd", "sign")
+        """Whether it takes a backward pass through the model."""
+        return self.name in ("adam", "sgd", "sign", "logodds")
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether it is a projected gradient, of all trainable parameters or of the output layer."""
+        return self.needs_gradient or self.name == "output"
 
     @property
     def pooling(self) -> Pooling | None:
@@ -69,7 +87,7 @@ def make_direction(
     kind: Kind, *, moments: Moments | None, parameters: Mapping[str, Tensor], device: torch.device
 ) -> Direction:
     """Make the map of a gradient's `kind`; raises ValueError where `adam` has no moments, or they do not fit."""
-    if kind.name == "sgd":
+    if kind.name in ("sgd", "logodds"):
         return sgd
     if kind.name == "sign":
         return sign

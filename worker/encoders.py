@@ -98,14 +98,17 @@ class EncoderEngine:
         pad_id: int,
         token_budget: int,
         on_batch: Callable[[int], None] | None = None,
+        before_batch: Callable[[Sequence[int]], None] = lambda _: None,
     ) -> dict[Kind, Features]:
         """Compute the embeddings of `rows`, in batches of at most `token_budget` tokens with their padding.
 
-        `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
+        `before_batch` gets the indices of the rows that are about to go through the model, and `on_batch` the number
+        of rows done so far after every batch; an exception of theirs ends the work.
         """
         found = np.zeros((len(rows), self._encoder.dim), np.float32)
         done = 0
         for batch in plan([len(row.input_ids) for row in rows], token_budget=token_budget):
+            before_batch(batch)
             found[batch] = self._compute([rows[index] for index in batch], pad_id=pad_id).cpu().numpy()
             done += len(batch)
             if on_batch is not None:

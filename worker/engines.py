@@ -43,7 +43,7 @@ def make_engine(
     if encoder is not None:
         return context.loaded.engine((base, encoder), lambda: EncoderEngine(context.loaded.base(base), encoder))
     kinds = tuple(dict.fromkeys(kind_of(output) for output in outputs))
-    dims = tuple(dict.fromkeys(output["dim"] for output in outputs if kind_of(output).needs_gradient))
+    dims = tuple(dict.fromkeys(output["dim"] for output in outputs if kind_of(output).is_projected))
     settings = (*(plan[key] for key in ("reduction", "projection", "seed")), tuple(plan["weights"] or ()))
 
     def make() -> GradientEngine:
@@ -82,7 +82,7 @@ def load(context: Context, base: Base, checkpoint: Checkpoint) -> PreTrainedMode
 
 def kind_of(output: dict[str, Any]) -> Kind:
     """Which kind of features an output has."""
-    return Kind(output["kind"], output["adam"] or "less")
+    return Kind(output["kind"], output["adam"] or "less", output.get("logodds_form") or "exact")
 
 
 def within_memory(

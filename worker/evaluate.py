@@ -132,6 +132,27 @@ def losses(
         return judge.losses(examples)
 
 
+def values(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TaskExample],
+    *,
+    template: TemplateName,
+    max_length: int,
+    max_new_tokens: int,
+    token_budget: int,
+    check: Callable[[], None] = lambda: None,
+) -> list[float | None]:
+    """The metric of each example as `evaluate` measures it; None where it has none.
+
+    `check` is called between batches. Leaves the model in exact mode. Raises InvalidTask as there.
+    """
+    judge = _Judge(model, tokenizer, template, max_length, max_new_tokens, token_budget, lambda _: check())
+    use_exact_mode(model)
+    with torch.inference_mode():
+        return judge.values(examples)[0]
+
+
 # Numbers of a subtask ------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ GRADIENT_NOT_FINITE = "gradient is not finite"
 GRADIENT_ZERO = "gradient is zero"
 FEATURE_NOT_FINITE = "feature is not finite"
 NOTHING_SUPERVISED = "no supervised token"
+OUTPUT = "output"
+"""What the output layer's gradient is called among parameters."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Features:
     tokens: NDArray[np.int32]
     """(n,) supervised tokens."""
     raw_norms: NDArray[np.float32]
-    """(n,) length of the gradient itself, 0 where it is not finite; of hidden states the same as `norms`."""
+    """(n,) length of the gradient itself, 0 where it is not finite; of hidden states and of the output layer's gradient
+    the same as `norms`."""
+    logodds: NDArray[np.float32] | None = None
+    """(n,) mean log-odds of the supervised tokens, 0 where they are not finite; None of other kinds than `logodds`."""
 
 
 class Found:
@@ -55,6 +60,7 @@ class Found:
         self.tokens = np.array([_supervised_tokens(row) for row in rows], dtype=np.int32)
         self.losses = np.zeros(count, dtype=np.float32)
         self.raw_norms = np.zeros(count, dtype=np.float32)
+        self.logodds = np.zeros(count, dtype=np.float32)
         self.features = {
             kind: {dim: np.zeros((count, dim), dtype=np.float32) for dim in own} for kind, own in dims.items()
         }
@@ -94,6 +100,7 @@ class Found:
                 losses=self.losses,
                 tokens=self.tokens,
                 raw_norms=self.raw_norms if kind.needs_gradient else self.norms[kind],
+                logodds=self.logodds if kind.name == "logodds" else None,
             )
             for kind, by_dim in self.features.items()
         }
@@ -102,11 +109,15 @@ class Found:
 class Batch:
     """What is known of one batch while its gradients come in, parameter by parameter."""
 
-    def __init__(self, examples: int, sizes: Mapping[str, int], sums: Sums | None, *, device: torch.device) -> None:
+    def __init__(
+        self, examples: int, sizes: Mapping[str, int], sums: Sums | None, output: Sums | None, *, device: torch.device
+    ) -> None:
         self.seen: set[str] = set()
         self._sizes = sizes
         self._sums = sums
+        self._output = output
         self._losses = torch.zeros(examples, device=device)
+        self._logodds = torch.zeros(examples, device=device)
         self._hidden: dict[Pooling, Tensor] = {}
 
     def take(self, name: str, gradients: Tensor, examples: slice) -> None:
@@ -123,25 +134,35 @@ class Batch:
                 self.take(name, zeros, examples)
 
     def take_outputs(self, outputs: Outputs, examples: slice) -> None:
-        """Take in the losses and hidden states of some of the batch's examples."""
+        """Take in the losses, log-odds, hidden states and output layer's gradients of some of the batch's examples."""
         self._losses[examples] = outputs.losses.detach()
+        if outputs.logodds is not None:
+            self._logodds[examples] = outputs.logodds.detach()
         for pooling, means in outputs.hidden.items():
             if pooling not in self._hidden:
                 self._hidden[pooling] = torch.zeros(len(self._losses), means.shape[1], device=self._losses.device)
             self._hidden[pooling][examples] = means
+        if outputs.output is not None and self._output is not None:
+            for part, gradients in outputs.output.gradients():
+                self._output.take(OUTPUT, gradients, slice(examples.start + part.start, examples.start + part.stop))
 
     def finite(self) -> bool:
         """Whether nothing in it is NaN or infinite."""
-        parts = [self._losses, *self._hidden.values()]
-        if self._sums is not None:
-            parts.append(self._sums.totals().peaks)
+        parts = [self._losses, self._logodds, *self._hidden.values()]
+        parts += [sums.totals().peaks for sums in (self._sums, self._output) if sums is not None]
         return all(bool(part.isfinite().all()) for part in parts)
 
     def store(self, found: Found, rows: Sequence[int]) -> None:
         """Write the batch to its rows, with a reason and zeros for what is no feature."""
         found.losses[rows] = torch.where(self._losses.isfinite(), self._losses, 0).cpu().numpy()
+        found.logodds[rows] = torch.where(self._logodds.isfinite(), self._logodds, 0).cpu().numpy()
         if self._sums is not None:
-            self._store_gradients(self._sums.totals(), found, rows)
+            totals = self._sums.totals()
+            raw = totals.raw_squares.sqrt().float()
+            found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
+            self._store_gradients(totals, found, rows)
+        if self._output is not None:
+            self._store_gradients(self._output.totals(), found, rows)
         for kind in found.features:
             if kind.pooling is None:
                 continue
@@ -151,13 +172,11 @@ class Batch:
             found.put(kind, rows, {means.shape[1]: means}, norms, faults)
 
     def _store_gradients(self, totals: Totals, found: Found, rows: Sequence[int]) -> None:
-        raw = totals.raw_squares.sqrt().float()
-        found.raw_norms[rows] = torch.where(raw.isfinite(), raw, 0).cpu().numpy()
         peaks = totals.peaks
         for kind, of_kind in totals.by_kind.items():
             norms = of_kind.squares.sqrt().float()
             faults = {
-                LOSS_NOT_FINITE: ~self._losses.isfinite(),
+                LOSS_NOT_FINITE: ~(self._losses.isfinite() & self._logodds.isfinite()),
                 GRADIENT_NOT_FINITE: ~(peaks.isfinite() & norms.isfinite()),
                 GRADIENT_ZERO: peaks == 0,
             }

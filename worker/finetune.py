@@ -75,7 +75,12 @@ _COMPLETE = "complete"
 
 
 class Diverged(InvalidInput):
-    """The loss is not a number any more."""
+    """The loss, or what has been trained, is not a number any more."""
+
+    def __init__(self, what: str, *, rate: float, precision: Precision) -> None:
+        super().__init__(
+            f"{what}: lower learning_rate (it is {rate:g}), or use a precision with more range than {precision}"
+        )
 
 
 @dataclass(frozen=True)
@@ -398,10 +403,8 @@ class _Watch(TrainerCallback):
         """A loss that is not a number ends the training: nothing after it is one."""
         loss = state.log_history[-1].get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at step {state.global_step} of {state.max_steps}: lower learning_rate (it is "
-                f"{self._request.learning_rate:g}), or use a precision with more range than {self._precision}"
-            )
+            what = f"the loss is {loss} at step {state.global_step} of {state.max_steps}"
+            raise Diverged(what, rate=self._request.learning_rate, precision=self._precision)
 
 
 class _Keeper(_Watch):

@@ -16,6 +16,11 @@ them have shown that the model keeps them apart (worker/packing.py). `GradientEn
 Mean hidden states are kinds of features beside those of gradients: they come from the same forward pass, and asked for
 alone they need no other.
 
+So is the output layer's gradient, `output`: of all that a backward pass would do, it takes the step through that layer.
+
+`logodds` is the gradient of another number than the loss, and takes the backward pass for itself: hidden states may
+come beside it, and no other kind of gradient.
+
 Order of parameters: `model.named_parameters()`, the trainable ones. They may be an adapter's, or chosen weights of a
 model without one: the features are then those of its full gradient.
 """
@@ -24,14 +29,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from worker.batches import Encoded, plan
-from worker.directions import Kind, Moments, make_direction
-from worker.features import Batch, Features, Found
+from worker.directions import Kind, LogoddsForm, Moments, make_direction, sgd
+from worker.features import OUTPUT, Batch, Features, Found
 from worker.losses import Inputs, Model, Outputs, run
 from worker.models import ModelError, most_tokens, use_exact_mode, uses_flash_attention, vocabulary
 from worker.packing import packing_fault, padding_fault, same_gradient
@@ -52,10 +58,12 @@ class GradientEngine:
     `kinds`, all from one pass: `sgd` is the gradient g; `sign` its sign; `adam` the direction in which Adam would step,
     with m' = β₁m + (1 − β₁)g and v' = β₂v + (1 − β₂)g²: m' / √(v' + ε) in the form `less` (LESS's published code), and
     (m' / (1 − β₁ᵗ)) / (√(v' / (1 − β₂ᵗ)) + ε) at t = step + 1 in the form `exact` (its paper, and Adam itself);
+    `logodds` the gradient of the mean log-odds of the supervised tokens in the place of their loss;
+    `output` the gradient of the output layer, from the hidden states' side (worker/directions.py), projected likewise;
     `hidden` the mean over an example's tokens of what the output layer gets, and `rds` the one in which the t-th token
-    weighs as much as t, which no projection touches. Where there are no other kinds there is no backward pass, and
-    `dims` are of no account.
-    `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum.
+    weighs as much as t, which no projection touches. Where there are no others than these three there is no backward
+    pass through the model, and for hidden states alone `dims` are of no account.
+    `reduction`: whether g is that of the mean of the supervised tokens' losses, or of their sum; log-odds have a mean.
     `packing`: whether the rows of a batch follow one another without padding; by default where the model's attention is
     FlashAttention's, which alone gets faster by it. A model that does not keep packed rows apart gets them padded.
 
@@ -88,6 +96,7 @@ class GradientEngine:
             raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError("features are those of causal language models; this one is an encoder-decoder")
+        self._logodds = _logodds(kinds, reduction)
         self.device = next(model.get_input_embeddings().parameters()).device  # its layers may be on others
         self._kinds = tuple(kinds)
         self._directions = {
@@ -95,19 +104,20 @@ class GradientEngine:
             for kind in kinds
             if kind.needs_gradient
         }
+        self._poolings = [kind.pooling for kind in kinds if kind.pooling is not None]
+        self._output = next((kind for kind in kinds if kind.name == "output"), None)
+        self._hidden_size = _hidden_size(model) if self._poolings or self._output else 0
+        project = partial(make_projection, projection, dims=dims, seed=seed, device=self.device)
         self._projection: Projection | None = None
         if self._directions:
-            self._projection = make_projection(
-                projection,
-                dims=dims,
-                parameters=[(name, p.shape) for name, p in self.parameters.items()],
-                seed=seed,
-                device=self.device,
-            )
+            self._projection = project(parameters=[(name, p.shape) for name, p in self.parameters.items()])
+        self._output_projection: Projection | None = None
+        if self._output:
+            square = torch.Size((self._hidden_size, self._hidden_size))
+            self._output_projection = project(parameters=[(OUTPUT, square)])
+        self._dims = tuple(dims)
         self._reduction = reduction
         self._most_tokens, self._vocabulary = most_tokens(model), vocabulary(model)
-        self._poolings = [kind.pooling for kind in kinds if kind.pooling is not None]
-        self._hidden_size = _hidden_size(model) if self._poolings else 0
         self._sites, self.one_at_a_time = find_sites(model, self.parameters)
         self._in_order = False
         self.packing = (uses_flash_attention(model) if packing is None else packing) and not self.one_at_a_time
@@ -125,18 +135,22 @@ class GradientEngine:
         pad_id: int,
         token_budget: int,
         on_batch: Callable[[int], None] | None = None,
+        before_batch: Callable[[Sequence[int]], None] = lambda _: None,
     ) -> dict[Kind, Features]:
         """Compute the features of `rows`, in batches of at most `token_budget` tokens with their padding.
 
-        `on_batch` gets the number of rows done so far after every batch; an exception of its own ends the work.
+        `before_batch` gets the indices of the rows that are about to go through the model, and `on_batch` the number
+        of rows done so far after every batch; an exception of theirs ends the work.
         Raises ModelError where a row is longer than the model's positions, or has a token that it does not know.
         """
         self._refuse_beyond(rows)
-        dims = self._projection.dims if self._projection else ()
-        found = Found(rows, dims={kind: dims if kind.needs_gradient else (self._hidden_size,) for kind in self._kinds})
+        found = Found(
+            rows, dims={kind: self._dims if kind.is_projected else (self._hidden_size,) for kind in self._kinds}
+        )
         todo = [row for row, tokens in enumerate(found.tokens) if tokens]
         done = len(rows) - len(todo)
-        for batch, indices in self._batches(rows, todo, pad_id=pad_id, token_budget=token_budget):
+        batches = self._plan(rows, todo, pad_id=pad_id, token_budget=token_budget, before_batch=before_batch)
+        for batch, indices in self._batches(rows, batches, pad_id=pad_id, before_batch=before_batch):
             batch.store(found, indices)
             done += len(indices)
             if on_batch is not None:
@@ -159,14 +173,20 @@ class GradientEngine:
             )
 
     def _batches(
-        self, rows: Sequence[Encoded], todo: Sequence[int], *, pad_id: int, token_budget: int
+        self,
+        rows: Sequence[Encoded],
+        batches: Sequence[list[int]],
+        *,
+        pad_id: int,
+        before_batch: Callable[[Sequence[int]], None],
     ) -> Iterator[tuple[Batch, list[int]]]:
         """Compute batch after batch, and give each out when the next one is on its way.
 
         A GPU works on the next batch while the numbers of the last one are waited for.
         """
         last: tuple[Batch, list[int]] | None = None
-        for indices in self._plan(rows, todo, pad_id=pad_id, token_budget=token_budget):
+        for indices in batches:
+            before_batch(indices)
             computed = self._compute([rows[index] for index in indices], pad_id=pad_id)
             if last is not None:
                 yield from self._apart(rows, *last, pad_id=pad_id)
@@ -174,7 +194,15 @@ class GradientEngine:
         if last is not None:
             yield from self._apart(rows, *last, pad_id=pad_id)
 
-    def _plan(self, rows: Sequence[Encoded], todo: Sequence[int], *, pad_id: int, token_budget: int) -> list[list[int]]:
+    def _plan(
+        self,
+        rows: Sequence[Encoded],
+        todo: Sequence[int],
+        *,
+        pad_id: int,
+        token_budget: int,
+        before_batch: Callable[[Sequence[int]], None],
+    ) -> list[list[int]]:
         """Plan the batches of the rows `todo`; before the first packed or padded ones the model is tested."""
         if self._causal is False:
             return [[row] for row in todo]
@@ -189,12 +217,13 @@ class GradientEngine:
             untested = None if self._causal else next(mixed, None)
         if untested is None:
             return batches
+        before_batch((untested[0], untested[-1]))
         pair = rows[untested[0]], rows[untested[-1]]
         if self.packing:
             self._test_packing(pair)
         else:
             self._test_padding(pair, pad_id=pad_id)
-        return self._plan(rows, todo, pad_id=pad_id, token_budget=token_budget)
+        return self._plan(rows, todo, pad_id=pad_id, token_budget=token_budget, before_batch=before_batch)
 
     def _test_padding(self, pair: tuple[Encoded, Encoded], *, pad_id: int) -> None:
         """Give batches up for good where a row's loss depends on more than the row."""
@@ -240,14 +269,18 @@ class GradientEngine:
     def _compute_forward(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch:
         batch = self._batch(len(rows))
         inputs = self._inputs(rows, pad_id=pad_id)
-        batch.take_outputs(run(self.model, inputs, hidden=self._poolings), slice(0, len(rows)))
+        outputs = self._run(inputs)
+        if outputs.output is not None:
+            torch.autograd.grad(self._objective(outputs, inputs), outputs.output.states)
+        with torch.no_grad():  # the output layer's gradient has turned gradients on
+            batch.take_outputs(outputs, slice(0, len(rows)))
         return batch
 
     def _compute_together(self, rows: Sequence[Encoded], *, pad_id: int) -> Batch | None:
         inputs = self._inputs(rows, pad_id=pad_id)
         batch = self._batch(len(rows))
         with tapped(self._sites, inputs.layout, batch.take) as recorder:
-            outputs = run(self.model, inputs, hidden=self._poolings)
+            outputs = self._run(inputs)
             self._objective(outputs, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         batch.take_outputs(outputs, slice(0, len(rows)))
         self.one_at_a_time = recorder.strays + drop_gradients(self.parameters)
@@ -259,8 +292,14 @@ class GradientEngine:
         batch.take_zeros(self.parameters.keys() - batch.seen)
         return batch
 
+    def _run(self, inputs: Inputs) -> Outputs:
+        """Run the model forward for what the kinds are made of."""
+        return run(self.model, inputs, hidden=self._poolings, logodds=self._logodds, output=self._output is not None)
+
     def _objective(self, outputs: Outputs, inputs: Inputs) -> Tensor:
-        """Return the number whose gradient is taken: the examples' losses together, scaled."""
+        """Return the number whose gradient is taken: the examples' losses, or log-odds, together, scaled."""
+        if outputs.logodds is not None:
+            return outputs.logodds.sum() * self._scale
         losses = outputs.losses * inputs.counts if self._reduction == "sum" else outputs.losses
         return losses.sum() * self._scale
 
@@ -274,7 +313,7 @@ class GradientEngine:
             return []
         inputs = self._inputs(rows[:1], pad_id=pad_id)
         with tapped(self._sites, inputs.layout, _drop) as alone:
-            self._objective(run(self.model, inputs), inputs).backward()  # type: ignore[no-untyped-call]  # likewise
+            self._objective(self._run(inputs), inputs).backward()  # type: ignore[no-untyped-call]  # likewise
         drop_gradients(self.parameters)
         wrong = [
             name
@@ -290,15 +329,16 @@ class GradientEngine:
         for position, row in enumerate(rows):
             here = slice(position, position + 1)
             inputs = self._inputs([row], pad_id=pad_id)
-            outputs = run(self.model, inputs, hidden=self._poolings)
+            outputs = self._run(inputs)
+            states = [] if outputs.output is None else [outputs.output.states]
             gradients = torch.autograd.grad(
                 self._objective(outputs, inputs),
-                list(self.parameters.values()),
+                [*self.parameters.values(), *states],
                 allow_unused=True,
                 materialize_grads=True,
             )
             batch.take_outputs(outputs, here)
-            for name, gradient in zip(self.parameters, gradients, strict=True):
+            for name, gradient in zip(self.parameters, gradients, strict=False):
                 # autograd may give two parameters one tensor, and what is taken may be overwritten
                 batch.take(name, gradient.flatten().clone().unsqueeze(0), here)
         return batch
@@ -311,12 +351,29 @@ class GradientEngine:
 
     def _batch(self, examples: int) -> Batch:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        sums = None
+        make = partial(make_sums, examples, unscale=1 / self._scale)
+        sums = output = None
         if self._projection is not None:
-            sums = make_sums(
-                examples, directions=self._directions, projection=self._projection, unscale=1 / self._scale
-            )
-        return Batch(examples, sizes, sums, device=self.device)
+            sums = make(directions=self._directions, projection=self._projection)
+        if self._output is not None and self._output_projection is not None:
+            output = make(directions={self._output: sgd}, projection=self._output_projection)
+        return Batch(examples, sizes, sums, output, device=self.device)
+
+
+def _logodds(kinds: Sequence[Kind], reduction: Reduction) -> LogoddsForm | None:
+    """Return the form of log-odds whose gradient is asked for, if any; raises ValueError where it is not the only one.
+
+    One backward pass has one objective.
+    """
+    gradients = [kind for kind in kinds if kind.is_projected]
+    found = [kind.logodds for kind in gradients if kind.name == "logodds"]
+    if not found:
+        return None
+    if len(gradients) > 1:
+        raise ValueError("logodds is the gradient of log-odds, and takes a pass without other kinds of gradients")
+    if reduction == "sum":
+        raise ValueError("the log-odds of an example are the mean of its tokens': they have no reduction=sum")
+    return found[0]
 
 
 def _drop(_name: str, _gradients: Tensor, _examples: slice) -> None:

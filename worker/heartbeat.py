@@ -1,7 +1,10 @@
 """The sign of life of a shard at work: a thread that prolongs its lease, and tells the work when to stop.
 
-A thread and not the work itself, because a batch or a model's loading may take longer than a lease. It writes progress
-at most once a second, and nothing while there is no progress and the lease is young: on SQLite each write is a commit.
+A thread and not the work itself, because a batch or a model's loading may take longer than a lease. Every second it
+looks whether the work is still wanted, which takes no lock: a cancelled job is noticed within that and a batch. Writing
+is dearer, since the catalog has one writer at a time: progress is written at most once a second, by a hundredth of the
+time, so that many workers, whose writes wait for each other's, write more rarely, and nothing while the lease is young
+and nothing has come on.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from datastore.leases import Claim, Jobs
 
 log = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL = 1.0  # seconds
+LOOK_INTERVAL = 1.0  # seconds
+WRITING_SHARE = 0.01  # of the time, that is spent on writing progress
 
 
 class Stopped(Exception):
@@ -61,18 +65,22 @@ class Heartbeat:
 
     def _beat(self) -> None:
         period = self._jobs.lease / 3
+        pace = LOOK_INTERVAL
         written: tuple[int, int | None] = (0, None)
         renewed = time.monotonic()
-        while not self._over.wait(min(period, PROGRESS_INTERVAL)):
-            current = (self._done, self._total)
-            if current == written and time.monotonic() - renewed < period:
-                continue
+        while not self._over.wait(min(period, LOOK_INTERVAL)):
+            current, began = (self._done, self._total), time.monotonic()
+            writes = began - renewed >= (period if current == written else min(pace, period))
             try:
-                held = self._jobs.renew(self._claim, done=current[0], total=current[1])
+                if writes:
+                    held = self._jobs.renew(self._claim, done=current[0], total=current[1])
+                    pace = max(LOOK_INTERVAL, (time.monotonic() - began) / WRITING_SHARE)
+                    written, renewed = current, began
+                else:
+                    held = self._jobs.wanted(self._claim)
             except SQLAlchemyError as error:  # the catalog may be back before the lease ends; the commit is fenced
-                log.warning("heartbeat missed", extra={"job": self._claim.job, "reason": first_line(error)})
+                log.warning("heartbeat missed", extra={**self._claim.labels, "reason": first_line(error)})
                 continue
             if not held:
                 self._lost.set()
                 return
-            written, renewed = current, time.monotonic()

@@ -10,24 +10,31 @@ and the traceback goes to the log under the id that the error names.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from secrets import token_hex
 from typing import Literal
 
 from gradstore.types import JobKind, Problem
-from sqlalchemy import Select, select
 
-from datastore.durable import untouched_for
-from datastore.errors import Damaged, GradstoreError, UnexpectedError, problem_of
+from datastore import hub, leftovers, tracing
+from datastore.errors import (
+    BucketUnreachable,
+    Damaged,
+    GradstoreError,
+    HubUnreachable,
+    LabellerFails,
+    UnexpectedError,
+    is_outage,
+    problem_of,
+)
 from datastore.leases import Claim, Publication
-from datastore.schema import CheckpointRow, JobRow, SegmentRow
+from datastore.leftovers import OLD
+from datastore.logs import about
+from datastore.publications import publish
 from worker.budgets import is_out_of_memory
-from worker.chunks import discard, publish
 from worker.context import Context
 from worker.engines import OutOfMemory
 from worker.evaluate import NotFinite
@@ -35,15 +42,25 @@ from worker.heartbeat import Heartbeat, Stopped
 from worker.kinds import (
     Work,
     attributions,
+    cascades,
+    comparisons,
     conversions,
+    embeddings,
+    estimate_validations,
+    estimates,
     evaluations,
     finetunes,
     gradients,
     imports,
+    labelling,
+    predictors,
+    projectors,
     scoring,
+    streams,
     validations,
 )
 from worker.models import ModelError
+from worker.monitoring import EXPIRIES, SECONDS, SHARDS
 from worker.templates import NoChatTemplate
 
 log = logging.getLogger(__name__)
@@ -51,7 +68,10 @@ log = logging.getLogger(__name__)
 Outcome = Literal["succeeded", "failed", "stopped", "lost"]
 """`stopped`: given back unfinished; `lost`: finished by another attempt, or its job cancelled meanwhile."""
 
-LEFT_OVER = 3600.0  # seconds after which an attempt's bytes that nobody committed are removed
+OUTAGE_PAUSE = 5.0  # seconds until a shard is taken again that the bucket, asked for a minute, was away for
+MADE_BY_WORKERS = ("features", "checkpoints", "work", "imports", "projectors")
+"""Parts of the store in which lies what has no record: checkpoints of an attempt that lost, or a segment or a training
+that was deleted, and made again by a worker that had stalled. Of uploads the doctor and gc look at, when told to."""
 
 
 def run(claim: Claim, context: Context) -> Outcome:
@@ -61,24 +81,24 @@ def run(claim: Claim, context: Context) -> Outcome:
 
 def compute(claim: Claim, context: Context) -> Callable[[], Outcome]:
     """Compute a shard, kept alive from now on; the answer is to be called once, in whatever thread: it commits."""
-    began = time.monotonic()
-    log.info("shard started", extra=claim.labels)
-    with ExitStack() as stack:
+    began = _Beginning(claim)
+    with about(claim.labels), ExitStack() as stack:
+        log.info("shard started")
         heartbeat = stack.enter_context(Heartbeat(context.jobs, claim, leaving=context.leaving))
         try:
             commit = _WORK[claim.kind](claim, context, heartbeat)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job's user is to learn of it
             stack.close()
-            return partial(_ended, claim, began, _put_down(error, claim, context))
+            return partial(began.ended, _put_down(error, claim, context))
         alive = stack.pop_all()
 
     def finish() -> Outcome:
         try:
-            with alive:
+            with about(claim.labels), alive:
                 outcome: Outcome = "succeeded" if commit() else "lost"
         except Exception as error:  # noqa: BLE001
             outcome = _put_down(error, claim, context)
-        return _ended(claim, began, outcome)
+        return began.ended(outcome)
 
     return finish
 
@@ -88,13 +108,32 @@ def _put_down(error: Exception, claim: Claim, context: Context) -> Outcome:
     if isinstance(error, Stopped):
         context.jobs.release(claim)
         return "stopped"
+    if is_outage(error):
+        log.warning("the bucket is away, the shard waits", extra={**claim.labels, "reason": str(error)})
+        context.jobs.release(claim)
+        context.leaving.wait(OUTAGE_PAUSE)
+        return "stopped"
     _record(error, claim, context)
     return "failed"
 
 
-def _ended(claim: Claim, began: float, outcome: Outcome) -> Outcome:
-    log.info(f"shard {outcome}", extra={**claim.labels, "seconds": round(time.monotonic() - began, 3)})
-    return outcome
+class _Beginning:
+    """A shard from its beginning: its time, and its span."""
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._began = time.monotonic()
+        attributes = {f"gradstore.{name}": value for name, value in claim.labels.items() if name != "request"}
+        self._end_span = tracing.begin(f"shard {claim.kind}", request=claim.request_id, attributes=attributes)
+
+    def ended(self, outcome: Outcome) -> Outcome:
+        """Tell the log, the metrics and the trace how it ended."""
+        seconds, kind = time.monotonic() - self._began, self._claim.kind
+        SHARDS.labels(kind, outcome).inc()
+        SECONDS.labels(kind).observe(seconds)
+        self._end_span(attributes={"gradstore.outcome": outcome}, error=outcome == "failed")
+        log.info(f"shard {outcome}", extra={**self._claim.labels, "seconds": round(seconds, 3)})
+        return outcome
 
 
 def tend(context: Context, seen: Sequence[Publication] = ()) -> list[Publication]:
@@ -104,6 +143,7 @@ def tend(context: Context, seen: Sequence[Publication] = ()) -> list[Publication
     """
     put_back = context.jobs.sweep()
     if put_back:
+        EXPIRIES.inc(put_back)
         log.warning("shards put back", extra={"shards": put_back})
     waiting = context.jobs.unpublished()
     late = [publication for publication in waiting if publication in seen]
@@ -115,37 +155,21 @@ def tend(context: Context, seen: Sequence[Publication] = ()) -> list[Publication
 
 def tidy(context: Context) -> None:
     """Remove what killed processes left behind and nobody will ask for."""
-    wanted = {(one.segment, one.start, one.attempt) for one in context.jobs.unpublished()}
-    for left in context.store.attempts():
-        if left.age_seconds > LEFT_OVER and (left.segment, left.start, left.attempt) not in wanted:
-            discard(context, left.segment, start=left.start, attempt=left.attempt)
-    context.store.sweep(older_than=LEFT_OVER)
+    for left in leftovers.attempts(context, older_than=OLD):
+        left.remove()
+    context.store.sweep(older_than=OLD)
     context.checkpoints.sweep()
-    context.validations.sweep(older_than=LEFT_OVER)
-    context.attributions.sweep(older_than=LEFT_OVER)
-    context.answers.sweep(older_than=LEFT_OVER)
-    segments, checkpoints = select(SegmentRow.id), select(CheckpointRow.id)
-    unfinished = select(JobRow.id).where(JobRow.status != "succeeded")
-    _delete_unknown(context, segments, context.store.root.glob("seg_*"), context.store.delete)
-    _delete_unknown(context, checkpoints, context.checkpoints.root.glob("ck_*"), context.checkpoints.delete)
-    _delete_unknown(
-        context, unfinished, context.settings.work.glob("ft_*"),
-        lambda job: shutil.rmtree(context.settings.work / job, ignore_errors=True),
-    )  # fmt: skip
-    _delete_unknown(context, unfinished, context.settings.imports.glob("imp_*"), context.imports.forget)
-
-
-def _delete_unknown(
-    context: Context, known: Select[str], folders: Iterable[Path], delete: Callable[[str], None]
-) -> None:
-    """Delete old folders whose ids the catalog does not know: checkpoints of an attempt that lost, or a segment or a
-    training that was deleted, and made again by a worker that had stalled.
-    """
-    places = {folder.name: folder for folder in folders}
-    left = [id for id in context.catalog.unknown(known, places) if untouched_for(places[id]) > LEFT_OVER]
-    gone = context.catalog.delete_unknown(known, left, delete_files=delete) if left else []
-    if gone:
-        log.warning("left behind and deleted", extra={"folders": gone})
+    context.trainings.sweep(context.catalog, older_than=OLD)
+    context.attributions.sweep(older_than=OLD)
+    context.estimates.sweep(older_than=OLD)
+    context.projectors.files.sweep(older_than=OLD)
+    context.streams.sweep(older_than=OLD)
+    context.answers.sweep(older_than=OLD)
+    for depot in context.depots:
+        depot.tidy(older_than=OLD)
+    for orphan in leftovers.orphans(context, older_than=OLD, parts=MADE_BY_WORKERS):
+        log.warning("left behind and deleted", extra={"place": orphan.place})
+        orphan.remove()
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -153,11 +177,19 @@ def _delete_unknown(
 
 def _record(error: Exception, claim: Claim, context: Context) -> None:
     id = f"log_{token_hex(6)}"
-    problem, permanent = describe(error, id)
+    problem, permanent = describe(_of_the_hub(error, claim) or error, id)
     log.error("shard raised", exc_info=error, extra={**claim.labels, "id": id, "permanent": permanent})
     if is_out_of_memory(error):
         context.loaded.clear()
     context.jobs.fail(claim, problem, permanent=permanent)
+
+
+def _of_the_hub(error: Exception, claim: Claim) -> GradstoreError | None:
+    """What the hub has to do with an error of a job that works with a model of it."""
+    plan = {**claim.request, **claim.plan}
+    if isinstance(error, GradstoreError) or plan.get("model") is None:
+        return None
+    return hub.explained(error, plan["model"], plan.get("revision"))
 
 
 def describe(error: Exception, id: str) -> tuple[Problem, bool]:
@@ -172,7 +204,8 @@ def describe(error: Exception, id: str) -> tuple[Problem, bool]:
         first = (str(error).strip().splitlines() or ["no message"])[0]
         error = UnexpectedError(f"{type(error).__name__}: {first} (the traceback is in the worker's log under {id})")
     problem = problem_of(error, status=422 if foreseen else 500, instance=id)
-    return problem, foreseen and not isinstance(error, Damaged)
+    passing = (Damaged, BucketUnreachable, HubUnreachable, LabellerFails)
+    return problem, foreseen and not isinstance(error, passing)
 
 
 # Kinds ----------------------------------------------------------------------------------------------------------------
@@ -186,6 +219,15 @@ _WORK: dict[JobKind, Work] = {
     "scoring": scoring.work,
     "validation": validations.work,
     "attribution": attributions.work,
+    "predictor": predictors.work,
+    "cascade": cascades.work,
+    "estimates": estimates.work,
+    "estimate-validation": estimate_validations.work,
+    "comparison": comparisons.work,
+    "projector": projectors.work,
+    "embedding": embeddings.work,
+    "annotation": labelling.work,
+    "stream": streams.work,
 }
 
 KINDS: tuple[JobKind, ...] = tuple(_WORK)

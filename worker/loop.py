@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -19,24 +20,27 @@ from typing import Self
 from gradstore.types import JobKind
 from sqlalchemy.exc import SQLAlchemyError
 
-from datastore.errors import first_line
+from datastore.errors import BucketUnreachable, first_line
 from datastore.leases import Claim, Publication
 from worker.context import Context
+from worker.devices import memory
 from worker.jobs import KINDS, Outcome, compute, tend, tidy
 from worker.speed import measure
 
 log = logging.getLogger(__name__)
 
-CARE_INTERVAL = 5.0  # seconds between two looks after the others, where the lease is not shorter
+CARE_INTERVAL = 5.0  # seconds between two signs of life and looks after the others, where the lease is not shorter
 TIDY_INTERVAL = 600.0  # seconds between two looks for what killed processes left on the disk
 
 
 class Caretaker:
     """Shows that the worker is alive, and finishes what dead ones left, while its `with` block runs."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, *, kinds: Collection[JobKind] = KINDS) -> None:
         self._context = context
-        self._job: str | None = None
+        self._kinds = kinds
+        self._at: tuple[str, int] | None = None
+        """Job and shard."""
         self._over = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._care, name="caretaker", daemon=True)
@@ -58,10 +62,8 @@ class Caretaker:
             log.warning("the catalog does not answer", extra={"reason": first_line(problem)})
 
     def working_on(self, claim: Claim | None) -> None:
-        """Say which job the worker is at; that it is at none any more is seen at the next look."""
-        self._job = claim.job if claim else None
-        if claim is not None:
-            self._wake.set()
+        """Say which shard the worker is at, for its next sign of life; the claim itself has recorded it, too."""
+        self._at = (claim.job, claim.number) if claim else None
 
     def _care(self) -> None:
         interval = min(CARE_INTERVAL, self._context.settings.lease / 3)
@@ -72,18 +74,23 @@ class Caretaker:
             if self._over.is_set():
                 return
             try:
-                self._context.jobs.announce(
-                    self._context.owner, device=str(self._context.device), job=self._job, flops=self._flops
-                )
+                self._announce()
                 if time.monotonic() - looked >= interval:
                     looked = time.monotonic()
                     waiting = tend(self._context, waiting)
                 if time.monotonic() - tidied >= TIDY_INTERVAL:
                     tidied = time.monotonic()
                     tidy(self._context)
-            except (SQLAlchemyError, OSError) as problem:  # the worker outlives a catalog or a disk that is away
+            except (SQLAlchemyError, OSError, BucketUnreachable) as problem:  # which the worker outlives
                 log.warning("care is late", extra={"reason": first_line(problem)})
             self._wake.wait(interval)
+
+    def _announce(self) -> None:
+        device, (job, shard) = self._context.device, self._at or (None, None)
+        self._context.jobs.announce(
+            self._context.owner, device=str(device), job=job, shard=shard, flops=self._flops, kinds=self._kinds,
+            host=socket.gethostname(), memory=memory(device),
+        )  # fmt: skip
 
 
 def drain(
@@ -130,13 +137,13 @@ def _claim(context: Context, kinds: Collection[JobKind]) -> Claim | None:
     # a look that takes no lock comes first: idle workers leave SQLite to those who write
     if context.leaving.is_set() or not context.jobs.waiting(kinds=kinds):
         return None
-    return context.jobs.claim(context.owner, kinds=kinds, prefer=context.ahead.shard)
+    return context.jobs.claim(context.owner, kinds=kinds, prefer=context.ahead.shard, turns=context.turns)
 
 
 def work_until_left(context: Context, *, kinds: Collection[JobKind] = KINDS, once: bool = False) -> None:
     """Look for shards and do them until the worker is asked to leave; with `once`, until none waits."""
     log.info("worker ready", extra={"worker": context.owner, "device": str(context.device), "kinds": sorted(kinds)})
-    with Caretaker(context) as caretaker:
+    with Caretaker(context, kinds=kinds) as caretaker:
         while not context.leaving.is_set():
             try:
                 drain(context, caretaker, kinds=kinds)

@@ -87,6 +87,10 @@ class ModelError(ValueError):
 
 
 _LOADING = Lock()
+ONLY_PICKLED = (
+    "it has no safetensors weights, and pickled ones could run code: name a revision that has them, or a folder that "
+    "save_pretrained(..., safe_serialization=True) wrote"
+)
 
 
 @contextmanager
@@ -100,7 +104,8 @@ def loading(what: str) -> Iterator[None]:
         with _LOADING:
             yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{what} cannot be loaded: {_first_line(error)}") from error
+        pickled = "use_safetensors=True" in str(error)  # which transformers advises to leave away
+        raise ModelError(f"{what} cannot be loaded: {ONLY_PICKLED if pickled else _first_line(error)}") from error
 
 
 def use_cpu_threads(threads: int | None = None) -> int:
@@ -173,14 +178,15 @@ def load_model(
     return frozen
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: Path, *, config: LoraConfig | None = None) -> PeftModel:
     """Put the LoRA adapter in `folder` (PEFT's layout, safetensors) on `base`, its parameters requiring gradients.
 
-    `base` is changed in place; `unload_adapter` gives it back, so that several checkpoints share one base model.
-    Raises ModelError where the folder is no LoRA adapter of a causal language model, or does not fit `base`, which is
-    then as it was.
+    `base` is changed in place; `unload_adapter` gives it back, so that several checkpoints share one base model. A
+    `config` is what the adapter is made by instead of what the folder says. Raises ModelError where the folder is no
+    LoRA adapter of a causal language model, or does not fit `base`, which is then as it was.
     """
-    config = _lora_config(folder)
+    own = lora_config(folder)
+    config = own if config is None else config
     before = _Before.of(base, folder, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters in them is refused below
@@ -308,7 +314,8 @@ def _quantised(quantisation: Quantisation, precision: Precision) -> BitsAndBytes
     return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]  # transformers'
 
 
-def _lora_config(folder: Path) -> LoraConfig:
+def lora_config(folder: Path) -> LoraConfig:
+    """What the folder of a LoRA adapter says of it. Raises ModelError where it is none, or cannot be used here."""
     settings = _adapter_config(folder)
     if settings.get("peft_type") != "LORA":
         raise ModelError(f"the adapter is of type {settings.get('peft_type')!r}; only LORA adapters have features here")

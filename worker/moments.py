@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
+from datastore import hub
 from datastore.checkpoints import ADAPTER_WEIGHTS, file_key, parameter_name, trainable
 from datastore.errors import GradstoreError, InvalidCheckpoint, first_line
 from datastore.tensors import read_header
@@ -164,7 +165,7 @@ def _model_parameters(adapter: Path, model: str, revision: str | None) -> list[t
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise InvalidCheckpoint(
             f"its parameters are numbered, and the model {model!r} that would name them cannot be built: "
-            f"{first_line(error)}"
+            f"{first_line(hub.explained(error, model, revision) or error)}"
         ) from error
     decaying = set(get_parameter_names(skeleton, [nn.LayerNorm], NOT_DECAYING))  # type: ignore[no-untyped-call]  # likewise
     return [(name, name in decaying) for name, parameter in skeleton.named_parameters() if parameter.requires_grad]

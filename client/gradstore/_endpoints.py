@@ -10,23 +10,53 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Generic, Literal, Required, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from pydantic import BaseModel
 
 from gradstore._uploads import PathOrFile, Upload, source
-from gradstore.results import AttributionJob, EvaluationJob, FinetuneJob, Selection, ValidationJob
+from gradstore.results import (
+    AttributionJob,
+    ComparisonJob,
+    EstimatesJob,
+    EstimateValidationJob,
+    EvaluationJob,
+    FinetuneJob,
+    ProjectorJob,
+    Selection,
+    ValidationJob,
+)
 from gradstore.types import (
     AdamForm,
+    Adapter,
     Aggregate,
+    Allocation,
+    AnnotatedRows,
+    AnnotationEstimate,
+    AnnotationJob,
     AnyJob,
     Attention,
+    AuditEntry,
+    Capability,
+    CapabilityHistogram,
+    CascadeEstimate,
+    CascadeJob,
     Checkpoint,
     Combine,
+    ComparisonEstimate,
+    Contestant,
     ConversionJob,
     DedupeBy,
+    EmbeddedRows,
+    EmbeddingEstimate,
+    EmbeddingJob,
     Estimate,
+    EstimatedSubsets,
+    EstimateMetric,
+    EstimateMode,
+    EstimatesCost,
     ExampleRows,
     Explanations,
     ExportFormat,
@@ -35,20 +65,33 @@ from gradstore.types import (
     FeatureRows,
     GradientKind,
     GradientsJob,
+    GroupBy,
     Health,
     ImportJob,
     JobKind,
     JobStatus,
+    Labeller,
     Lengths,
+    LogoddsForm,
     LoraSettings,
     Method,
     Overlaps,
     Page,
     Precision,
+    PredictorEstimate,
+    PredictorInput,
+    PredictorJob,
+    PredictorModel,
     ProjectionName,
+    ProjectorConfig,
+    ProjectorEpochs,
+    ProjectorEstimate,
+    ProjectorStreams,
     Provenance,
     Quantisation,
+    Readiness,
     Reduction,
+    RouterSettings,
     Run,
     ScoreDistribution,
     Scores,
@@ -58,8 +101,11 @@ from gradstore.types import (
     Split,
     StoredProjection,
     Strategy,
+    StreamJob,
+    SubsetSearch,
     Task,
     TaskKind,
+    Taxonomy,
     TemplateName,
     UploadedDataset,
     Usage,
@@ -198,7 +244,12 @@ def tasks_register(path: str | os.PathLike[str], *, name: str, kind: TaskKind, r
     return _post("tasks", Task, path=os.fspath(path), name=name, kind=kind, replace=replace)
 
 
-# Checkpoints and runs -----------------------------------------------------------------------------------------------
+def tasks_content(name: str, /, *, split: Split | None = None, rows: int | None = None) -> Call[None]:
+    """Get a task's rows as a dataset takes them."""
+    return _content(_path("tasks", name, "content"), _params(split=split, rows=rows))
+
+
+# Checkpoints, adapters and runs --------------------------------------------------------------------------------------
 
 
 class CheckpointFields(TypedDict, total=False):
@@ -227,6 +278,70 @@ def checkpoints_register(
     return _post("checkpoints", Checkpoint, path=None if path is None else os.fspath(path), **fields)
 
 
+class AdapterFields(TypedDict, total=False):
+    """What is said of an adapter beside where it is, see `gradstore.types.AdapterRegister`."""
+
+    name: str | None
+    base_model: str | None
+    revision: str | None
+    dataset: str | None
+    trained_on: str | None
+
+
+def adapters_upload(folder: PathOrFile, *, progress: bool = False, **fields: Unpack[AdapterFields]) -> Call[Adapter]:
+    """Put an adapter into the bank: upload its PEFT folder, or a zip of one."""
+    return _uploading("adapters", Adapter, folder, "files", _form(**fields), progress=progress)
+
+
+def adapters_register(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    finetune: str | None = None,
+    checkpoint: str | None = None,
+    **fields: Unpack[AdapterFields],
+) -> Call[Adapter]:
+    """Put an adapter into the bank of a fine-tune, a checkpoint, or a PEFT folder that lies on the server."""
+    source = {"finetune": finetune, "checkpoint": checkpoint, "path": None if path is None else os.fspath(path)}
+    return _post("adapters", Adapter, **source, **fields)
+
+
+def adapters_list(
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    rank: int | None = None,
+    target: str | Sequence[str] | None = None,
+    dataset: str | None = None,
+) -> Call[Page[Adapter]]:
+    """Iterate over the adapters, the newest first: of a base model, a rank, a dataset, and on all of some targets."""
+    asked = _params(base_model=base_model, revision=revision, rank=rank, target=target, dataset=dataset)
+    return Call(method="GET", path="/adapters", params=asked, answer=Page[Adapter])
+
+
+class MixtureFields(TypedDict, total=False):
+    """A mixture of LoRA experts, see `gradstore.types.MixtureSettings`."""
+
+    experts: int | str | Sequence[int] | None
+    top_k: int | str | Sequence[int] | None
+    rank: int | Sequence[int] | None
+    alpha: float | None
+    modules: Sequence[str] | None
+    router: RouterSettings | Mapping[str, Any] | None
+    router_only: bool | None
+
+
+def allocations_preview(
+    model: str, *, revision: str | None = None, precision: Precision | None = None, **mixture: Unpack[MixtureFields]
+) -> Call[Allocation]:
+    """What a mixture would take in a model: layers, numbers and bytes; nothing is kept."""
+    settings = {name: value for name, value in mixture.items() if value is not None}
+    router = settings.get("router")
+    if isinstance(router, BaseModel):
+        settings["router"] = router.model_dump(mode="json")
+    body = {"model": model, "revision": revision, "precision": precision, "mixture": settings}
+    return _post("allocations/preview", Allocation, **body)
+
+
 def runs_create(checkpoints: Sequence[str], *, name: str | None = None) -> Call[Run]:
     """Group checkpoints of one base model into a run, in this order."""
     return _post("runs", Run, checkpoints=_many(checkpoints), **_given(name=name))
@@ -245,6 +360,7 @@ class GradientsFields(TypedDict, total=False):
     weights: str | Sequence[str] | None
     kinds: FeatureKind | Sequence[FeatureKind] | None
     adam: AdamForm | Literal["both"] | None
+    logodds_form: LogoddsForm | None
     reduction: Reduction | None
     dims: int | Sequence[int] | None
     projection: ProjectionName | None
@@ -355,6 +471,7 @@ class Question(TypedDict, total=False):
     weights: str | Sequence[str] | None
     kind: FeatureKind | None
     adam: AdamForm | None
+    logodds_form: LogoddsForm | None
     reduction: Reduction | None
     dim: int | None
     dtype: FeatureDtype | None
@@ -369,6 +486,12 @@ class Question(TypedDict, total=False):
     aggregate: Aggregate | None
     combine: Combine | None
     method: SelectionMethod | None
+    by: str | None
+    budget: float | None
+    strategy: Strategy | None
+    neighbours: int | None
+    beta: float | None
+    capabilities: str | Sequence[str] | None
     selection_seed: int | None
 
 
@@ -379,7 +502,6 @@ class Choice(TypedDict, total=False):
     k: int | None
     exclude: str | Sequence[str] | None
     exclude_ids: str | Sequence[str] | None
-    strategy: Strategy | None
     among: int | None
     clusters: int | None
     quota: str | Sequence[str] | Mapping[str, float] | None
@@ -597,6 +719,110 @@ def validations_estimate(**fields: Unpack[ValidationFields]) -> Call[ValidationE
     return _post("validations", ValidationEstimate, **fields, dry_run=True)
 
 
+# Predictors and cascades ------------------------------------------------------------------------------------------
+
+
+class Predicting(TypedDict, total=False):
+    """What predictors and cascades have in common: `gradstore.types.PredictorSettings`."""
+
+    dataset: Required[str]
+    task: Required[str]
+    run: str | None
+    checkpoints: Sequence[str] | None
+    weights: str | Sequence[str] | None
+    kind: FeatureKind | None
+    adam: AdamForm | None
+    logodds_form: LogoddsForm | None
+    reduction: Reduction | None
+    dim: int | None
+    dtype: FeatureDtype | None
+    converted_from: FeatureDtype | Literal["none"] | None
+    projection: ProjectionName | None
+    seed: int | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | Literal["none"] | None
+    aggregate: Aggregate | None
+    features: Sequence[PredictorInput] | None
+    input_checkpoint: str | None
+    encoder: str | None
+    model: PredictorModel | Literal["auto"] | None
+    folds: int | None
+    predictor_seed: int | None
+    name: str | None
+
+
+class PredictorFields(Predicting, total=False):
+    """The fields of `gradstore.types.PredictorRequest`, which describes them and has their defaults."""
+
+    sample: str | None
+    fraction: float | None
+    rows: int | None
+    levels: int | None
+    controls: bool | None
+
+
+class CascadeFields(Predicting, total=False):
+    """The fields of `gradstore.types.CascadeRequest`, which describes them and has their defaults."""
+
+    budget: Required[float]
+    sample_share: float | None
+    rounds: int | None
+
+
+def predictors_create(**fields: Unpack[PredictorFields]) -> Call[PredictorJob]:
+    """Learn to predict a task's influence from a sample of a pool, measure how well that goes, and predict all rows."""
+    return _post("predictors", PredictorJob, **_lists(fields))
+
+
+def predictors_estimate(**fields: Unpack[PredictorFields]) -> Call[PredictorEstimate]:
+    """Say what `create` with the same arguments would read and fit, and start nothing."""
+    return _post("predictors", PredictorEstimate, **_lists(fields), dry_run=True)
+
+
+def cascades_create(**fields: Unpack[CascadeFields]) -> Call[CascadeJob]:
+    """Compute gradients of a random sample of a pool and of the rows predicted best from it, and of no others."""
+    return _post("cascades", CascadeJob, **_lists(fields))
+
+
+def cascades_estimate(**fields: Unpack[CascadeFields]) -> Call[CascadeEstimate]:
+    """Say what `create` with the same arguments would compute, and start nothing."""
+    return _post("cascades", CascadeEstimate, **_lists(fields), dry_run=True)
+
+
+# Comparisons ------------------------------------------------------------------------------------------------------
+
+
+class ComparisonFields(Training, total=False):
+    """The fields of `gradstore.types.ComparisonRequest`, which describes them and has their defaults."""
+
+    dataset: Required[str]
+    tasks: Required[str | Sequence[str]]
+    pct: float | None
+    k: int | None
+    contestants: Sequence[Contestant | Mapping[str, Any]] | None
+    train: bool | None
+    model: str | None
+    method: Method | None
+    split: Split | None
+    repeats: int | None
+    bootstrap_samples: int | None
+    name: str | None
+
+
+def comparisons_create(**fields: Unpack[ComparisonFields]) -> Call[ComparisonJob]:
+    """Select in several ways from one pool, and compare what is selected, what it costs and what training on it
+    gives."""
+    return _post("comparisons", ComparisonJob, **_lists(fields))
+
+
+def comparisons_estimate(**fields: Unpack[ComparisonFields]) -> Call[ComparisonEstimate]:
+    """Say what `create` with the same arguments would compare, how many trainings it would do and how long, and start
+    nothing."""
+    return _post("comparisons", ComparisonEstimate, **_lists(fields), dry_run=True)
+
+
 # Attributions -----------------------------------------------------------------------------------------------------
 
 
@@ -614,6 +840,7 @@ class AttributionFields(TypedDict, total=False):
     kind: FeatureKind | None
     query_kind: Literal["sgd", "adam", "sign"] | None
     adam: AdamForm | None
+    logodds_form: LogoddsForm | None
     reduction: Reduction | None
     dim: int | None
     dtype: FeatureDtype | None
@@ -637,6 +864,252 @@ def attributions_create(
     """
     listed = [rows] if isinstance(rows, Mapping) else list(rows)
     return _post("attributions", AttributionJob, rows=[dict(row) for row in listed], **_lists(fields))
+
+
+# Estimates --------------------------------------------------------------------------------------------------------
+
+
+class EstimatesFields(TypedDict, total=False):
+    """The fields of `gradstore.types.EstimatesRequest`, which describes them and has their defaults."""
+
+    dataset: Required[str]
+    tasks: Required[str | Sequence[str]]
+    checkpoint: str | None
+    logodds_form: LogoddsForm | None
+    dim: int | None
+    dtype: FeatureDtype | None
+    projection: ProjectionName | None
+    seed: int | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | Literal["none"] | None
+    group_by: GroupBy | None
+    labels: Mapping[str, str] | None
+    annotations: str | None
+    clusters: int | None
+    search: SubsetSearch | None
+    subsets: Sequence[Sequence[str]] | None
+    count: int | None
+    fraction: float | None
+    draw_seed: int | None
+    metric: EstimateMetric | None
+    c: float | None
+    scale: float | None
+    abs_scale: float | None
+    rescale: bool | None
+    mode: EstimateMode | None
+    keep_adapters: bool | None
+    max_new_tokens: int | None
+    name: str | None
+
+
+def estimates_create(**fields: Unpack[EstimatesFields]) -> Call[EstimatesJob]:
+    """Estimate what training on each of many subsets of a pool would do for tasks, from stored features alone."""
+    return _post("estimates", EstimatesJob, **_lists(fields))
+
+
+def estimates_estimate(**fields: Unpack[EstimatesFields]) -> Call[EstimatesCost]:
+    """Say how many subsets `create` with the same arguments would estimate and how long, and start nothing."""
+    return _post("estimates", EstimatesCost, **_lists(fields), dry_run=True)
+
+
+def estimates_subsets(name: str, /, *, limit: int | None = None, after: str | None = None) -> Call[EstimatedSubsets]:
+    """Get a page of the subsets of estimates."""
+    params = _params(limit=limit, after=after)
+    return Call(method="GET", path=_path("estimates", name, "subsets"), params=params, answer=EstimatedSubsets)
+
+
+class EstimateValidationFields(Training, total=False):
+    """The fields of `gradstore.types.EstimateValidationRequest`, which describes them and has their defaults."""
+
+    estimates: Required[str]
+    task: str | None
+    model: Required[str]
+    method: Method | None
+    split: Split | None
+    subsets: int | None
+    scales: Sequence[float] | None
+    bootstrap_samples: int | None
+    name: str | None
+
+
+def estimate_validations_create(**fields: Unpack[EstimateValidationFields]) -> Call[EstimateValidationJob]:
+    """Train on some of the subsets of estimates, and compare the losses that come of it with those estimated."""
+    return _post("estimates/validations", EstimateValidationJob, **fields)
+
+
+def estimate_validations_estimate(**fields: Unpack[EstimateValidationFields]) -> Call[ValidationEstimate]:
+    """Say how many trainings `create` with the same arguments would do and how long, and start nothing."""
+    return _post("estimates/validations", ValidationEstimate, **fields, dry_run=True)
+
+
+# Projectors and embeddings ----------------------------------------------------------------------------------------
+
+
+class ProjectorFields(TypedDict, total=False):
+    """The fields of `gradstore.types.ProjectorRequest`, which describes them and has their defaults."""
+
+    streams: Required[ProjectorStreams | Mapping[str, str]]
+    annotations: Required[str]
+    config: ProjectorConfig | Mapping[str, Any] | None
+    seed: int | None
+    name: str | None
+
+
+def projectors_create(**fields: Unpack[ProjectorFields]) -> Call[ProjectorJob]:
+    """Train a network that tells from its streams which capabilities a row calls for."""
+    return _post("projectors", ProjectorJob, **fields)
+
+
+def projectors_estimate(**fields: Unpack[ProjectorFields]) -> Call[ProjectorEstimate]:
+    """Say how long `create` with the same arguments would train, and start nothing."""
+    return _post("projectors", ProjectorEstimate, **fields, dry_run=True)
+
+
+def projectors_epochs(name: str, /) -> Call[ProjectorEpochs]:
+    """Get the epochs of a projector that have ended so far, also while it is at work."""
+    return Call(method="GET", path=_path("projectors", name, "epochs"), answer=ProjectorEpochs)
+
+
+def projectors_content(name: str, /) -> Call[None]:
+    """Get the network as safetensors, with what its rows are standardised with."""
+    return _content(_path("projectors", name, "content"))
+
+
+def projectors_histogram(name: str, /, *, selection: str) -> Call[CapabilityHistogram]:
+    """Count the capabilities of a selection, of whatever method, and of the datasets that it was chosen from."""
+    path, params = _path("projectors", name, "histogram"), _params(selection=selection)
+    return Call(method="GET", path=path, params=params, answer=CapabilityHistogram)
+
+
+def embeddings_create(
+    *, projector: str, streams: ProjectorStreams | Mapping[str, str], name: str | None = None
+) -> Call[EmbeddingJob]:
+    """Place the rows of a dataset, or of a task, in a projector's ability space, by streams made as its own were."""
+    return _post("embeddings", EmbeddingJob, projector=projector, streams=streams, name=name)
+
+
+def embeddings_estimate(
+    *, projector: str, streams: ProjectorStreams | Mapping[str, str], name: str | None = None
+) -> Call[EmbeddingEstimate]:
+    """Say what `create` with the same arguments would place and keep, and start nothing."""
+    return _post("embeddings", EmbeddingEstimate, projector=projector, streams=streams, name=name, dry_run=True)
+
+
+def embeddings_rows(
+    name: str, /, *, limit: int | None = None, after: str | None = None, accept: str = "application/json"
+) -> Call[EmbeddedRows]:
+    """Get a page of an embedding's rows."""
+    params = _params(limit=limit, after=after)
+    return Call(method="GET", path=_path("embeddings", name, "rows"), params=params, answer=EmbeddedRows, accept=accept)
+
+
+# Streams, annotations and taxonomies ----------------------------------------------------------------------------------
+
+
+class StreamFields(TypedDict, total=False):
+    """The fields of `gradstore.types.StreamRequest`, which describes them and has their defaults."""
+
+    kind: Required[Literal["gradients", "hidden", "routing"]]
+    dataset: str | None
+    task: str | None
+    gradients: str | None
+    feature_set: str | None
+    checkpoint: str | None
+    layers: int | Sequence[int] | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    quantisation: Quantisation | None
+    token_budget: int | None
+    name: str | None
+
+
+def streams_create(**fields: Unpack[StreamFields]) -> Call[StreamJob]:
+    """Name gradients of the store as a stream, or compute hidden states or routing weights of a dataset's rows, or of a
+    task's validation rows."""
+    return _post("streams", StreamJob, **_lists(fields))
+
+
+def streams_upload(
+    path: PathOrFile,
+    *,
+    dataset: str | None = None,
+    task: str | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    name: str | None = None,
+    progress: bool = False,
+) -> Call[StreamJob]:
+    """Upload rows of numbers, joined by id: a folder (or zip) with one .npy and `ids.json`, or a .safetensors file with
+    ids in its metadata.
+
+    `on_error="skip"` leaves out rows that are not finite and ids that no row has, and says so; else they are refused.
+    """
+    form = _form(dataset=dataset, task=task, on_error=on_error, name=name)
+    return _uploading("streams", StreamJob, path, "files", form, progress=progress)
+
+
+class AnnotationFields(TypedDict, total=False):
+    """The fields of `gradstore.types.AnnotationRequest`, which describes them and has their defaults."""
+
+    dataset: str | None
+    task: str | None
+    by: Literal["origin", "labeller"] | None
+    taxonomy: str | None
+    on_error: Literal["fail", "skip"] | None
+    labeller: Labeller | Mapping[str, Any] | None
+    again: str | None
+    name: str | None
+
+
+def streams_content(name: str, /, *, accept: str, start: int | None = None, stop: int | None = None) -> Call[None]:
+    """Get the rows of a stream, as an array of float32."""
+    return _content(_path("streams", name, "content"), _params(start=start, stop=stop), accept=accept)
+
+
+def annotations_create(**fields: Unpack[AnnotationFields]) -> Call[AnnotationJob]:
+    """Label rows by their origin, or by a chat model that the server's operator allows; or ask `again` about the rows
+    whose replies could not be read."""
+    return _post("annotations", AnnotationJob, **fields)
+
+
+def annotations_estimate(**fields: Unpack[AnnotationFields]) -> Call[AnnotationEstimate]:
+    """Say how many rows `create` with the same arguments would ask a labeller about, and ask nobody."""
+    return _post("annotations", AnnotationEstimate, **fields, dry_run=True)
+
+
+def annotations_upload(
+    file: PathOrFile,
+    *,
+    dataset: str | None = None,
+    task: str | None = None,
+    taxonomy: str | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    name: str | None = None,
+    progress: bool = False,
+) -> Call[AnnotationJob]:
+    """Upload labels, joined by id: JSONL, a JSON array or Parquet of `{id, categories}` (or `category`).
+
+    `on_error="skip"` leaves out entries with unknown ids or names, and says so; else they are refused by line.
+    """
+    form = _form(dataset=dataset, task=task, taxonomy=taxonomy, on_error=on_error, name=name)
+    return _uploading("annotations", AnnotationJob, file, "file", form, progress=progress)
+
+
+def annotations_rows(
+    name: str, /, *, unparsed: bool | None = None, limit: int | None = None, after: str | None = None
+) -> Call[AnnotatedRows]:
+    """Get a page of an annotation's rows with their labels."""
+    params = _params(unparsed=unparsed, limit=limit, after=after)
+    return Call(method="GET", path=_path("annotations", name, "rows"), params=params, answer=AnnotatedRows)
+
+
+def taxonomies_create(
+    capabilities: Sequence[Capability | Mapping[str, Any]] | None = None, *, name: str | None = None
+) -> Call[Taxonomy]:
+    """Record capabilities (`name`, `definition`) that rows can be labelled with; by default the thirteen of CODS."""
+    return _post("taxonomies", Taxonomy, capabilities=capabilities, name=name)
 
 
 # Jobs and the service -----------------------------------------------------------------------------------------------
@@ -672,9 +1145,20 @@ def retrier(job: type[BodyT]) -> Callable[[str], Call[BodyT]]:
     return retry
 
 
+def jobs_prioritise(name: str, priority: int, /) -> Call[AnyJob]:
+    """Have the shards of the job with this id done before those of jobs with a lower priority (-10 to 10, at first 0),
+    from the next one on."""
+    return Call(method="PATCH", path=_path("jobs", name), json={"priority": priority}, answer=AnyJob)
+
+
 def checkpoints_content(name: str, /) -> Call[None]:
     """Get the adapter as a zip of a PEFT folder."""
     return _content(_path("checkpoints", name, "content"), accept="application/zip")
+
+
+def adapters_content(name: str, /) -> Call[None]:
+    """Get an adapter of the bank as a zip of a PEFT folder."""
+    return _content(_path("adapters", name, "content"), accept="application/zip")
 
 
 def finetunes_content(name: str, /) -> Call[None]:
@@ -683,8 +1167,25 @@ def finetunes_content(name: str, /) -> Call[None]:
 
 
 def health() -> Call[Health]:
-    """Say whether the service can work, and which workers it has seen."""
+    """Say that the service lives, and its version."""
     return Call(method="GET", path="/health", answer=Health)
+
+
+def audit(*, key: str | None = None, since: datetime | None = None) -> Call[Page[AuditEntry]]:
+    """Iterate over who changed what, or was refused, the newest first; for keys with the scope `admin`.
+
+    `key`: only of this API key, by id or name. `since`: only from this (aware) time on.
+    """
+    params = _params(key=key, since=since.isoformat() if since else None)
+    return Call(method="GET", path="/audit", params=params, answer=Page[AuditEntry])
+
+
+def ready() -> Call[Readiness]:
+    """Say whether the service can work, what each part of it is at, and which workers it has seen.
+
+    Raises `Unavailable` with the reasons where it cannot.
+    """
+    return Call(method="GET", path="/ready", answer=Readiness)
 
 
 def usage() -> Call[Usage]:
@@ -695,10 +1196,10 @@ def usage() -> Call[Usage]:
 # Parts of a request -------------------------------------------------------------------------------------------------
 
 
-def _path(*parts: str) -> str:
+def _path(collection: str, *parts: str) -> str:
     if "" in parts:
         raise ValueError("an id or name is empty")
-    return "".join(f"/{quote(part, safe='')}" for part in parts)
+    return f"/{collection}" + "".join(f"/{quote(part, safe='')}" for part in parts)
 
 
 def _post(collection: str, answer: type[BodyT], /, **fields: Any) -> Call[BodyT]:
@@ -747,7 +1248,7 @@ def _many(value: Any) -> list[Any]:
 
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    several = {"checkpoints", "datasets", "dims", "kinds", "origins", "tasks", "weights"}
+    several = {"checkpoints", "datasets", "dims", "kinds", "layers", "origins", "tasks", "weights"}
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 
 

@@ -28,11 +28,19 @@ from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, 
 from pydantic import BaseModel, ValidationError
 
 from gradstore import _endpoints, errors
-from gradstore._endpoints import Call, Chosen, Question
+from gradstore._endings import array_type, content_format, export_format, table_type
+from gradstore._endpoints import Call, Chosen, ComparisonFields, Question
 from gradstore._progress import BytesBar, JobBar
-from gradstore.results import Selection, SucceededJob
+from gradstore.results import ComparisonJob, ComparisonResult, Selection, SucceededJob
 from gradstore.types import (
+    AnnotatedRow,
+    AnnotatedRows,
     AnyJob,
+    ComparisonRequest,
+    EmbeddedRow,
+    EmbeddedRows,
+    EstimatedSubset,
+    EstimatedSubsets,
     ExampleRow,
     ExampleRows,
     Explanation,
@@ -52,8 +60,8 @@ from gradstore.types import (
     ScoringJob,
     SelectedRow,
     SelectionRecipe,
+    Split,
     TableFormat,
-    Trainer,
 )
 
 PAGE = 1000  # rows asked for at a time
@@ -62,8 +70,6 @@ LISTED = 100  # resources asked for at a time
 PATIENCE = 300.0  # seconds a wait outlives a server that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 SCORES_WAIT = 20.0  # seconds a /select may take to answer before it becomes a job
-NPY = "application/x-npy"
-SAFETENSORS = "application/x-safetensors"
 RETRIED = frozenset({429, 502, 503, 504})
 
 ItemT = TypeVar("ItemT", bound=BaseModel)
@@ -281,6 +287,15 @@ def gradients_rows(job: str, /, *, feature_set: str | None = None) -> Stream[Fea
     yield from _paged(page)
 
 
+def estimates_subsets(estimates: str, /) -> Stream[EstimatedSubset]:
+    """Iterate over the subsets of estimates: their groups, and what training on each is estimated to give."""
+
+    def page(after: str | None) -> Flow[EstimatedSubsets]:
+        return send(_endpoints.estimates_subsets(estimates, limit=PAGE, after=after))
+
+    yield from _paged(page)
+
+
 def gradients_save_rows(
     job: str, path: str | os.PathLike[str], /, *, feature_set: str | None = None, progress: bool = False
 ) -> Flow[Path]:
@@ -289,7 +304,7 @@ def gradients_save_rows(
     `job` and `feature_set` are those of `rows`.
     """
     call = _endpoints.gradients_rows(job, feature_set=feature_set)
-    return download(replace(call, accept=_table_type(path, what="rows")), path, progress=progress)
+    return download(replace(call, accept=table_type(path, what="rows")), path, progress=progress)
 
 
 def gradients_save_features(
@@ -308,8 +323,26 @@ def gradients_save_features(
     `stop` choose rows, as a slice does. A row without a feature is NaN. `feature_set` is the id of one of the job's
     feature sets; Conflict lists them where it is left out and there are several.
     """
-    accept = _media_type(path, {".npy": NPY, ".safetensors": SAFETENSORS}, what="features")
+    accept = array_type(path, what="features")
     call = _endpoints.gradients_features(job, accept=accept, feature_set=feature_set, start=start, stop=stop)
+    return (yield from download(call, path, progress=progress))
+
+
+def streams_save(
+    stream: str,
+    path: str | os.PathLike[str],
+    /,
+    *,
+    start: int | None = None,
+    stop: int | None = None,
+    progress: bool = False,
+) -> Flow[Path]:
+    """Save the rows of a stream, float32 (rows, dim): as `.npy` or `.safetensors`, by the path's ending.
+
+    They are in the order of the dataset's or the task's rows, and NaN where one is absent; `start` and `stop` choose
+    rows, as a slice does. A `.safetensors` has their ids with them, as `upload` takes them.
+    """
+    call = _endpoints.streams_content(stream, accept=array_type(path, what="streams"), start=start, stop=stop)
     return (yield from download(call, path, progress=progress))
 
 
@@ -329,8 +362,8 @@ def selection(name: str, /, *, limit: int | None = None) -> Flow[Selection]:
 
 
 def _whole(first: Selection, limit: int | None) -> Flow[Selection]:
-    rows = list(first.data)
-    more = first.has_more
+    rows = list(first.data[:limit])
+    more = first.has_more or len(rows) < len(first.data)
     while more and (limit is None or len(rows) < limit):
         left = None if limit is None else limit - len(rows)
         page = yield from send(_endpoints.selections_get(first.id, limit=_page(left), after=_rows_seen(len(rows))))
@@ -558,7 +591,7 @@ def save_scores(
 ) -> Flow[Path]:
     """Save the whole score vector: as `.npy` or `.safetensors` (one number per row) or `.parquet` (a table), by the
     path's ending."""
-    accept = _table_type(path, what="scores")
+    accept = table_type(path, what="scores")
     call = _endpoints.scores(**question, wait=_patience(timeout))
     yield from _scored(replace(call, params=(*call.params, ("limit", "1"))), progress=progress, timeout=timeout)
     return (yield from download(replace(call, accept=accept), path, progress=progress))
@@ -596,6 +629,19 @@ def overlaps(
     return parse(Overlaps, (yield from _scored(call, progress=progress, timeout=timeout)))
 
 
+def compare(
+    *, progress: bool = False, timeout: float | None = None, **fields: Unpack[ComparisonFields]
+) -> Flow[SucceededJob[ComparisonRequest, ComparisonResult]]:
+    """Compare ways to select, and wait for the table: `compare(dataset="pool", tasks=["mmlu"], pct=0.05)`.
+
+    Begins the comparison, or finds the one of the same content, and waits for it as `comparisons.wait` does.
+    """
+    job = yield from send(_endpoints.comparisons_create(**fields))
+    get = _endpoints.getter("comparisons", ComparisonJob)
+    wait = waiter(get, SucceededJob[ComparisonRequest, ComparisonResult])
+    return (yield from wait(job, progress=progress, timeout=timeout))
+
+
 def selections_explanations(
     selection: str, /, *, origin: str | None = None, q: str | None = None
 ) -> Stream[Explanation]:
@@ -608,18 +654,6 @@ def selections_explanations(
         return send(_endpoints.selections_explanations(selection, origin=origin, q=q, limit=EXPLAINED, after=after))
 
     yield from _followed(page)
-
-
-def _table_type(path: str | os.PathLike[str], *, what: str) -> str:
-    """The media type of numbers saved under a path, by its ending."""
-    kinds = {".npy": NPY, ".safetensors": SAFETENSORS, ".parquet": "application/vnd.apache.parquet"}
-    return _media_type(path, kinds, what=what)
-
-
-def _media_type(path: str | os.PathLike[str], kinds: Mapping[str, str], *, what: str) -> str:
-    if Path(path).suffix not in kinds:
-        raise ValueError(f"{what} are saved as {' or '.join(kinds)}, not {Path(path).name}")
-    return kinds[Path(path).suffix]
 
 
 def _patience(timeout: float | None) -> float:
@@ -770,6 +804,15 @@ def datasets_rows(dataset: str, /, *, origin: str | None = None, q: str | None =
     yield from _followed(page)
 
 
+def annotations_rows(annotation: str, /, *, unparsed: bool = False) -> Stream[AnnotatedRow]:
+    """Iterate over an annotation's rows with their labels, in order; `unparsed`: those whose reply is no list."""
+
+    def page(after: str | None) -> Flow[AnnotatedRows]:
+        return send(_endpoints.annotations_rows(annotation, unparsed=unparsed or None, limit=PAGE, after=after))
+
+    yield from _followed(page)
+
+
 def datasets_lines(dataset: str, /) -> Stream[bytes]:
     """Iterate over the original rows, one line each, byte for byte."""
     return lines(_endpoints.datasets_content(dataset))
@@ -782,14 +825,58 @@ def datasets_download(
     return download(_endpoints.datasets_content(dataset, source=source), path, progress=progress)
 
 
+def tasks_download(
+    task: str,
+    path: str | os.PathLike[str],
+    /,
+    *,
+    split: Split | None = None,
+    rows: int | None = None,
+    progress: bool = False,
+) -> Flow[Path]:
+    """Save a task's rows as a dataset takes them (JSONL): by default each of its validation rows once.
+
+    With `rows` they are repeated until there are so many: what training on the few alone comes to is a baseline.
+    """
+    return download(_endpoints.tasks_content(task, split=split, rows=rows), path, progress=progress)
+
+
 def checkpoints_download(checkpoint: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:
     """Save the adapter as a PEFT folder; as a zip where the path ends in .zip."""
     return download_folder(_endpoints.checkpoints_content(checkpoint), path, progress=progress)
 
 
+def adapters_download(adapter: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:
+    """Save an adapter of the bank as a PEFT folder; as a zip where the path ends in .zip."""
+    return download_folder(_endpoints.adapters_content(adapter), path, progress=progress)
+
+
 def finetunes_download(finetune: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:
     """Save the last checkpoint as a PEFT folder (a full fine-tune: the model's); as a zip where the path ends so."""
     return download_folder(_endpoints.finetunes_content(finetune), path, progress=progress)
+
+
+def projectors_download(projector: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:
+    """Save a projector's network as safetensors, with what its rows are standardised with."""
+    return download(_endpoints.projectors_content(projector), path, progress=progress)
+
+
+def embeddings_rows(embedding: str, /) -> Stream[EmbeddedRow]:
+    """Iterate over the rows of an embedding: unit vectors, probabilities, and products with the base vectors."""
+
+    def page(after: str | None) -> Flow[EmbeddedRows]:
+        return send(_endpoints.embeddings_rows(embedding, limit=PAGE, after=after))
+
+    yield from _paged(page)
+
+
+def embeddings_save(embedding: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:
+    """Save an embedding: as `.npy` the unit vectors (rows, dim), as `.safetensors` probabilities and products, too.
+
+    A row without a place is NaN.
+    """
+    accept = array_type(path, what="features")
+    return download(_endpoints.embeddings_rows(embedding, accept=accept), path, progress=progress)
 
 
 def selections_lines(selection: str, /, *, format: Literal["ndjson", "csv"] = "ndjson") -> Stream[bytes]:
@@ -801,9 +888,12 @@ def selections_lines(selection: str, /, *, format: Literal["ndjson", "csv"] = "n
 
 
 def selections_save(selection: str, path: str | os.PathLike[str], /, *, progress: bool = False) -> Flow[Path]:
-    """Save the chosen original rows, best first; where the path ends in .csv, the sorted table (file, row, score)."""
-    kind: Literal["csv", "ndjson"] = "csv" if Path(path).suffix == ".csv" else "ndjson"
-    return download(_endpoints.selections_content(selection, format=kind), path, progress=progress)
+    """Save the chosen original rows, best first; where the path ends in .csv, the sorted table (file, row, score).
+
+    Raises `ValueError` where the path ends as a file of another kind does.
+    """
+    call = _endpoints.selections_content(selection, format=content_format(path))
+    return download(call, path, progress=progress)
 
 
 def selections_export(
@@ -821,21 +911,11 @@ def selections_export(
 
     The columns `selection_rank`, `selection_score` and so on say why a row was chosen; `scores=False` leaves them out.
     """
-    wanted = format or _table_format(path)
+    wanted = format or export_format(path)
     call = _endpoints.selections_export(selection, format=wanted, scores=scores)
     if wanted in get_args(TableFormat):
         return (yield from download(call, path, progress=progress))
     return (yield from download_folder(call, path, progress=progress))
-
-
-def _table_format(path: str | os.PathLike[str]) -> ExportFormat:
-    formats = {f".{name}": name for name in get_args(TableFormat)}
-    if Path(path).suffix not in formats:
-        raise ValueError(
-            f"rows are exported as {', '.join(formats)}, or as a folder by format={', '.join(get_args(Trainer))}: "
-            f"{Path(path).name} says none of them"
-        )
-    return cast("ExportFormat", formats[Path(path).suffix])
 
 
 def selections_card(selection: str, /) -> Flow[str]:

@@ -2,7 +2,7 @@
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or not reached, 2 wrong usage, 3 the
 job failed, 130 interrupted, 141 the reader of stdout went away. The client itself is imported when a command runs, so
-`--help` is quick; `serve` and `worker` come from the server's distribution, by entry points of the group
+`--help` is quick; those of `SERVER_COMMANDS` come from the server's distribution, by entry points of the group
 "gradstore.commands", and are imported only when they are called.
 """
 
@@ -20,33 +20,55 @@ from typer.core import TyperGroup
 
 import gradstore
 from gradstore import recipes
+from gradstore._cli.adapters import adapters
+from gradstore._cli.allocations import allocations
 from gradstore._cli.attributions import attributions, why
 from gradstore._cli.checkpoints import checkpoints, runs
+from gradstore._cli.comparisons import compare, comparisons
 from gradstore._cli.datasets import datasets
+from gradstore._cli.estimates import estimate_validations, estimates
 from gradstore._cli.evaluations import evaluations, print_measured
 from gradstore._cli.finetunes import finetunes
 from gradstore._cli.gradients import conversions, gradients, imports
 from gradstore._cli.jobs import jobs
-from gradstore._cli.once import App, refuse_repeated
+from gradstore._cli.once import App, Once, refuse_repeated
 from gradstore._cli.options import Json, given, takes
-from gradstore._cli.output import is_terminal, print_json, print_object, say, say_lost_rows
+from gradstore._cli.output import Columns, is_terminal, print_json, print_list, print_object, say, say_lost_rows
+from gradstore._cli.predictors import cascades, predictors
+from gradstore._cli.projectors import embeddings, projectors
 from gradstore._cli.scores import distribution, overlaps, scores
 from gradstore._cli.selections import select, selections
 from gradstore._cli.session import REFUSED, UNREAD, Server, session
+from gradstore._cli.streams import labels, streams, taxonomies
 from gradstore._cli.tasks import KINDS, tasks
 from gradstore._cli.validations import validations
+from gradstore._cli.workers import workers
 from gradstore.types import FinetuneRequest
 
 SERVER_COMMANDS = {
     "serve": "Serve the API, with a worker beside it.",
     "worker": "Do the jobs of a store, beside other workers.",
+    "keys": "Make, list and revoke the API keys of a store, on its server.",
+    "audit": "Print who changed what, or was refused, on the store's server.",
+    "doctor": "Compare a store with its catalog, and mend it.",
+    "gc": "Remove what nothing refers to any more.",
+    "backup": "Back up a store into a folder.",
+    "restore": "Fill an empty store from a backup.",
 }
 ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
-    *("selections", "why", "attributions", "evaluations", "validations", "conversions", "checkpoints", "runs"),
-    *("imports", "jobs", "usage", "health"),
+    *("selections", "why", "attributions", "evaluations", "validations"),
+    *("predictors", "cascades", "estimates", "estimate-validations"),
+    *("conversions", "checkpoints", "adapters", "allocations", "runs"),
+    *("compare", "comparisons", "streams", "annotations", "taxonomies", "projectors", "embeddings"),
+    *("imports", "jobs", "workers", "usage", "health"),
 )
-MISSING = "Missing: pip install 'gradstore-server[service,worker]'"
+CHECKS: Columns = {
+    "part": lambda check: check.name,
+    "state": lambda check: "ok" if check.ok else "missing",
+    "detail": lambda check: check.detail,
+}
+MISSING = "Needs pip install 'gradstore-server[service,worker]'"
 
 
 class Commands(TyperGroup):
@@ -117,7 +139,11 @@ def _loaded(name: str) -> Any:
     return _command(name, missing, help=MISSING, context_settings=settings)
 
 
-def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
+def _command(name: str, function: Callable[..., Any] | typer.Typer, **settings: Any) -> Any:
+    if isinstance(function, typer.Typer):
+        for command in function.registered_commands:
+            command.cls = Once
+        return typer.main.get_command(function)
     app = App(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name, **settings)(function)
     return typer.main.get_command(app)
@@ -171,10 +197,13 @@ def usage(ctx: typer.Context, *, as_json: Json = False) -> None:
 
 @app.command()
 def health(ctx: typer.Context, *, as_json: Json = False) -> None:
-    """Say whether the service can work; exit code 1 if not."""
+    """Say whether the service can work, and what each of its parts is at; exit code 1 if something is missing."""
     with session(ctx) as store:
-        state = store.health()
-        print_object(state, as_json=as_json)
+        state = store.ready()
+        if as_json:
+            print_json(state)
+        else:
+            print_list(state.checks, CHECKS, as_json=False)
         if state.status != "ok":
             raise typer.Exit(REFUSED)
 
@@ -212,11 +241,13 @@ def less(
             typer.echo(done.tuned.id)
 
 
-for command in (select, scores, distribution, overlaps, why):
+for command in (select, scores, distribution, overlaps, why, compare):
     app.command()(command)
 for noun in (
     *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, validations, conversions),
-    *(checkpoints, runs, imports, jobs),
+    *(predictors, cascades, estimates, estimate_validations, comparisons, streams, labels, taxonomies),
+    *(projectors, embeddings),
+    *(checkpoints, adapters, allocations, runs, imports, jobs, workers),
 ):
     app.add_typer(noun)
 

@@ -30,25 +30,42 @@ from gradstore._uploads import CountedReads
 from gradstore.results import (
     AttributionJob,
     AttributionResult,
+    ComparisonJob,
+    ComparisonResult,
+    EstimatesJob,
+    EstimatesResult,
+    EstimateValidationJob,
+    EstimateValidationResult,
     EvaluationJob,
     EvaluationResult,
     FinetuneJob,
     FinetuneResult,
+    ProjectorJob,
+    ProjectorResult,
     Selection,
     SucceededJob,
     ValidationJob,
     ValidationResult,
 )
 from gradstore.types import (
+    AnnotationJob,
     AnyJob,
     AnyObject,
+    CascadeJob,
+    CascadeRequest,
+    CascadeResult,
     ConversionJob,
     ConversionResult,
+    EmbeddingJob,
     GradientsJob,
     GradientsRequest,
     GradientsResult,
     ImportJob,
     Page,
+    PredictorJob,
+    PredictorRequest,
+    PredictorResult,
+    StreamJob,
 )
 
 DEFAULT_URL = "http://localhost:8000"
@@ -417,6 +434,7 @@ class Tasks(Resource[EngineT]):
     register = call(endpoints.tasks_register)
     get = call(endpoints.getter("tasks", types.Task))
     list = each(flows.paged(endpoints.lister("tasks", Page[types.Task])))
+    download = call(flows.tasks_download)
     rename = call(endpoints.renamer("tasks", types.Task))
     delete = call(endpoints.deleter("tasks"))
 
@@ -431,6 +449,24 @@ class Checkpoints(Resource[EngineT]):
     rename = call(endpoints.renamer("checkpoints", types.Checkpoint))
     delete = call(endpoints.deleter("checkpoints"))
     download = call(flows.checkpoints_download)
+
+
+class Adapters(Resource[EngineT]):
+    """The bank: adapters that can be chosen for a task and mixed."""
+
+    upload = call(endpoints.adapters_upload)
+    register = call(endpoints.adapters_register)
+    get = call(endpoints.getter("adapters", types.Adapter))
+    list = each(flows.paged(endpoints.adapters_list))
+    rename = call(endpoints.renamer("adapters", types.Adapter))
+    delete = call(endpoints.deleter("adapters"))
+    download = call(flows.adapters_download)
+
+
+class Allocations(Resource[EngineT]):
+    """What mixtures of LoRA experts would take."""
+
+    preview = call(endpoints.allocations_preview)
 
 
 class Runs(Resource[EngineT]):
@@ -563,6 +599,36 @@ class Validations(Resource[EngineT]):
     delete = call(endpoints.deleter("validations"))
 
 
+class Predictors(Resource[EngineT]):
+    """Jobs that learn to predict influence from a sample of a pool."""
+
+    create = call(endpoints.predictors_create)
+    estimate = call(endpoints.predictors_estimate)
+    get = call(endpoints.getter("predictors", PredictorJob))
+    list = each(flows.paged(endpoints.lister("predictors", Page[PredictorJob])))
+    wait = call(
+        flows.waiter(endpoints.getter("predictors", PredictorJob), SucceededJob[PredictorRequest, PredictorResult])
+    )
+    cancel = call(endpoints.canceller(PredictorJob))
+    retry = call(endpoints.retrier(PredictorJob))
+    rename = call(endpoints.renamer("predictors", PredictorJob))
+    delete = call(endpoints.deleter("predictors"))
+
+
+class Cascades(Resource[EngineT]):
+    """Jobs that compute gradients for the rows predicted best, and for no others."""
+
+    create = call(endpoints.cascades_create)
+    estimate = call(endpoints.cascades_estimate)
+    get = call(endpoints.getter("cascades", CascadeJob))
+    list = each(flows.paged(endpoints.lister("cascades", Page[CascadeJob])))
+    wait = call(flows.waiter(endpoints.getter("cascades", CascadeJob), SucceededJob[CascadeRequest, CascadeResult]))
+    cancel = call(endpoints.canceller(CascadeJob))
+    retry = call(endpoints.retrier(CascadeJob))
+    rename = call(endpoints.renamer("cascades", CascadeJob))
+    delete = call(endpoints.deleter("cascades"))
+
+
 class Attributions(Resource[EngineT]):
     """Jobs that find the training examples behind an answer."""
 
@@ -580,6 +646,149 @@ class Attributions(Resource[EngineT]):
     delete = call(endpoints.deleter("attributions"))
 
 
+class Estimates(Resource[EngineT]):
+    """Jobs that estimate what training on subsets of a pool would give."""
+
+    create = call(endpoints.estimates_create)
+    estimate = call(endpoints.estimates_estimate)
+    get = call(endpoints.getter("estimates", EstimatesJob))
+    list = each(flows.paged(endpoints.lister("estimates", Page[EstimatesJob])))
+    wait = call(
+        flows.waiter(endpoints.getter("estimates", EstimatesJob), SucceededJob[types.EstimatesRequest, EstimatesResult])
+    )
+    subsets = each(flows.estimates_subsets)
+    cancel = call(endpoints.canceller(EstimatesJob))
+    retry = call(endpoints.retrier(EstimatesJob))
+    rename = call(endpoints.renamer("estimates", EstimatesJob))
+    delete = call(endpoints.deleter("estimates"))
+
+
+class EstimateValidations(Resource[EngineT]):
+    """Jobs that hold estimates against trainings."""
+
+    create = call(endpoints.estimate_validations_create)
+    estimate = call(endpoints.estimate_validations_estimate)
+    get = call(endpoints.getter("estimates/validations", EstimateValidationJob))
+    list = each(flows.paged(endpoints.lister("estimates/validations", Page[EstimateValidationJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("estimates/validations", EstimateValidationJob),
+            SucceededJob[types.EstimateValidationRequest, EstimateValidationResult],
+        )
+    )
+    cancel = call(endpoints.canceller(EstimateValidationJob))
+    retry = call(endpoints.retrier(EstimateValidationJob))
+    rename = call(endpoints.renamer("estimates/validations", EstimateValidationJob))
+    delete = call(endpoints.deleter("estimates/validations"))
+
+
+class Comparisons(Resource[EngineT]):
+    """Jobs that compare ways to select."""
+
+    create = call(endpoints.comparisons_create)
+    estimate = call(endpoints.comparisons_estimate)
+    get = call(endpoints.getter("comparisons", ComparisonJob))
+    list = each(flows.paged(endpoints.lister("comparisons", Page[ComparisonJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("comparisons", ComparisonJob), SucceededJob[types.ComparisonRequest, ComparisonResult]
+        )
+    )
+    cancel = call(endpoints.canceller(ComparisonJob))
+    retry = call(endpoints.retrier(ComparisonJob))
+    rename = call(endpoints.renamer("comparisons", ComparisonJob))
+    delete = call(endpoints.deleter("comparisons"))
+
+
+class Projectors(Resource[EngineT]):
+    """Networks that place rows in an ability space."""
+
+    create = call(endpoints.projectors_create)
+    estimate = call(endpoints.projectors_estimate)
+    get = call(endpoints.getter("projectors", ProjectorJob))
+    list = each(flows.paged(endpoints.lister("projectors", Page[ProjectorJob])))
+    epochs = call(endpoints.projectors_epochs)
+    wait = call(
+        flows.waiter(
+            endpoints.getter("projectors", ProjectorJob), SucceededJob[types.ProjectorRequest, ProjectorResult]
+        )
+    )
+    histogram = call(endpoints.projectors_histogram)
+    download = call(flows.projectors_download)
+    cancel = call(endpoints.canceller(ProjectorJob))
+    retry = call(endpoints.retrier(ProjectorJob))
+    rename = call(endpoints.renamer("projectors", ProjectorJob))
+    delete = call(endpoints.deleter("projectors"))
+
+
+class Embeddings(Resource[EngineT]):
+    """Where projectors place the rows of datasets and tasks."""
+
+    create = call(endpoints.embeddings_create)
+    estimate = call(endpoints.embeddings_estimate)
+    get = call(endpoints.getter("embeddings", EmbeddingJob))
+    list = each(flows.paged(endpoints.lister("embeddings", Page[EmbeddingJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("embeddings", EmbeddingJob), SucceededJob[types.EmbeddingRequest, types.EmbeddingResult]
+        )
+    )
+    rows = each(flows.embeddings_rows)
+    save = call(flows.embeddings_save)
+    cancel = call(endpoints.canceller(EmbeddingJob))
+    retry = call(endpoints.retrier(EmbeddingJob))
+    rename = call(endpoints.renamer("embeddings", EmbeddingJob))
+    delete = call(endpoints.deleter("embeddings"))
+
+
+class Streams(Resource[EngineT]):
+    """Rows of numbers of a dataset or a task, by name."""
+
+    create = call(endpoints.streams_create)
+    upload = call(endpoints.streams_upload)
+    get = call(endpoints.getter("streams", StreamJob))
+    list = each(flows.paged(endpoints.lister("streams", Page[StreamJob])))
+    wait = call(
+        flows.waiter(endpoints.getter("streams", StreamJob), SucceededJob[types.StreamRequest, types.StreamResult])
+    )
+    save = call(flows.streams_save)
+    cancel = call(endpoints.canceller(StreamJob))
+    retry = call(endpoints.retrier(StreamJob))
+    rename = call(endpoints.renamer("streams", StreamJob))
+    delete = call(endpoints.deleter("streams"))
+
+
+class Annotations(Resource[EngineT]):
+    """Which capabilities rows ask for."""
+
+    create = call(endpoints.annotations_create)
+    estimate = call(endpoints.annotations_estimate)
+    upload = call(endpoints.annotations_upload)
+    get = call(endpoints.getter("annotations", AnnotationJob))
+    list = each(flows.paged(endpoints.lister("annotations", Page[AnnotationJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("annotations", AnnotationJob),
+            SucceededJob[types.AnnotationRequest, types.AnnotationResult],
+        )
+    )
+    rows = each(flows.annotations_rows)
+    cancel = call(endpoints.canceller(AnnotationJob))
+    retry = call(endpoints.retrier(AnnotationJob))
+    rename = call(endpoints.renamer("annotations", AnnotationJob))
+    delete = call(endpoints.deleter("annotations"))
+
+
+class Taxonomies(Resource[EngineT]):
+    """The capabilities that rows are labelled with."""
+
+    create = call(endpoints.taxonomies_create)
+    get = call(endpoints.getter("taxonomies", types.Taxonomy))
+    list = each(flows.paged(endpoints.lister("taxonomies", Page[types.Taxonomy])))
+    rename = call(endpoints.renamer("taxonomies", types.Taxonomy))
+    delete = call(endpoints.deleter("taxonomies"))
+
+
 class Jobs(Resource[EngineT]):
     """Jobs of all kinds."""
 
@@ -587,9 +796,17 @@ class Jobs(Resource[EngineT]):
     list = each(flows.paged(endpoints.jobs_list))
     wait = call(flows.waiter(endpoints.getter("jobs", AnyJob), SucceededJob[AnyObject, AnyObject]))
     events = each(flows.events)
+    prioritise = call(endpoints.jobs_prioritise)
     cancel = call(endpoints.canceller(AnyJob))
     retry = call(endpoints.retrier(AnyJob))
     delete = call(endpoints.deleter("jobs"))
+
+
+class Workers(Resource[EngineT]):
+    """Who computes."""
+
+    get = call(endpoints.getter("workers", types.Worker))
+    list = each(flows.paged(endpoints.lister("workers", Page[types.Worker])))
 
 
 class Store(Resource[EngineT]):
@@ -600,6 +817,8 @@ class Store(Resource[EngineT]):
         self.datasets = Datasets(engine)
         self.tasks = Tasks(engine)
         self.checkpoints = Checkpoints(engine)
+        self.adapters = Adapters(engine)
+        self.allocations = Allocations(engine)
         self.runs = Runs(engine)
         self.gradients = Gradients(engine)
         self.imports = Imports(engine)
@@ -607,9 +826,20 @@ class Store(Resource[EngineT]):
         self.finetunes = Finetunes(engine)
         self.evaluations = Evaluations(engine)
         self.validations = Validations(engine)
+        self.predictors = Predictors(engine)
+        self.cascades = Cascades(engine)
         self.attributions = Attributions(engine)
+        self.estimates = Estimates(engine)
+        self.estimate_validations = EstimateValidations(engine)
+        self.comparisons = Comparisons(engine)
+        self.projectors = Projectors(engine)
+        self.embeddings = Embeddings(engine)
         self.conversions = Conversions(engine)
+        self.streams = Streams(engine)
+        self.annotations = Annotations(engine)
+        self.taxonomies = Taxonomies(engine)
         self.jobs = Jobs(engine)
+        self.workers = Workers(engine)
 
     @property
     def url(self) -> str:
@@ -621,8 +851,11 @@ class Store(Resource[EngineT]):
     save_scores = call(flows.save_scores)
     score_distribution = call(flows.score_distribution)
     overlaps = call(flows.overlaps)
+    compare = call(flows.compare)
     health = call(endpoints.health)
+    ready = call(endpoints.ready)
     usage = call(endpoints.usage)
+    audit = each(flows.paged(endpoints.audit))
 
 
 class GradientStore(Store[Blocking]):

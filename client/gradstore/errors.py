@@ -71,7 +71,7 @@ class NotAuthenticated(APIError):
 
 
 class NotAllowed(APIError):
-    """403: the key is known and does not permit this."""
+    """403: the key is known and does not permit this: another one is needed."""
 
 
 class NotFound(APIError):
@@ -91,7 +91,7 @@ class Invalid(APIError):
 
 
 class TooManyRequests(APIError):
-    """429: asked too often, and still refused after the retries."""
+    """429: the key has sent more requests than it may, and was still refused after the retries."""
 
 
 class ServerError(APIError):

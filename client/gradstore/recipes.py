@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
 from gradstore._endpoints import Training
+from gradstore.errors import Conflict, NotFound
 from gradstore.results import EvaluationResult, FinetuneResult, Selection, SucceededJob
 from gradstore.types import (
     Dataset,
@@ -71,7 +72,8 @@ def less(
     """Select the part of a pool that helps a task most (LESS, arXiv 2402.04333), train on it, and measure the gain.
 
     `pool` and `task` are ids or names of what is stored, or paths of this machine, which are uploaded; a task's path
-    needs its `task_kind`, and its last part is the task's name. Warms up on a random `warmup_fraction` of the pool,
+    needs its `task_kind`, and its last part is the task's name, unless the same task is stored already, under whatever
+    name. Raises `Conflict` where another task has that name. Warms up on a random `warmup_fraction` of the pool,
     computes gradients of `dim` dimensions for the pool (Adam) and the task (SGD) at every warm-up checkpoint, selects
     the best `pct`, trains `model` anew on them, and evaluates it beside the base model on the task's test rows, at most
     `max_rows` a subtask. `progress` shows a bar for each step, and `say` is told when it begins (by default on stderr,
@@ -176,9 +178,35 @@ def _task(store: GradientStore, task: str | os.PathLike[str], *, kind: TaskKind 
     if path is None:
         return store.tasks.get(str(task))
     if kind is None:
-        raise ValueError(f"{path} is a local path: say what it holds with task_kind (mmlu, bbh, …, jsonl)")
+        return _called_like(store, task, path)
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    return store.tasks.upload(path, name=name, kind=kind, progress=progress)
+    try:
+        return store.tasks.upload(path, name=name, kind=kind, progress=progress)
+    except Conflict as error:
+        if error.problem.type == "named-otherwise":
+            return store.tasks.get(error.problem.errors[0].detail)
+        if error.problem.type == "name-taken":
+            raise _taken(error, store.tasks.get(name), path) from error
+        raise
+
+
+def _called_like(store: GradientStore, task: str | os.PathLike[str], path: Path) -> Task:
+    """The stored task whose name is by chance that of a path here, too: without its kind, the path is no task."""
+    try:
+        if isinstance(task, str) and os.sep not in task:
+            return store.tasks.get(task)
+    except NotFound:
+        pass
+    raise ValueError(f"{path} is a local path: say what it holds with task_kind (mmlu, bbh, …, jsonl)")
+
+
+def _taken(error: Conflict, holder: Task, path: Path) -> Conflict:
+    """A name that belongs to another task, with what to do about it here, where no other name can be sent."""
+    detail = (
+        f"{holder.id} is called {holder.name!r} and is another task than {path}: give that id to use it; to use "
+        f"{path}, rename it, or store it with POST /tasks and send replace=true"
+    )
+    return Conflict(error.problem.model_copy(update={"detail": detail}), request_id=error.request_id)
 
 
 def _local(reference: str | os.PathLike[str]) -> Path | None:

@@ -10,9 +10,13 @@ from pydantic import BaseModel
 from gradstore import frames, types
 from gradstore.types import (
     AttributionRequest,
+    ComparisonRequest,
+    EstimatesRequest,
+    EstimateValidationRequest,
     EvaluationRequest,
     FinetuneRequest,
     Job,
+    ProjectorRequest,
     RequestT,
     ResultT,
     ValidationRequest,
@@ -68,6 +72,34 @@ class ValidationResult(Table, types.ValidationResult):
         return self.scores
 
 
+class EstimatesResult(Table, types.EstimatesResult):
+    """What training on subsets is estimated to give; its table is the groups."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.groups
+
+
+class EstimateValidationResult(Table, types.EstimateValidationResult):
+    """How well estimates tell what training gives; its table is the subsets that were trained on."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.subsets
+
+
+class ComparisonResult(Table, types.ComparisonResult):
+    """Several selections side by side; its table has a row for each contestant and task."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.rows
+
+
+class ProjectorResult(Table, types.ProjectorResult):
+    """A trained projector; its table is a row for each capability."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.capabilities
+
+
 class AttributionResult(Table, types.AttributionResult):
     """What speaks for and against each row; its table has a line for each example that was found."""
 
@@ -89,8 +121,12 @@ class AttributedRow(types.InfluentialRow):
 
 
 AttributionJob = Job[AttributionRequest, AttributionResult]
+EstimatesJob = Job[EstimatesRequest, EstimatesResult]
+EstimateValidationJob = Job[EstimateValidationRequest, EstimateValidationResult]
+ComparisonJob = Job[ComparisonRequest, ComparisonResult]
 FinetuneJob = Job[FinetuneRequest, FinetuneResult]
 EvaluationJob = Job[EvaluationRequest, EvaluationResult]
+ProjectorJob = Job[ProjectorRequest, ProjectorResult]
 ValidationJob = Job[ValidationRequest, ValidationResult]
 
 

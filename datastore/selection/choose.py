@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from datastore.errors import Conflict
 from datastore.influence import Floats, Mask, Subtasks, TaskScores
 from datastore.selection import diversity, quotas
+from datastore.selection.abilities import References
 from datastore.selection.contamination import Contamination
 from datastore.selection.diversity import Reader
 from datastore.selection.draws import matched
 from datastore.selection.duplicates import SAMPLE, FeatureDuplicates, TextDuplicates
 from datastore.selection.make_up import Labelled
 from datastore.selection.rules import dedupe_by, refused
-from datastore.selection.tasks import CombinedScores, Filter, Pick, Walks
+from datastore.selection.tasks import CombinedScores, Filter, Pick, Walks, accepted
 from datastore.selection.top import Selected, ranking, top
 
 AMONG = 4
@@ -61,6 +62,8 @@ class Material:
     contamination: Contamination
     lengths: Lengths | None = None
     """For a matched draw."""
+    references: References | None = None
+    """Where the tasks' rows are, of a method that has places for rows."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def _choose(recipe: SelectionRecipe, walks: Walks, k: int, material: Material) -
     if recipe.strategy == "k-center":
         notes += [f"of {k:,} rows instead of among={recipe.among:,}"] if recipe.among and recipe.among < k else []
         return of_tasks(walks, _apart(recipe, walks, keep, k, material), notes)
+    if recipe.strategy == "nearest" and material.references is not None:
+        return _of_references(walks, keep, k, material.references)
     if recipe.strategy == "clusters":
         picks = _of_clusters(recipe, walks, keep, k, material, notes)
     elif recipe.quota is not None:
@@ -157,11 +162,24 @@ def _everything(row: int) -> bool:  # noqa: ARG001 - a filter
     return True
 
 
+def _of_references(walks: Walks, keep: Filter, k: int, references: References) -> Chosen:
+    """Rows that the tasks' own rows take in turns, each for the task and subtask of the row that took it."""
+    pairs = np.array(list(islice(accepted(references.walk(walks.among), keep), k)), np.int64).reshape(-1, 2)
+    rows, task = pairs[:, 0], references.task[pairs[:, 1]]
+    score = np.stack([each.score for each in walks.scores])[task, rows]
+    notes = [f"{len(rows):,} rows instead of {k:,}: of the others none could be taken"] if len(rows) < k else []
+    return Chosen(rows, score, task, references.subtask[pairs[:, 1]], notes)
+
+
 def _filter(recipe: SelectionRecipe, walks: Walks, material: Material, k: int) -> Filter:
     """Keep the rows that overlap with no task and are like none kept before; to keep a row is to take it."""
     filters: list[Filter] = []
     if recipe.exclude_contaminated:
         filters.append(lambda row: material.contamination.of(row) is None)
+    near = material.references.closest if material.references is not None else None
+    if near is not None and recipe.dedupe is not None:
+        limit = recipe.dedupe
+        filters.append(lambda row: bool(near[row] <= limit))
     ahead = (row for row, _ in walks.accepted(walks.among, (), _everything))
     if recipe.dedupe is not None and dedupe_by(recipe) == "text":
         filters.append(TextDuplicates(material.text, recipe.dedupe, first=islice(ahead, SAMPLE)).keep)

@@ -105,7 +105,7 @@ class NgramIndex:
 
     def of(self, task: str, n: int) -> TaskNgrams:
         """The runs of a task. Raises `NotFound`, `Damaged`."""
-        path = self.root / f"{_prefix(task)}-{n}{_SUFFIX}"
+        path = self.root / f"{runs_prefix(task)}-{n}{_SUFFIX}"
         if not path.exists():
             runs = self._find(task, n)
             _save(path, runs)
@@ -117,7 +117,7 @@ class NgramIndex:
 
     def delete(self, task: str) -> None:
         """Remove all that is kept of a task's runs."""
-        for path in self.root.glob(f"{_prefix(task)}-*"):
+        for path in self.root.glob(f"{runs_prefix(task)}-*"):
             path.unlink(missing_ok=True)
 
     def sweep(self, *, older_than: float) -> int:
@@ -202,7 +202,7 @@ class Contamination:
         return {row: found.get(number) for number, row in enumerate(rows)}
 
 
-def _prefix(task: str) -> str:
+def runs_prefix(task: str) -> str:
     """What the names of a task's files begin with; a hash, so that no task's name can lead out of the folder."""
     return content_id("runs", {"task": task})
 

@@ -64,10 +64,10 @@ def fill(
             if len(picks) == k:
                 break
         waiting = np.bincount(groups[skipped], minlength=len(weights))
-        if len(picks) == before or not waiting.any():
+        left = [had + more for had, more in zip(given, waiting.tolist(), strict=True)]
+        if not waiting.any() or (len(picks) == before and left == capacities):
             break
-        capacities = [had + more for had, more in zip(given, waiting.tolist(), strict=True)]
-        passed = skipped
+        capacities, passed = left, skipped
     return picks, given
 
 

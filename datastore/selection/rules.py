@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
+from typing import get_args
 
-from gradstore.types import DedupeBy, ProblemItem, Quota, SelectionMethod, SelectionRecipe
+from gradstore.types import AbilityStrategy, DedupeBy, ProblemItem, Quota, SelectionMethod, SelectionRecipe, Strategy
 
 from datastore.errors import InvalidInput
 from datastore.parameters import Query
 from datastore.selection.diversity import MAX_CENTERS_AMONG
 
-WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset({"random", "bm25"})
-"""Methods that read no features."""
+WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset(get_args(SelectionMethod)) - {"influence", "rds", "embedding"}
+"""Methods that compare no features of the store."""
+PLACING: frozenset[SelectionMethod] = frozenset({"cods"})
+"""Those of them that have places for rows, which are compared as features are."""
 OF_THE_CHOICE = frozenset({
     "pct", "k", "exclude", "exclude_ids", "selection_seed", "strategy", "among", "clusters", "quota", "dedupe",
     "dedupe_by", "match", "ngram", "decontaminate", "exclude_contaminated",
@@ -25,8 +28,11 @@ def check(query: Query | SelectionRecipe) -> None:
     if query.match is not None:
         _with_match(query)
     strategy = query.strategy or "top"
-    if strategy == "top":
+    _check_abilities(query, strategy)
+    if strategy not in {"k-center", "clusters"}:
         _refuse(query, ("among", "clusters"), "belongs to strategy=k-center or strategy=clusters")
+        if strategy == "nearest":
+            _refuse(query, ("quota",), "says where rows come from, and so does strategy=nearest: leave one out")
     else:
         _refuse(query, ("quota",), f"and strategy={strategy} both say where rows come from: leave one out")
     if strategy == "k-center":
@@ -37,10 +43,15 @@ def check(query: Query | SelectionRecipe) -> None:
         _refuse(query, ("dedupe_by",), "says how rows are compared, and dedupe from which likeness on: give it, too")
     if dedupe_by(query) == "features" and query.dedupe is not None and query.dedupe >= 1:
         raise refused("dedupe", "no cosine exceeds 1: give a dedupe below it, such as 0.95, or dedupe_by=text")
-    if query.method in WITHOUT_FEATURES and (parameter := needs_features(query)) is not None:
+    if query.method in WITHOUT_FEATURES - PLACING and (parameter := needs_features(query)) is not None:
         raise refused(parameter, f"method={query.method} reads no features to compare rows by: leave {parameter} out")
     if not query.tasks and not query.decontaminate:
         _refuse(query, ("exclude_contaminated", "ngram"), "compares rows with a task's: name one (task, decontaminate)")
+
+
+def needs_task(query: Query | SelectionRecipe) -> bool:
+    """Whether a selection is for a task: one that is drawn, or by capabilities that are named, is for none."""
+    return query.method != "random" and not (query.method == "cods" and query.strategy == "capability")
 
 
 def needs_features(query: Query | SelectionRecipe) -> str | None:
@@ -59,7 +70,7 @@ def dedupe_by(query: Query | SelectionRecipe) -> DedupeBy | None:
     """How rows are compared: by default by features where the method reads any."""
     if query.dedupe is None:
         return None
-    return query.dedupe_by or ("text" if query.method in WITHOUT_FEATURES else "features")
+    return query.dedupe_by or ("text" if query.method in WITHOUT_FEATURES - PLACING else "features")
 
 
 def quota(said: Sequence[str], origins: Collection[str]) -> Quota:
@@ -100,6 +111,30 @@ def check_shares(quota: Mapping[str, float], origins: Collection[str]) -> None:
 def refused(parameter: str, detail: str) -> InvalidInput:
     """The error that names a parameter."""
     return InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter=parameter)])
+
+
+def named(parameter: str, reference: str, *, id: str) -> InvalidInput:
+    """The error that a recipe, which holds ids, names something otherwise."""
+    return refused(parameter, f"a recipe holds ids, and {reference!r} is the name of {id}")
+
+
+def _check_abilities(query: Query | SelectionRecipe, strategy: Strategy) -> None:
+    """Raise `InvalidInput` where something is said of an ability space that has no use there."""
+    if query.method != "cods":
+        _refuse(query, ("neighbours", "beta", "capabilities"), "belongs to method=cods")
+        if strategy in get_args(AbilityStrategy):
+            raise refused("strategy", f"strategy={strategy} belongs to method=cods")
+        return
+    if strategy == "capability":
+        if not query.capabilities:
+            raise refused("capabilities", "strategy=capability selects for capabilities: name one (capabilities)")
+        _refuse(query, ("neighbours", "beta"), "compares rows with a task's: leave it out with strategy=capability")
+        if query.tasks:
+            raise refused("task", "strategy=capability selects for capabilities, not for a task: leave it out")
+        return
+    _refuse(query, ("capabilities",), "belongs to strategy=capability")
+    if strategy == "prototype":
+        _refuse(query, ("neighbours",), "belongs to strategy=nearest: a prototype is the mean of all references")
 
 
 def _with_match(query: Query | SelectionRecipe) -> None:

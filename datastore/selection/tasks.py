@@ -72,16 +72,7 @@ class Walks:
 
     def accepted(self, among: Mask, before: Sequence[Pick], keep: Filter) -> Iterator[Pick]:
         """The picks of a part of the candidates that a filter keeps, after those that were taken before."""
-        walk = self._walk(among, before)
-        pick = next(walk, None)
-        while pick is not None:
-            kept = keep(pick[0])
-            if kept:
-                yield pick
-            try:
-                pick = walk.send(kept)
-            except StopIteration:
-                return
+        return accepted(self._walk(among, before), keep)
 
     def _walk(self, among: Mask, before: Sequence[Pick]) -> Walk:
         if self.combined is not None:
@@ -89,6 +80,19 @@ class Walks:
         if self.how == "round-robin":
             return round_robin(self.scores, among, first=len(before))
         return balanced(self.scores, among, over=self.among, chosen=[row for row, _ in before])
+
+
+def accepted(walk: Walk, keep: Filter) -> Iterator[Pick]:
+    """The picks of a walk that a filter keeps."""
+    pick = next(walk, None)
+    while pick is not None:
+        kept = keep(pick[0])
+        if kept:
+            yield pick
+        try:
+            pick = walk.send(kept)
+        except StopIteration:
+            return
 
 
 def by_score(combined: CombinedScores, among: Mask) -> Walk:

@@ -22,7 +22,8 @@ from typing import Any
 
 from gradstore.types import Metric, Split, Subtask
 
-from datastore.durable import place, sweep, unfinished, write_file
+from datastore.depot import LOCAL, Depot, evict
+from datastore.durable import sweep, unfinished, write_file
 from datastore.errors import Damaged, InvalidTask, NotFound
 from datastore.identity import DIGITS, content_id
 from datastore.rows import Example, Message
@@ -56,8 +57,8 @@ def readers() -> dict[str, Reader]:
 class Tasks:
     """The stored tasks under one folder."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
+        self._root, self._depot = root, depot
 
     def store(self, kind: str, folder: Path) -> StoredTask:
         """Read the files of a task and keep its examples; the same examples are the same task.
@@ -75,28 +76,36 @@ class Tasks:
         content = {"validation.jsonl": _lines(validation), "test.jsonl": _lines(test)}
         digests = {name: hashlib.sha256(text).hexdigest() for name, text in content.items()}
         task = content_id("task", {"kind": kind, "files": digests})
-        if not (self._root / task).is_dir():
+        if not self._depot.exists(self._root / task):
             manifest = canonical({"format": FORMAT, "kind": kind, "files": digests})
             with unfinished(self._root / "unfinished", task) as partial:
                 for name, text in {**content, "manifest.json": manifest}.items():
                     write_file(partial / name, text)
-                place(partial, self._root / task)
+                self._depot.keep(partial, self._root / task)
         return StoredTask(id=task, kind=kind, subtasks=subtasks, notes=[*_coverage(subtasks), *rows.notes])
 
     def validation(self, task: str) -> list[TaskExample]:
         """The examples to select for, in the order of the task's feature rows; raises NotFound, Damaged."""
         return self._examples(task, "validation")
 
+    def subtasks(self, task: str) -> tuple[str, ...]:
+        """Names of the subtasks of the examples to select for, in order of appearance: scores number them so."""
+        return tuple(dict.fromkeys(row.subtask for row in self.validation(task)))
+
     def test(self, task: str) -> list[TaskExample]:
         """The examples to evaluate on, ordered by subtask; raises NotFound, Damaged."""
         return self._examples(task, "test")
 
+    def look(self, task: str) -> None:
+        """Raise `NotFound` where a task's files are missing."""
+        if not self._depot.exists(self._root / task):
+            raise NotFound("task", task, collection="/tasks")
+
     def delete(self, task: str) -> None:
         """Remove a task's examples; one that is not there is removed already."""
-        folder = self._root / task
-        if _ID.fullmatch(task) and folder.is_dir():
-            with unfinished(self._root / "unfinished", task) as partial:
-                folder.rename(partial / task)
+        if _ID.fullmatch(task):
+            self._depot.delete(self._root / task)
+            evict(self._root / task)
 
     def sweep(self, *, older_than: float) -> int:
         """Remove what killed processes left unfinished, untouched for so many seconds; returns how many there were."""
@@ -104,7 +113,7 @@ class Tasks:
 
     def _examples(self, task: str, split: Split) -> list[TaskExample]:
         folder = self._root / task
-        if not _ID.fullmatch(task) or not folder.is_dir():
+        if not _ID.fullmatch(task) or not self._depot.ensure(folder):
             raise NotFound("task", task, collection="/tasks")
         name = f"{split}.jsonl"
         try:

@@ -1,15 +1,22 @@
-// Which page is shown: the part of the address behind `#`, such as #/datasets/tulu?origin=flan.
+// Which page is shown: the part of the address behind `#`, such as #/datasets/tulu?origin=flan. What lies `within` another
+// page is listed there, and not beside it.
 
 import { get, isAborted, key } from "./api.js";
 import { fill, fresh, h } from "./dom.js";
 import { failure, heading, loading } from "./parts.js";
+import * as annotations from "./pages/annotations.js";
 import * as attributions from "./pages/attributions.js";
+import * as comparisons from "./pages/comparisons.js";
 import * as datasets from "./pages/datasets.js";
+import * as estimates from "./pages/estimates.js";
 import * as jobs from "./pages/jobs.js";
 import * as overlaps from "./pages/overlaps.js";
 import * as overview from "./pages/overview.js";
+import * as predictors from "./pages/predictors.js";
+import * as projectors from "./pages/projectors.js";
 import * as scores from "./pages/scores.js";
 import * as selections from "./pages/selections.js";
+import * as streams from "./pages/streams.js";
 import * as training from "./pages/training.js";
 
 const PAGES = [
@@ -19,8 +26,17 @@ const PAGES = [
   { path: "scores", title: "Scores", page: scores },
   { path: "selections", title: "Selections", page: selections },
   { path: "overlaps", title: "Overlap", page: overlaps },
+  { path: "comparisons", title: "Comparison", page: comparisons },
   { path: "attributions", title: "Attribution", page: attributions },
   { path: "training", title: "Training", page: training },
+  { path: "predictors", title: "Predictors", page: predictors },
+  { path: "cascades", title: "Cascade", page: predictors, within: "predictors" },
+  { path: "estimates", title: "Estimates", page: estimates },
+  { path: "estimate-validations", title: "Validation of estimates", page: estimates, within: "estimates" },
+  { path: "projectors", title: "Projectors", page: projectors },
+  { path: "streams", title: "Streams", page: streams },
+  { path: "annotations", title: "Annotations", page: annotations },
+  { path: "taxonomies", title: "Taxonomy", page: annotations, within: "annotations" },
 ];
 const UNAUTHENTICATED = 401;
 
@@ -31,8 +47,17 @@ let leaving = new AbortController();
 
 function place() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const parts = path.split("/").filter(Boolean).map(decodeURIComponent);
+  const parts = path.split("/").filter(Boolean).map(decoded);
   return { parts, params: new URLSearchParams(query ?? "") };
+}
+
+/** A part of an address; what is no escape of anything stays as it is. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 /** What a page is given beside the element it fills. */
@@ -83,14 +108,18 @@ async function show({ moved = true } = {}) {
   try {
     await chosen.page.show(main, context);
   } catch (error) {
-    context.failed(error, main, () => show());
+    if (context.signal.aborted) return;
+    const place = h("div");
+    fill(main, heading(chosen.title), place);
+    context.failed(error, place, () => show());
   }
   if (moved && !context.signal.aborted) (main.querySelector("h1") ?? main).focus({ preventScroll: true });
 }
 
 function mark(chosen) {
   document.title = chosen ? `${chosen.title} · gradstore` : "gradstore";
-  const links = PAGES.map((page) => h("li", {}, h("a", { href: `#/${page.path}`, "aria-current": page === chosen && "page" }, page.title)));
+  const current = chosen && (chosen.within ?? chosen.path);
+  const links = PAGES.filter(({ within }) => !within).map(({ path, title }) => h("li", {}, h("a", { href: `#/${path}`, "aria-current": path === current && "page" }, title)));
   fill(document.getElementById("pages"), h("ul", {}, links));
   logOut.hidden = !key.get();
   window.scrollTo(0, 0);

@@ -7,7 +7,7 @@ import { choice, empty, loading, panel } from "./parts.js";
 export const ROWS = 10; // of a page
 
 /** The panel of rows. `read(wanted, after, signal, onPart)` answers a page as {data, next}; `shown(row)` is a list item;
- * `told(data)` says where the page lies; `origins` are those to choose from, null where nothing can be searched;
+ * `told(data, isSearch)` says where the page lies; `origins` are those to choose from, null where nothing can be searched;
  * `last` is the last place to go to by number, null where there is none. */
 export function rowsPanel(title, { read, shown, told, nothing, origins, last = null }, context) {
   const { params, remember, signal } = context;
@@ -30,7 +30,7 @@ export function rowsPanel(title, { read, shown, told, nothing, origins, last = n
       const found = await read(wanted, after, own, (data, text) => fill(place, list(data), loading(text)));
       following = found.next;
       fill(place, found.data.length ? list(found.data) : empty(nothing));
-      note.textContent = found.data.length ? told(found.data) : "";
+      note.textContent = found.data.length ? told(found.data, Boolean(wanted.q || wanted.origin)) : "";
       back.disabled = !before.length && !after;
       forth.disabled = following === null;
     } catch (error) {

@@ -97,25 +97,27 @@ def delete_checkpoint(backend: BackendDep, reference: Reference) -> None:
     backend.catalog.remove(CheckpointRow, reference, delete_files=backend.checkpoints.delete)
 
 
-def weights(backend: Backend, checkpoint: str) -> StreamingResponse:
-    """The weights of a checkpoint as a zip."""
+def weights(backend: Backend, checkpoint: str, *, named: str | None = None) -> StreamingResponse:
+    """The weights of a checkpoint as a zip, named as the checkpoint or otherwise."""
     folder = backend.checkpoints.weights(checkpoint)
-    headers = {"ETag": f'"{checkpoint}"', "Content-Disposition": f'attachment; filename="{checkpoint}.zip"'}
+    headers = {"ETag": f'"{checkpoint}"', "Content-Disposition": f'attachment; filename="{named or checkpoint}.zip"'}
     return StreamingResponse(zips.stream(folder), media_type="application/zip", headers=headers)
 
 
 def _register(
     backend: Backend, wanted: CheckpointForm | CheckpointRegister, folder: Path, response: Response
 ) -> Checkpoint:
-    model = _allowed_model(backend, wanted.model, folder)
+    stored = register_folder(
+        backend, folder, model=wanted.model, revision=wanted.revision, learning_rate=wanted.learning_rate,
+        step=wanted.step, precision=wanted.precision, name=wanted.name,
+    )  # fmt: skip
+    return _answer(response, *stored)
 
-    def register() -> Checkpoint:
-        return backend.checkpoints.register(
-            folder, model=model, revision=wanted.revision, learning_rate=wanted.learning_rate, step=wanted.step,
-            precision=wanted.precision, name=wanted.name,
-        )  # fmt: skip
 
-    return _recorded(backend, register, response)
+def register_folder(backend: Backend, folder: Path, *, model: str | None, **fields: Any) -> tuple[Checkpoint, bool]:
+    """Store and record the checkpoint in a folder; says whether it is new."""
+    allowed = _allowed_model(backend, model, folder)
+    return _recorded(backend, lambda: backend.checkpoints.register(folder, model=allowed, **fields))
 
 
 def _register_base(backend: Backend, wanted: CheckpointRegister, response: Response) -> Checkpoint:
@@ -127,14 +129,18 @@ def _register_base(backend: Backend, wanted: CheckpointRegister, response: Respo
             name=wanted.name,
         )  # fmt: skip
 
-    return _recorded(backend, register, response)
+    return _answer(response, *_recorded(backend, register))
 
 
-def _recorded(backend: Backend, register: Callable[[], Checkpoint], response: Response) -> Checkpoint:
+def _recorded(backend: Backend, register: Callable[[], Checkpoint]) -> tuple[Checkpoint, bool]:
     _, checkpoint, new = store_and_record(
         backend.catalog, CheckpointRow, store=register, record=backend.catalog.add_checkpoint,
-        look=backend.checkpoints.weights, delete=backend.checkpoints.delete,
+        look=backend.checkpoints.look, delete=backend.checkpoints.delete,
     )  # fmt: skip
+    return checkpoint, new
+
+
+def _answer(response: Response, checkpoint: Checkpoint, new: bool) -> Checkpoint:
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/checkpoints/{checkpoint.id}"
     return checkpoint

@@ -70,7 +70,7 @@ def upload_dataset(backend: BackendDep, request: Request, response: Response) ->
         )
 
     stored, dataset, new = store_and_record(
-        catalog, DatasetRow, store=store, record=record, look=backend.datasets.content, delete=_deleter(backend)
+        catalog, DatasetRow, store=store, record=record, look=backend.datasets.look, delete=_deleter(backend)
     )
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Literal
@@ -16,12 +15,10 @@ from starlette.responses import Content
 from starlette.types import Send
 
 from datastore import exports, feature_files, training_files
-from datastore.errors import InvalidInput
-from datastore.leases import collection
 from datastore.provenance import card
 from service import zips
 from service.dependencies import Backend, BackendDep, Reference
-from service.files import NPY, PARQUET, SAFETENSORS, wanted_type
+from service.files import NPY, PARQUET, SAFETENSORS, ArrayQuery, array, tag, wanted_type
 from service.routes.selections import CSV, NDJSON
 from service.routing import Router
 
@@ -73,7 +70,7 @@ def export_selection(
     suffix = wanted if wanted in MEDIA_TYPES else f"{wanted}.zip"
     headers = {
         "Content-Disposition": f'attachment; filename="{found.id}.{suffix}"',
-        "ETag": _tag(wanted, str(scores), provenance.model_dump_json()),
+        "ETag": tag(wanted, str(scores), provenance.model_dump_json()),
         "Link": f'</selections/{found.id}/provenance>; rel="describedby"; type="application/json"',
     }
     body = _body(backend, found, provenance, wanted, scores=scores)
@@ -99,17 +96,11 @@ def selection_provenance(
     return Response(provenance.model_dump_json(), media_type="application/json")
 
 
-class FeaturesQuery(RequestBody):
+class FeaturesQuery(ArrayQuery):
     """Which features are wanted, and how."""
 
     feature_set: str | None = Field(None, min_length=1, max_length=255)
     """Id of one of the job's feature sets; may be left out where there is one."""
-    format: Literal["npy", "safetensors"] | None = None
-    """By default what `Accept` asks for, else npy."""
-    start: int = Field(0, ge=0)
-    """The first row."""
-    stop: int | None = Field(None, ge=0)
-    """The row after the last one; by default all rows."""
 
 
 @router.get(
@@ -128,37 +119,21 @@ def gradients_features(
     job = backend.jobs.of_features(reference)
     feature_set = backend.features.of_job(job, parameters.feature_set, path=request.url.path)
     view = backend.features.view(feature_set)
-    start, stop = parameters.start, view.rows if parameters.stop is None else parameters.stop
-    if not start <= stop <= view.rows:
-        raise InvalidInput(
-            f"start and stop: {feature_set.id} has the rows 0 to {view.rows}, and no rows {start}:{stop}"
-        )
-    accepted = wanted_type(request, [NPY, SAFETENSORS])
-    as_tensors = parameters.format == "safetensors" or (parameters.format is None and accepted == SAFETENSORS)
+    start, stop = parameters.span(feature_set.id, view.rows)
     described = backend.cards.of_features(feature_set, start=start, stop=stop).model_dump_json()
-    if as_tensors:
-        file = feature_files.safetensors(view, start, stop, metadata=described)
+    numbers = feature_files.of_features(view)
+    form = parameters.form(request)
+    if form == "safetensors":
+        file = feature_files.safetensors(numbers, start, stop, name="features", metadata={"gradstore": described})
     else:
-        file = feature_files.npy(view, start, stop)
-    suffix, media_type = ("safetensors", SAFETENSORS) if as_tensors else ("npy", NPY)
-    headers = {
-        "Content-Disposition": f'attachment; filename="{feature_set.id}.{suffix}"',
-        "Content-Length": str(file.length),
-        "ETag": _tag(suffix, str(start), str(stop), described),
-        "Link": f'<{collection(job.kind)}/{job.id}>; rel="describedby"; type="application/json"',
-    }
-    return StreamingResponse(file.pieces(), media_type=media_type, headers=headers)
+        file = feature_files.npy(numbers, start, stop)
+    return array(file, feature_set.id, form, tag=tag(form, str(start), str(stop), described), of=job)
 
 
 async def _continued(first: Content, rest: AsyncIterator[Content]) -> AsyncIterator[Content]:
     yield first
     async for piece in rest:
         yield piece
-
-
-def _tag(*parts: str) -> str:
-    """An entity tag of what decides the bytes of a file that is made while it is sent."""
-    return f'"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"'
 
 
 def _body(

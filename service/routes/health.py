@@ -7,11 +7,13 @@ from typing import Annotated
 
 from fastapi import Depends, Request, Response
 from gradstore import __version__
-from gradstore.types import Health, Usage
+from gradstore.types import Health, Readiness, Usage
 
 from datastore import usage
+from service import readiness
 from service.dependencies import BackendDep
 from service.metrics import MEDIA_TYPE, Metrics
+from service.problems import NotReady
 from service.routing import Router
 
 router = Router(tag="service")
@@ -22,21 +24,29 @@ def _metrics(request: Request) -> Metrics:
     return metrics
 
 
-@router.get("/health", responses={503: {"model": Health, "description": "The catalog does not answer."}})
-def get_health(backend: BackendDep, response: Response) -> Health:
-    """Whether catalog and dispatch work, the workers of the last minute, and the free space.
+@router.get("/health")
+async def get_health() -> Health:
+    """A sign of life: nothing else is asked, so that a service is not restarted for what a restart does not mend."""
+    return Health(status="ok", version=__version__)
 
-    `degraded` with status 200 means that workers are not woken and find their work later.
+
+@router.get("/ready")
+def get_ready(backend: BackendDep) -> Readiness:
+    """Whether the service can work: catalog, store, bucket, disk, dispatch and workers, each with its reason.
+
+    503 where something is missing that requests cannot do without. `degraded` means that they are answered, and jobs
+    wait, or are begun later.
     """
-    catalog, dispatch = backend.catalog.alive(), backend.queue.alive()
-    if not catalog:
-        response.status_code = 503
-    return Health(
-        status="ok" if catalog and dispatch else "degraded",
+    seen = readiness.workers(backend)
+    checks = list(readiness.checks(backend, seen))
+    missing = [check for check in checks if not check.ok]
+    if any(check.required for check in missing):
+        raise NotReady([check for check in missing if check.required])
+    return Readiness(
+        status="degraded" if missing else "ok",
         version=__version__,
-        catalog=catalog,
-        dispatch=dispatch,
-        workers=backend.jobs.workers() if catalog else [],
+        checks=checks,
+        workers=seen,
         free_bytes=shutil.disk_usage(backend.settings.data).free,
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Response
-from gradstore.types import ImportJob, ImportRequest, ProblemItem
+from gradstore.types import ImportJob, ImportRequest
 
 from datastore.archives import allowed_folder
-from datastore.errors import InvalidInput
+from datastore.errors import refusal
 from datastore.imports import fingerprint
 from service.dependencies import BackendDep, Reference
 from service.forms import Form, form_or_json
@@ -37,12 +37,12 @@ def create_import(backend: BackendDep, sent: Sent, response: Response) -> Import
     if isinstance(sent, Form):
         request = sent.read(ImportRequest, files=["files", "file"])
         if request.path is not None:
-            raise _refusal("send either files or a path of the server")
+            raise refusal("send either files or a path of the server", "/path")
         files, mark, uploaded = sent.content(), [[file.name, file.sha256] for file in sent.files], True
     else:
         request = sent
         if request.path is None:
-            raise _refusal("name a path of the server, or send the files as multipart/form-data")
+            raise refusal("name a path of the server, or send the files as multipart/form-data", "/path")
         files = allowed_folder(request.path, backend.settings.allowed_roots)
         mark, uploaded = fingerprint(files), False
     job, _ = backend.imports.start(request, files, fingerprint=mark, uploaded=uploaded)
@@ -56,7 +56,3 @@ look_and_name(router, kind="import", model=ImportJob, one="An import, and what w
 def delete_import(backend: BackendDep, reference: Reference) -> None:
     """Delete an import and its features; 409 while it is at work."""
     backend.imports.forget(backend.features.remove(reference, kind="import"))
-
-
-def _refusal(detail: str) -> InvalidInput:
-    return InvalidInput(f"path: {detail}", errors=[ProblemItem(detail=detail, pointer="/path")])

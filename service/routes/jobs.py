@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 from anyio.to_thread import run_sync
 from fastapi import Query, Response
 from fastapi.responses import StreamingResponse
-from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page, Rename
+from gradstore.types import AnyJob, Job, JobKind, JobStatus, Page, Prioritise, Rename
 
 from datastore.errors import Conflict
 from datastore.leases import collection
@@ -54,24 +54,24 @@ def typed_page(page: Page[AnyJob], model: type[JobT]) -> Page[JobT]:
 
 def look_and_name(router: Router, *, kind: JobKind, model: type[JobT], one: str) -> None:
     """Add the routes that every noun of jobs has alike: list, get and rename; `one` describes what get answers."""
-    plural = router.prefix.removeprefix("/")
+    plural = router.prefix.removeprefix("/").replace("/", "_")
 
     @router.get(
         "",
         name=f"list_{plural}",
         response_model=Page[model],  # type: ignore[valid-type]
-        description=f"A page of {plural}, newest first.",
+        description=f"A page of {plural.replace('_', ' ')}, newest first.",
     )
     def list_all(backend: BackendDep, paging: Annotated[Paging, Query()]) -> Page[JobT]:
         return typed_page(backend.jobs.page(kind=kind, limit=paging.limit, after=paging.after), model)
 
-    @router.get("/{reference}", name=f"get_{kind}", response_model=model, description=one)
+    @router.get("/{reference}", name=f"get_{kind.replace('-', '_')}", response_model=model, description=one)
     def get(backend: BackendDep, reference: Reference) -> JobT:
         return typed(backend.jobs.get(reference, kind=kind), model)
 
     @router.patch(
         "/{reference}",
-        name=f"rename_{kind}",
+        name=f"rename_{kind.replace('-', '_')}",
         response_model=model,
         description="Give it another name, or none.",
     )
@@ -89,6 +89,12 @@ def list_jobs(backend: BackendDep, wanted: Annotated[JobFilter, Query()]) -> Pag
 def get_job(backend: BackendDep, reference: Reference) -> AnyJob:
     """A job by id; by name, where only one job has it."""
     return backend.jobs.get(reference)
+
+
+@router.patch("/{reference}")
+def prioritise_job(backend: BackendDep, reference: Reference, body: Prioritise) -> AnyJob:
+    """Have a job's shards done before those of jobs with a lower priority, from the next one on."""
+    return backend.jobs.prioritise(reference, body.priority)
 
 
 @router.post("/{reference}/cancel")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 from fastapi import Query as Parameters
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 from gradstore.types import (
     FINISHED,
+    AbilityStrategy,
     Aggregate,
     AnyJob,
+    CapabilityName,
     Combine,
     DedupeBy,
     FeatureChoice,
@@ -27,6 +28,7 @@ from gradstore.types import (
     SelectionCreate,
     SelectionMethod,
     SelectionRecipe,
+    Share,
     StoredProjection,
     Strategy,
 )
@@ -65,13 +67,30 @@ class ScoresAsked(FeatureChoice, RequestBody):
     """What imported features' projection is called."""
     method: SelectionMethod | None = None
     """What a row's score is: its `influence` on a task (the default), the cosine of hidden states (`rds`, RDS+) or of
-    sentence embeddings (`embedding`), its words' match (`bm25`), or a number drawn for it (`random`)."""
+    sentence embeddings (`embedding`), its words' match (`bm25`), a number drawn for it (`random`), its influence as a
+    predictor predicts it (`predicted`), or as a cascade has computed it for the rows predicted best (`cascade`),
+    what its group is estimated to give (`gradex`), or its place in an ability space (`cods`)."""
+    by: Named | None = None
+    """Whose scores are meant, of a method that has them from something that was learned."""
+    budget: Fraction | None = None
+    """`method=cascade`: the part of the pool whose gradients the cascade meant has computed."""
     aggregate: Aggregate | None = None
     """`less`, influence's default: mean within a subtask, then the largest; `avg`, `max` (the others' default), `min`:
     over all validation rows."""
     combine: Combine | None = None
     """How several tasks choose: by the largest (influence's default) or the mean score, in turns (the other methods'
     default), or the least served first."""
+    strategy: Strategy | None = None
+    """How rows are chosen by their scores: the best (`top`, the default), those farthest from each other (`k-center`)
+    or the best of each cluster (`clusters`). With `method=cods` how they are scored, too: by the `nearest` of the
+    task's rows (the default), which then take rows in turns, by their mean (`prototype`), or by `capabilities`
+    (`capability`)."""
+    neighbours: int | None = Field(None, ge=1, le=1000)
+    """`method=cods`: how many of the nearest references give a row's score; by default 5."""
+    beta: float | None = Field(None, ge=0, le=100)
+    """`method=cods`: weight of the likeness of capabilities beside that of places; by default 0."""
+    capabilities: list[CapabilityName] = Field([], max_length=1000)
+    """`strategy=capability`: those that are asked for."""
     selection_seed: int | None = Field(None, ge=0, lt=1 << 32)
     """Seed of what is drawn."""
     wait: float | None = Field(None, ge=0, le=30)
@@ -81,6 +100,12 @@ class ScoresAsked(FeatureChoice, RequestBody):
     def _one_training(self) -> ScoresAsked:
         if self.run is not None and self.checkpoint:
             raise ValueError("name either a run or checkpoints")
+        return self
+
+    @model_validator(mode="after")
+    def _choose_nothing(self) -> ScoresAsked:
+        if self.strategy is not None and self.strategy not in get_args(AbilityStrategy):
+            raise ValueError(f"strategy={self.strategy} chooses rows, and scores none: ask /select, or leave it out")
         return self
 
     def query(self) -> Query:
@@ -107,14 +132,11 @@ class SelectQuery(ScoresQuery):
     """Datasets and selections whose examples are left out."""
     exclude_ids: list[OwnId] = Field([], max_length=100_000)
     """Examples to leave out, by their own ids."""
-    strategy: Strategy | None = None
-    """How rows are chosen by their scores: the best (`top`, the default), those farthest from each other (`k-center`)
-    or the best of each cluster (`clusters`)."""
     among: RowCount | None = None
     """Of how many of the best rows `k-center` and `clusters` choose; by default four times as many as are chosen."""
     clusters: int | None = Field(None, ge=1, le=100_000)
     """Into how many clusters these are parted; by default the square root of the number of rows chosen."""
-    quota: list[str] = Field([], max_length=1000)
+    quota: list[Share] = Field([], max_length=1000)
     """Shares of the chosen rows by origin: `equal`, `proportional`, or `origin:fraction` for any of them."""
     dedupe: float | None = Field(None, gt=0, le=1)
     """Pass over rows that are more alike than this to one chosen before."""
@@ -128,6 +150,10 @@ class SelectQuery(ScoresQuery):
     """Tasks, beside those selected for, whose validation and test rows the chosen rows are compared with."""
     exclude_contaminated: bool | None = None
     """Leave out rows that overlap with a task's."""
+
+    @model_validator(mode="after")
+    def _choose_nothing(self) -> SelectQuery:
+        return self  # whoever selects chooses
 
     @model_validator(mode="after")
     def _one_amount(self) -> SelectQuery:
@@ -194,7 +220,7 @@ def scores(request: Request, parameters: Annotated[ScoresPageQuery, Parameters()
     rows = len(found[0].score)
     data = backend.answers.scored(recipe, sources, found, start=start, stop=stop)
     page = Scores(recipe=recipe, rows=rows, data=data, has_more=start + len(data) < rows)
-    return JSONResponse(page.model_dump(mode="json"))
+    return Response(page.model_dump_json(), media_type="application/json")
 
 
 def _located(found: Selection) -> Response:
@@ -227,7 +253,7 @@ def ready_scores(
     backend.scorer.ring()
     backend.queue.ring(job.id, "scoring")
     deadline = time.monotonic() + (backend.settings.select_wait if wait is None else wait)
-    while job.status not in FINISHED and time.monotonic() < deadline:
+    while job.status not in FINISHED and time.monotonic() < deadline and not backend.stopping.is_set():
         time.sleep(LOOK_INTERVAL)
         job = backend.jobs.get(job.id)
     known = backend.scoring.known(recipe, sources)

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Query, Response
-from gradstore.types import Name, Page, Rename, Task, TaskKind, TaskRegister
+from fastapi.responses import StreamingResponse
+from gradstore.types import Name, Page, Rename, RepeatedRowCount, Split, Task, TaskKind, TaskRegister
 from gradstore.types import Request as RequestBody
 
 from datastore.archives import allowed_folder
+from datastore.few_shot import repeated
 from datastore.schema import TaskRow
+from datastore.selection.rules import refused
 from datastore.tasks import StoredTask
 from service.dependencies import Backend, BackendDep, Paging, Reference
 from service.forms import Form, form_or_json
 from service.openapi import upload
+from service.routes.selections import NDJSON
 from service.routing import noun
 from service.uploads import store_and_record
 
@@ -58,6 +62,30 @@ def get_task(backend: BackendDep, reference: Reference) -> Task:
     return backend.catalog.task(reference)
 
 
+class TaskRows(RequestBody):
+    """Which rows of a task, and how many."""
+
+    split: Split = "validation"
+    rows: RepeatedRowCount | None = None
+    """Repeat them until there are so many, a million at most, or take as many of them; by default each once."""
+
+
+@router.get(
+    "/{reference}/content",
+    response_class=StreamingResponse,
+    responses={200: {"description": "The rows.", "content": {NDJSON: {"schema": {"type": "string"}}}}},
+)
+def get_task_content(backend: BackendDep, reference: Reference, asked: Annotated[TaskRows, Query()]) -> Response:
+    """The task's rows as a dataset takes them, one a line; with `rows` the few are repeated up to a budget."""
+    task = backend.catalog.task(reference)
+    found = backend.tasks.validation(task.id) if asked.split == "validation" else backend.tasks.test(task.id)
+    if not found:
+        raise refused("split", f"the task {task.name} has no {asked.split} rows")
+    lines = repeated([row.example for row in found], asked.rows)
+    headers = {"Content-Disposition": f'attachment; filename="{task.id}-{asked.split}.jsonl"'}
+    return StreamingResponse(lines, media_type=NDJSON, headers=headers)
+
+
 @router.patch("/{reference}")
 def rename_task(backend: BackendDep, reference: Reference, body: Rename) -> Task:
     """Give a task another name."""
@@ -81,7 +109,7 @@ def _store(backend: Backend, wanted: TaskForm | TaskRegister, folder: Path, resp
 
     _, task, new = store_and_record(
         backend.catalog, TaskRow, store=lambda: backend.tasks.store(wanted.kind, folder), record=record,
-        look=backend.tasks.validation, delete=backend.tasks.delete,
+        look=backend.tasks.look, delete=backend.tasks.delete,
     )  # fmt: skip
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/tasks/{task.id}"

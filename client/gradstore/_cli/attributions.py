@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, started
 from gradstore._cli.names import Names
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import Json, Reference, Wait, given, takes
@@ -32,7 +32,7 @@ TEXTS = {
     "text": "Show the beginning of each example's text.",
 }
 
-attributions = group_of("attributions", JOBS, help="Training examples behind what a model said.", own_show=True)
+attributions = group_of("attributions", listed, help="Training examples behind what a model said.", own_show=True)
 
 
 @takes(endpoints.attributions_create, request=AttributionRequest, texts=TEXTS)

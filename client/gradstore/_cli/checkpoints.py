@@ -67,7 +67,7 @@ def register_checkpoint(
 
 def _stored_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
     if checkpoint.moments_note:
-        say(checkpoint.moments_note)
+        say(f"it has no Adam moments: {checkpoint.moments_note}")
     if as_json:
         print_json(checkpoint)
     else:

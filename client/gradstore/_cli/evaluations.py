@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import AS_TRAINED, Json, Reference, Wait, given, takes
 from gradstore._cli.output import Columns, print_table
@@ -26,7 +26,7 @@ MEASURED: Columns = {
     "95 % ": lambda row: _interval(row.interval),
 }
 
-evaluations = group_of("evaluations", JOBS, help="Models measured on tasks.", own_show=True)
+evaluations = group_of("evaluations", listed, help="Models measured on tasks.", own_show=True)
 
 
 @evaluations.command("create")

@@ -7,14 +7,14 @@ from typing import Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.jobs import listed, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, NewFolder, Reference, Wait, given, takes
 from gradstore._cli.output import is_terminal, print_object
 from gradstore._cli.session import session
 from gradstore.types import FinetuneRequest
 
-finetunes = group_of("finetunes", JOBS, help="Trainings: the warm-up, and those on selections.")
+finetunes = group_of("finetunes", listed, help="Trainings: the warm-up, and those on selections.")
 
 
 @finetunes.command("create")

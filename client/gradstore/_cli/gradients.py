@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, started
+from gradstore._cli.jobs import listed, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import AS_TRAINED, DryRun, Json, Rows, Wait, given, takes
 from gradstore._cli.output import Columns, is_terminal, print_list, print_object
@@ -45,13 +45,14 @@ COMPUTED: Columns = {
     "norm": lambda row: row.norm,
     "gradient": lambda row: row.raw_norm,
     "loss": lambda row: row.loss,
+    "log-odds": lambda row: row.logodds,
     "tokens": lambda row: row.tokens,
     "no feature": lambda row: row.reason,
 }
 
-gradients = group_of("gradients", JOBS, help="Projected gradients of datasets and tasks.")
-conversions = group_of("conversions", JOBS, help="Stored features made narrower: float16 to int8, say.")
-imports = group_of("imports", JOBS, help="Features that another program has computed.")
+gradients = group_of("gradients", listed, help="Projected gradients of datasets and tasks.")
+conversions = group_of("conversions", listed, help="Stored features made narrower: float16 to int8, say.")
+imports = group_of("imports", listed, help="Features that another program has computed.")
 
 
 @gradients.command("create")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstore import errors
-from gradstore._cli.nouns import add_delete, add_show, bare_group
+from gradstore._cli.names import Names
+from gradstore._cli.nouns import add_delete, add_show, bare_group, resource
 from gradstore._cli.options import Json, Limit, Timeout, Wait
 from gradstore._cli.output import Columns, ago, is_terminal, print_json, print_list, print_object, say, say_lost_rows
 from gradstore._cli.session import session
@@ -25,13 +26,51 @@ def _progress(job: Job[Any, Any]) -> str:
     return f"{job.progress.done:,}/{job.progress.total:,} {job.progress.unit}"
 
 
-JOBS: Columns = {
-    "id": lambda job: job.id,
-    "name": lambda job: job.name,
-    "status": lambda job: job.status,
-    "progress": _progress,
-    "age": lambda job: ago(job.created_at),
-}
+OF = (
+    "dataset",
+    "datasets",
+    "task",
+    "tasks",
+    "selection",
+    "finetune",
+    "checkpoint",
+    "gradients",
+    "model",
+    "projector",
+    "streams",
+    "annotations",
+    "estimates",
+)
+"""Fields of a request that say what a job is about."""
+
+
+def listed(names: Names) -> Columns:
+    """What is printed of a job."""
+    return {
+        "id": lambda job: job.id,
+        "name": lambda job: job.name,
+        "of": lambda job: _about(job, names),
+        "status": lambda job: job.status,
+        "progress": _progress,
+        "age": lambda job: ago(job.created_at),
+    }
+
+
+def _about(job: Job[Any, Any], names: Names) -> str | None:
+    """The datasets, tasks and models that a job's request names; of scores, those of their recipe."""
+    request = job.request.model_dump()
+    fields = request | (request.get("recipe") or {})
+    said = [one for name in OF if (value := fields.get(name)) for one in _references(value)]
+    return ", ".join(names.called(one) for one in said) or None
+
+
+def _references(value: str | list[str] | dict[str, str | None]) -> list[str]:
+    """What a field of a request names: one, several, or one by each name."""
+    if isinstance(value, str):
+        return [value]
+    return [one for one in (value.values() if isinstance(value, dict) else value) if one is not None]
+
+
 jobs = bare_group("jobs", help="Work of all kinds: look, wait, cancel, go on.")
 add_show(jobs, "jobs")
 add_delete(
@@ -53,7 +92,7 @@ def started(
     """Print a job that was started, or, with `wait`, as it ended: its result by `show`, else its id."""
     if wait:
         try:
-            job = getattr(store, noun).wait(job, progress=is_terminal())
+            job = resource(store, noun).wait(job, progress=is_terminal())
         except KeyboardInterrupt:
             say(f"the job goes on: gradstore jobs wait {job.id}")
             raise
@@ -89,7 +128,7 @@ def list_jobs(
     with session(ctx) as store:
         print_list(
             islice(store.jobs.list(kind=kind, status=status), limit),
-            {"kind": lambda job: job.kind, **JOBS},
+            {"kind": lambda job: job.kind, **listed(Names(store))},
             as_json=as_json,
         )
 
@@ -116,6 +155,20 @@ def watch_job(ctx: typer.Context, job: JobReference, *, as_json: Json = False) -
                 typer.echo(f"{state.status:<9}  {_progress(state)}")
             if state.finished and state.status != "succeeded":
                 raise errors.JobFailed(state)
+
+
+@jobs.command("prioritise")
+def prioritise_job(
+    ctx: typer.Context,
+    job: JobReference,
+    priority: Annotated[int, typer.Argument(metavar="PRIORITY", min=-10, max=10, help="-10 to 10; jobs start with 0.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Have a job done before those of a lower priority, from its next shard on; `-- -5` for one below 0."""
+    with session(ctx) as store:
+        changed = store.jobs.prioritise(job, priority)
+        print_object(changed, as_json=True) if as_json else typer.echo(changed.id)
 
 
 @jobs.command("cancel")

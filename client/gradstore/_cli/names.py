@@ -1,4 +1,4 @@
-"""Tasks and datasets as tables show them: by their names, which say more to a reader than ids do."""
+"""Tasks, datasets and selections as tables show them: by their names, which say more to a reader than ids do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from gradstore.errors import NotFound
 
 if TYPE_CHECKING:
     from gradstore import GradientStore
+
+
+_NOUNS = {"ds": "datasets", "task": "tasks", "sel": "selections"}
+"""The noun of an id, by how it begins."""
 
 
 class Names:
@@ -25,6 +29,11 @@ class Names:
     def dataset(self, id: str) -> str:
         """A dataset's."""
         return self._known("datasets", id)
+
+    def called(self, reference: str) -> str:
+        """What a job's request names: a dataset, a task or a selection by its name; what is no id of one, as it is."""
+        noun = _NOUNS.get(reference.partition("_")[0])
+        return reference if noun is None else self._known(noun, reference)
 
     def _find(self, noun: str, id: str) -> str:
         try:

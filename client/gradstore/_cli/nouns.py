@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from gradstore._cli.names import Names
 from gradstore._cli.once import App
 from gradstore._cli.options import Json, Limit, Reference
 from gradstore._cli.output import Columns, print_list, print_object
 from gradstore._cli.session import session
 
+if TYPE_CHECKING:
+    from gradstore import GradientStore
+
 VERBS = (
-    *("upload", "register", "create", "list", "show", "rows", "explain", "lengths", "features", "content"),
+    *(
+        "upload",
+        "register",
+        "create",
+        "preview",
+        "list",
+        "show",
+        "epochs",
+        "rows",
+        "histogram",
+        "explain",
+        "lengths",
+        "features",
+        "content",
+    ),
     *("export", "provenance", "download"),
-    *("wait", "watch", "cancel", "retry", "rename", "delete"),
+    *("wait", "watch", "prioritise", "cancel", "retry", "rename", "delete"),
 )
+
+
+def resource(store: GradientStore, noun: str) -> Any:
+    """What the client has for a noun."""
+    return getattr(store, noun.replace("-", "_"))
 
 
 class Verbs(TyperGroup):
@@ -28,7 +52,9 @@ class Verbs(TyperGroup):
         return sorted(super().list_commands(ctx), key=VERBS.index)
 
 
-def group_of(noun: str, columns: Columns, *, help: str, own_show: bool = False) -> typer.Typer:
+def group_of(
+    noun: str, columns: Columns | Callable[[Names], Columns], *, help: str, own_show: bool = False
+) -> typer.Typer:
     """The group of a noun with what every noun has; `columns` are those of its list, and `own_show` leaves show out."""
     made = bare_group(noun, help=help)
     add_list(made, noun, columns)
@@ -44,13 +70,16 @@ def bare_group(noun: str, *, help: str) -> typer.Typer:
     return App(name=noun, cls=Verbs, no_args_is_help=True, help=help)
 
 
-def add_list(group: typer.Typer, noun: str, columns: Columns) -> None:
-    """Add the command that lists all."""
+def add_list(
+    group: typer.Typer, noun: str, columns: Columns | Callable[[Names], Columns], *, order: str = "the newest first"
+) -> None:
+    """Add the command that lists all; its columns may need the names of other things."""
 
-    @group.command("list", help=f"List the {noun}, the newest first.")
+    @group.command("list", help=f"List the {noun}, {order}.")
     def list_all(ctx: typer.Context, *, limit: Limit = None, as_json: Json = False) -> None:
         with session(ctx) as store:
-            print_list(islice(getattr(store, noun).list(), limit), columns, as_json=as_json)
+            shown = columns(Names(store)) if callable(columns) else columns
+            print_list(islice(resource(store, noun).list(), limit), shown, as_json=as_json)
 
 
 def add_show(group: typer.Typer, noun: str) -> None:
@@ -59,7 +88,7 @@ def add_show(group: typer.Typer, noun: str) -> None:
     @group.command("show", help="Print everything known about one.")
     def show(ctx: typer.Context, reference: Reference, *, as_json: Json = False) -> None:
         with session(ctx) as store:
-            print_object(getattr(store, noun).get(reference), as_json=as_json)
+            print_object(resource(store, noun).get(reference), as_json=as_json)
 
 
 def add_rename(group: typer.Typer, noun: str) -> None:
@@ -72,7 +101,7 @@ def add_rename(group: typer.Typer, noun: str) -> None:
         name: Annotated[str | None, typer.Argument(metavar="NAME", help="The new name.")] = None,
     ) -> None:
         with session(ctx) as store:
-            typer.echo(getattr(store, noun).rename(reference, name).id)
+            typer.echo(resource(store, noun).rename(reference, name).id)
 
 
 def add_delete(
@@ -87,4 +116,4 @@ def add_delete(
     ) -> None:
         with session(ctx) as store:
             for reference in references:
-                getattr(store, noun).delete(reference)
+                resource(store, noun).delete(reference)

@@ -8,6 +8,7 @@ option, the adapter's shape by four options.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -47,7 +48,11 @@ HELP = {
     "attention": "How attention is computed; by default as the model's code chooses.",
     "baseline": "Measure the base model beside it.",
     "batch_size": "Rows per optimizer step.",
+    "beta": "cods: weight of the likeness of capabilities beside that of places.",
     "bootstrap_samples": "Samples of the confidence intervals.",
+    "budget": "Part of the pool whose gradients are computed: 0.2 is 20 %.",
+    "by": "Whose scores are meant, of a method that has them from something that was learned.",
+    "capabilities": "Capability that strategy=capability selects for; repeat for several.",
     "checkpoint": "Checkpoint by id; repeat for several.",
     "checkpoints": "Checkpoint by id, instead of a run; repeat for several.",
     "clusters": "Clusters to take equal parts of; by default the square root of the number of rows.",
@@ -75,6 +80,7 @@ HELP = {
     "kind": "Kind of the pool's features.",
     "kinds": "Kind of features; repeat to get several from one pass. By default adam for a dataset and sgd for a task.",
     "learning_rate": "Learning rate at its highest; of a checkpoint, the mean of its epoch.",
+    "logodds_form": "Log-odds as they are (exact), or of probabilities moved away from 0 and 1 (reference, GradEx's).",
     "lora_alpha": "Scale of the adapter.",
     "lora_dropout": "Dropout of the adapter in training.",
     "lora_r": "Rank of the adapter.",
@@ -86,6 +92,7 @@ HELP = {
     "method": "Train an adapter, or all weights.",
     "model": "Base model: hub id, or a folder of the server inside an allowed root.",
     "name": "Name to give it, instead of remembering its id.",
+    "neighbours": "cods: how many of the task's nearest rows give a row's score; by default 5.",
     "ngram": "Words of a run that two rows must share to overlap; by default 13.",
     "on_error": "What to do with a file that has bad rows: refuse it, or take the good ones.",
     "origin": "Only rows of this origin.",
@@ -109,7 +116,8 @@ HELP = {
     "selection": "Selection by id or name.",
     "selection_seed": "Seed of what is drawn.",
     "step": "Optimizer step at which the checkpoint was taken.",
-    "strategy": "The best rows (top), the farthest from each other (k-center), or the best of each cluster (clusters).",
+    "strategy": "The best rows (top), the farthest from each other (k-center), or the best of each cluster (clusters); "
+    "cods: those nearest to the task's rows in turns (nearest), to their mean (prototype), or by capabilities.",
     "task": "Task by id or name.",
     "tasks": "Task by id or name; repeat for several.",
     "template": "How a conversation is written as text.",
@@ -164,6 +172,30 @@ def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "lora": LoraSettings(**lora)} if lora else found
 
 
+def parameter_sets(option: str, texts: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The sets of parameters that an option was given; None where it was not. Raises `ValueError` for what names none.
+
+    >>> parameter_sets("--scores", ["kind=adam,dim=1024"])
+    [{'kind': 'adam', 'dim': '1024'}]
+    """
+    return [parameter_set(option, text) for text in texts] or None
+
+
+def parameter_set(option: str, text: str) -> dict[str, Any]:
+    """What an option says as name=value,… or as JSON. Raises `ValueError` for what is neither."""
+    if text.lstrip().startswith("{"):
+        try:
+            found: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{option} {text}: this is no JSON: {error}") from error
+        return found
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"{option} {text}: say name=value, not {name!r}")
+    return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}
+
+
 def _parts(parameters: Iterable[inspect.Parameter]) -> Iterator[inspect.Parameter]:
     """The parameters, the adapter's shape as one for each of its fields."""
     for parameter in parameters:
@@ -174,12 +206,16 @@ def _parts(parameters: Iterable[inspect.Parameter]) -> Iterator[inspect.Paramete
             yield parameter.replace(name=f"lora_{name}", annotation=field.annotation, default=field.default)
 
 
+def _singular(name: str) -> str:
+    return f"{name.removesuffix('ies')}y" if name.endswith("ies") else name.removesuffix("s")
+
+
 def _option(parameter: inspect.Parameter, text: str, default: Any) -> inspect.Parameter:
     required = parameter.default is inspect.Parameter.empty
     kind = _value(parameter.annotation)
     names, metavar = [], None
     if get_origin(kind) is list:  # repeated, so its name is the singular
-        names = [f"--{parameter.name.removesuffix('s').replace('_', '-')}"]
+        names = [f"--{_singular(parameter.name).replace('_', '-')}"]
         item = get_args(kind)[0]
         metavar = f"<{'|'.join(item) if issubclass(item, StrEnum) else item.__name__}>"
     option = typer.Option(*names, metavar=metavar, help=f"{text}{_shown(default)}", show_default=False)

@@ -66,8 +66,17 @@ def print_object(body: BaseModel, *, as_json: bool) -> None:
     fields = body.model_dump(mode="json")
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        shown = value if isinstance(value, str) else json.dumps(_rounded(value), ensure_ascii=False)
         typer.echo(f"{name:<{width}}  {shown}")
+
+
+def _rounded(value: Any) -> Any:
+    """A value with floats as people read them: six digits that count."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def print_lines(lines: Iterable[bytes]) -> None:

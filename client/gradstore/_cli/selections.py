@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,19 +26,44 @@ from gradstore._cli.output import (
     say,
 )
 from gradstore._cli.session import session
+from gradstore._endings import content_format
 from gradstore.types import ExportFormat, Selection
+
+if TYPE_CHECKING:
+    from gradstore import GradientStore
 
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print the sorted table (file, row, score) as CSV.")]
 AsLines = Annotated[bool, typer.Option("--lines", help="Print the chosen original rows.")]
+
+
+def _of_content(path: Path | None) -> Path | None:
+    """Refuse a path that ends as other files do, before anything is chosen."""
+    if path is not None:
+        try:
+            content_format(path)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return path
+
+
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Save the original rows there; a path in .csv gets the table.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        callback=_of_content,
+        help="Save the original rows there, in .jsonl; a path in .csv gets the table.",
+    ),
 ]
 
 SCORING = {
     "method": "What a row's score is: its influence on the task (the default), its likeness by hidden states (rds), a "
-    "sentence encoder (embedding) or words (bm25), or a number drawn for it (random).",
+    "sentence encoder (embedding) or words (bm25), its influence as predicted (predicted) or as a cascade has computed "
+    "it (cascade), its group's estimate (gradex), its place in an ability space (cods), or a number drawn (random).",
     "task": "Task by id or name; repeat for several.",
 }
+
+TABLE = 20  # rows of a table, where nothing is said
 
 EXPLAINED: Columns = {
     "rank": lambda row: row.rank,
@@ -50,19 +75,22 @@ EXPLAINED: Columns = {
     "influence": lambda row: row.nearest.influence,
 }
 
-selections = group_of(
-    "selections",
-    {
+
+def listed(names: Names) -> Columns:
+    """What is printed of a selection."""
+    return {
         "id": lambda selection: selection.id,
         "name": lambda selection: selection.name,
-        "tasks": lambda selection: ", ".join(selection.recipe.tasks),
+        "method": lambda selection: selection.recipe.method,
+        "tasks": lambda selection: ", ".join(map(names.called, selection.recipe.tasks)) or None,
+        "pool": lambda selection: ", ".join(map(names.dataset, selection.recipe.datasets)),
         "rows": lambda selection: selection.count,
         "of": lambda selection: selection.pool,
         "age": lambda selection: ago(selection.created_at),
-    },
-    help="What select has answered.",
-    own_show=True,
-)
+    }
+
+
+selections = group_of("selections", listed, help="What select has answered.", own_show=True)
 
 
 def selected(names: Names) -> Columns:
@@ -87,7 +115,10 @@ def select(
         str | None, typer.Option(help="Selection whose recipe is used again, or a JSON file with one; alone.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name to give the selection.")] = None,
-    limit: Rows = 20,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many rows to print; 0 prints all. By default a table has 20 and the rest all."),
+    ] = None,
     output: Output = None,
     as_lines: AsLines = False,
     as_csv: AsCsv = False,
@@ -106,12 +137,12 @@ def select(
         chosen = store.select(
             **given(fields),
             recipe=_recipe(recipe),
-            limit=None if limit == 0 else limit,
+            limit=TABLE if limit is None else limit or None,
             progress=is_terminal(),
             timeout=timeout,
         )
         if name is not None:
-            store.selections.rename(chosen.id, name)
+            _give_name(store, chosen, name)
         say(f"{chosen.id}: {chosen.count:,} of {chosen.pool:,} rows")
         for reason, count in chosen.left_out.items():
             say(f"  {count:,} rows left out: {reason}")
@@ -120,11 +151,23 @@ def select(
         if output is not None:
             store.selections.save(chosen.id, output, progress=is_terminal())
         if as_lines or as_csv:
-            print_lines(store.selections.lines(chosen.id, format="csv" if as_csv else "ndjson"))
+            lines = store.selections.lines(chosen.id, format="csv" if as_csv else "ndjson")
+            print_lines(islice(lines, limit + as_csv if limit else None))  # a table has a line of headings
         elif as_json:
             print_json(chosen)
         elif output is None:
             print_table(chosen.data, selected(names))
+
+
+def _give_name(store: GradientStore, chosen: Selection, name: str) -> None:
+    """Name a selection that has no name yet; the same question is the same selection, which may have one."""
+    if chosen.name not in {None, name}:
+        raise typer.BadParameter(
+            f"the same selection is called {chosen.name!r} already ({chosen.id}): leave the name out, or say "
+            f"`gradstore selections rename {chosen.name} {name}`",
+            param_hint="'--name'",
+        )
+    store.selections.rename(chosen.id, name)
 
 
 def _recipe(said: str | None) -> dict[str, Any] | str | None:
@@ -144,13 +187,15 @@ def _say_what_to_know(chosen: Selection, names: Names) -> None:
     for note in chosen.notes:
         say(f"  {note}")
     found = chosen.contamination
-    if found is not None and found.chosen:
-        share = f"share {found.ngram} words in a row with a task's"
+    if found is None:
+        return
+    share = f"share {found.ngram} words in a row, or the whole of a shorter row, with a task's"
+    if found.chosen:
         say(f"  {found.chosen:,} rows {share}; --exclude-contaminated drops them:")
         for one in found.overlaps[:3]:
             say(f"    row {one.row} and {one.split} row {one.task_row} of {names.task(one.task)}: {one.text[:80]}")
-    if found is not None and found.dropped:
-        say(f"  {found.dropped:,} rows passed over that share {found.ngram} words in a row with a task's")
+    if found.dropped:
+        say(f"  {found.dropped:,} rows passed over that {share}")
 
 
 @selections.command("explain")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gradstore import _endpoints as endpoints
 from gradstore._cli.nouns import group_of
-from gradstore._cli.options import Json, LocalPath, given, takes
+from gradstore._cli.options import Json, LocalPath, Reference, given, takes
 from gradstore._cli.output import ago, is_terminal, print_json, say
 from gradstore._cli.session import session
-from gradstore.types import Task
+from gradstore.types import Split, Task
 
 ServerPath = Annotated[str, typer.Argument(metavar="PATH", help="Path on the server, inside an allowed root.")]
 
@@ -46,6 +47,25 @@ def register_task(ctx: typer.Context, path: ServerPath, *, as_json: Json = False
     """Register a task that lies on the server. Prints its id."""
     with session(ctx) as store:
         _stored_task(store.tasks.register(path, **given(fields)), as_json=as_json)
+
+
+@tasks.command("download")
+def download_task(
+    ctx: typer.Context,
+    reference: Reference,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The JSONL file to write.")],
+    *,
+    split: Annotated[Split | None, typer.Option("--split", help="Which rows; by default those of validation.")] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, max=1_000_000, help="Repeat them until there are so many.")
+    ] = None,
+) -> None:
+    """Save a task's rows as a dataset takes them.
+
+    With --rows the few are repeated: training on these alone is the baseline of a selection of as many rows.
+    """
+    with session(ctx) as store:
+        typer.echo(store.tasks.download(reference, path, split=split, rows=rows, progress=is_terminal()))
 
 
 def _stored_task(task: Task, *, as_json: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import JOBS, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, started
 from gradstore._cli.nouns import group_of
-from gradstore._cli.options import DryRun, Json, Reference, Wait, given, takes
+from gradstore._cli.options import DryRun, Json, Reference, Wait, given, parameter_sets, takes
 from gradstore._cli.output import Columns, print_object, print_table
 from gradstore._cli.session import session
 from gradstore.types import Interval, ValidationRequest, ValidationResult
@@ -40,7 +38,7 @@ JUDGED: Columns = {
     "95 % ": lambda row: _interval(row.difference_interval),
 }
 
-validations = group_of("validations", JOBS, help="How well scores predict what training does.", own_show=True)
+validations = group_of("validations", listed, help="How well scores predict what training does.", own_show=True)
 
 
 @validations.command("create")
@@ -60,7 +58,7 @@ def create_validation(
     those that exist are not done again, so other scores can be judged later.
     """
     with session(ctx) as store:
-        asked = given({**fields, "scores": read_scores(scores or [])})
+        asked = given({**fields, "scores": parameter_sets("--scores", scores or [])})
         if dry_run:
             print_object(store.validations.estimate(**asked), as_json=as_json)
         else:
@@ -82,26 +80,3 @@ def print_judged(result: ValidationResult) -> None:
 
 def _interval(interval: Interval | None) -> str | None:
     return None if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
-
-
-def read_scores(texts: Sequence[str]) -> list[dict[str, Any]] | None:
-    """The scores that are named on the command line; None where none are. Raises `ValueError` for what names none.
-
-    >>> read_scores(["kind=adam,dim=1024"])
-    [{'kind': 'adam', 'dim': '1024'}]
-    """
-    return [_scores(text) for text in texts] or None
-
-
-def _scores(text: str) -> dict[str, Any]:
-    if text.lstrip().startswith("{"):
-        try:
-            found: dict[str, Any] = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"--scores {text}: this is no JSON: {error}") from error
-        return found
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise ValueError(f"--scores {text}: say name=value, not {name!r}")
-    return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}

@@ -11,6 +11,7 @@ from gradstore.types.base import (
     Body,
     FeatureDtype,
     FeatureKind,
+    LogoddsForm,
     Name,
     Named,
     Precision,
@@ -50,7 +51,7 @@ class AttributionRequest(FeatureChoice, Request):
     run: Named | None = None
     checkpoints: list[Named] | None = Field(None, min_length=1)
     query_kind: Literal["sgd", "adam", "sign"] = "sgd"
-    """Of the question's feature, where the pool's are gradients; beside hidden states it is one, too."""
+    """Of the question's feature, where the pool's are gradients of losses; beside others it is of the pool's kind."""
     projection: ProjectionName | None = None
     name: Name | None = None
 
@@ -75,6 +76,7 @@ class AttributionRecipe(Body):
     kind: FeatureKind
     query_kind: FeatureKind
     adam: AdamForm | None
+    logodds_form: LogoddsForm | None = None
     reduction: Reduction | None
     projection: ProjectionName | None
     seed: int | None

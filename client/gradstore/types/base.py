@@ -8,13 +8,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-JobKind = Literal["gradients", "conversion", "finetune", "evaluation", "import", "scoring", "validation", "attribution"]
+JobKind = Literal[
+    "gradients", "conversion", "finetune", "evaluation", "import", "scoring", "validation", "attribution", "comparison",
+    "predictor", "cascade", "estimates", "estimate-validation", "annotation", "stream", "projector", "embedding",
+]  # fmt: skip
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 GradientKind = Literal["adam", "sgd", "sign"]
-FeatureKind = Literal[GradientKind, "hidden", "rds", "embedding"]
+FeatureKind = Literal[GradientKind, "logodds", "output", "hidden", "rds", "embedding"]
 AdamForm = Literal["less", "exact"]
+LogoddsForm = Literal["exact", "reference"]
+"""`exact`: log(p / (1 - p)) from logits; `reference`: with p moved away from 0 and 1, as GradEx's code has it."""
 Reduction = Literal["mean", "sum"]
-ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "none"]
+ProjectionName = Literal["blocks", "sjlt", "fft", "rademacher", "reference", "none"]
 StoredProjection = Literal[ProjectionName, "foreign"]
 """`foreign`: of imported features, told apart by their projection_id."""
 FeatureDtype = Literal["float16", "float32", "bfloat16", "int8", "int4", "binary"]
@@ -44,7 +49,11 @@ def _fraction(value: float) -> float:
     return value
 
 
-Fraction = Annotated[float, AfterValidator(_fraction), Field(description="A fraction: 0.05 is 5 %.")]
+Fraction = Annotated[
+    float,
+    AfterValidator(_fraction),  # whose message is better than pydantic's for bounds, so these are in the schema only
+    Field(description="A fraction: 0.05 is 5 %.", json_schema_extra={"exclusiveMinimum": 0, "maximum": 1}),
+]
 
 _NOT_IN_NAMES = frozenset({"Cc", "Cs", "Zl", "Zp"})  # Unicode's control characters, lone surrogates, line separators
 _AN_ID = re.compile(r"[a-z]+_[0-9a-f]{24}")
@@ -79,6 +88,8 @@ Named = Annotated[str, Field(max_length=255)]
 """An id or a name."""
 RowCount = Annotated[int, Field(ge=1, le=10**12)]
 """A number of rows."""
+RepeatedRowCount = Annotated[int, Field(ge=1, le=1_000_000)]
+"""A number of rows that a task's few are repeated to."""
 ServerPath = Annotated[str, Field(max_length=4096)]
 ModelName = Annotated[str, Field(max_length=4096)]
 """Hub id, or a folder of the server inside an allowed root."""

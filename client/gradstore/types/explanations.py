@@ -8,7 +8,10 @@ from gradstore.types.selection import SelectedRow
 
 
 class SubtaskScore(Body):
-    """The mean influence of a row on the validation rows of a subtask."""
+    """The influence of a row on the validation rows of a subtask, as the selection's aggregate sees it.
+
+    Their mean for `less` and `avg`, the largest for `max`, the smallest for `min`.
+    """
 
     task: str
     subtask: str

@@ -23,12 +23,11 @@ from gradstore.types.checkpoints import LoraSettings
 from gradstore.types.jobs import Job
 
 
-class TrainingRecipe(Body):
-    """How a model is trained; the defaults are LESS's recipe."""
+class TrainingSettings(Body):
+    """How a model, whichever it is, is trained; the defaults are LESS's recipe."""
 
-    model: ModelName
-    """Hub id, or a folder of the server inside an allowed root."""
     revision: Revision | None = None
+    """Of the model."""
     method: Method = "lora"
     lora: LoraSettings = LoraSettings()
     learning_rate: float = Field(2e-5, gt=0)
@@ -36,9 +35,9 @@ class TrainingRecipe(Body):
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     epochs: int = Field(4, ge=1, le=1000)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=1 << 20)
     """Examples per optimizer step."""
-    device_batch_size: int = Field(8, ge=1)
+    device_batch_size: int = Field(8, ge=1, le=1 << 20)
     """Examples per forward pass; the rest is accumulated."""
     max_length: int = Field(2048, ge=2, le=1 << 20)
     template: TemplateName = "tulu"
@@ -55,6 +54,13 @@ class TrainingRecipe(Body):
         if self.batch_size % min(self.device_batch_size, self.batch_size):
             raise ValueError("batch_size must be a multiple of device_batch_size")
         return self
+
+
+class TrainingRecipe(TrainingSettings):
+    """How a model is trained; the defaults are LESS's recipe."""
+
+    model: ModelName
+    """Hub id, or a folder of the server inside an allowed root."""
 
 
 class FinetuneRequest(TrainingRecipe, Request):

@@ -12,6 +12,7 @@ from gradstore.types.base import (
     Body,
     FeatureDtype,
     FeatureKind,
+    LogoddsForm,
     Name,
     Named,
     Precision,
@@ -33,15 +34,16 @@ class FeatureChoice(Body):
     kind: FeatureKind | None = None
     """Of the pool's features."""
     adam: AdamForm | None = None
+    logodds_form: LogoddsForm | None = None
     reduction: Reduction | None = None
-    dim: int | None = Field(None, ge=1)
+    dim: int | None = Field(None, ge=1, le=1 << 20)
     dtype: FeatureDtype | None = None
     converted_from: FeatureDtype | Literal["none"] | None = None
     """`none`: features that were computed with this dtype, or made of float32."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=1 << 32)
     """Of the projection."""
     template: TemplateName | None = None
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(None, ge=2, le=1 << 20)
     precision: Precision | None = None
     quantisation: Quantisation | Literal["none"] | None = None
     """`none`: features of a base model that was not quantised."""
@@ -60,13 +62,18 @@ class GradientsRequest(Request):
     run: Named | None = None
     checkpoints: list[Named] | None = None
     weights: Weights | None = None
-    """Whose gradient it is, at checkpoints without an adapter; hidden states have none."""
+    """Whose gradient it is, at checkpoints without an adapter; the kinds of a forward pass have none."""
     kinds: list[FeatureKind] | None = Field(None, min_length=1)
-    """`adam` for a dataset and `sgd` for a task, unless said otherwise. `hidden` is the mean of the hidden states that
-    the output layer gets, `rds` (RDS+) the one in which the t-th token weighs as much as t: no gradients, and as wide
-    as the model. `embedding` is the row that a sentence encoder makes of an example's text, at a checkpoint that is the
-    encoder as it is; no other kind goes with it."""
+    """`adam` for a dataset and `sgd` for a task, unless said otherwise. `output` is the gradient of the output layer as
+    the layers before it would see it, projected, from a forward pass alone. `hidden` is the mean of the hidden states
+    that the output layer gets, `rds` (RDS+) the one in which the t-th token weighs as much as t: no gradients, and as
+    wide as the model. `embedding` is the row that a sentence encoder makes of an example's text, at a checkpoint that
+    is the encoder as it is; no other kind goes with it. `logodds` (GradEx) is the gradient of the mean log-odds of the
+    supervised tokens, which takes a pass for itself: no other kind of gradient goes with it."""
     adam: AdamForm | Literal["both"] = "less"
+    logodds_form: LogoddsForm = "exact"
+    """Of kind `logodds`: `exact` is log(p / (1 - p)) of a token, made of logits; in `reference` p is moved away from 0
+    and 1 before, as in GradEx's published code for instructions."""
     reduction: Reduction = "mean"
     """Whose gradient it is: of the mean of the supervised tokens' losses, or of their sum."""
     dims: list[Annotated[int, Field(ge=1, le=1 << 20)]] = Field(default=[8192], min_length=1, max_length=8)
@@ -103,6 +110,19 @@ class GradientsRequest(Request):
             raise ValueError("kinds holds a kind twice")
         if self.kinds and "embedding" in self.kinds and (len(self.kinds) > 1 or self.quantisation):
             raise ValueError("embedding is of an encoder that is not quantised: ask for other kinds in another request")
+        if self.kinds and "logodds" in self.kinds:
+            if not {"adam", "sgd", "sign", "output"}.isdisjoint(self.kinds):
+                raise ValueError(
+                    "logodds is the gradient of another number than the loss, in a pass of its own: ask for the other "
+                    "kinds of gradients in another request"
+                )
+            if self.reduction == "sum":
+                raise ValueError("log-odds are the mean of a row's tokens: leave reduction out")
+        if self.kinds and "output" in self.kinds and self.projection in ("none", "reference"):
+            raise ValueError(
+                f"projection={self.projection} is of the gradients of trained weights: ask for output with blocks, "
+                "sjlt, fft or rademacher"
+            )
         if self.weights and self.quantisation:
             raise ValueError("the weights of a quantised model have no gradients: leave quantisation out")
         return self
@@ -133,6 +153,7 @@ class FeatureSet(Body):
     """The patterns of the weights whose gradient it is; null at a LoRA checkpoint."""
     kind: FeatureKind
     adam: AdamForm | None
+    logodds_form: LogoddsForm | None = None
     reduction: Reduction | None
     projection: StoredProjection | None
     projection_id: str | None = None
@@ -168,6 +189,9 @@ class FeatureRow(Body):
     """Length of the gradient itself; of hidden states the same as `norm`."""
     loss: float | None
     """Mean cross-entropy per supervised token."""
+    logodds: float | None = None
+    """Mean log-odds of the supervised tokens, log(p / (1 - p)), in the form of the feature set; null where its kind is
+    another than `logodds`."""
     tokens: int
     """Supervised tokens."""
     reason: str | None
@@ -190,7 +214,7 @@ class GradientsResult(Body):
     computed_rows: int
     """Rows that this job went through the model with, summed over checkpoints; of the others all existed."""
     excluded: list[ExcludedRow]
-    """The first rows without a feature, with reasons."""
+    """The first rows without a feature, with reasons; before all others those that took their workers down."""
     total_excluded: int
     tokens: int
     token_budget: int | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from gradstore.types.base import FINISHED, Basis, Body, JobKind, JobStatus, Name, Request
 from gradstore.types.problems import Problem
@@ -34,6 +34,8 @@ class Job(Body, Generic[RequestT, ResultT]):
     kind: JobKind
     name: str | None
     status: JobStatus
+    priority: int = 0
+    """Shards of jobs of a higher one are done first."""
     progress: Progress
     created_at: datetime
     started_at: datetime | None
@@ -70,6 +72,31 @@ class Rename(Request):
     """Give a resource another name; null takes its name away."""
 
     name: Name | None
+
+
+class Prioritise(Request):
+    """Have a job's shards done before, or after, those of others."""
+
+    priority: int = Field(ge=-10, le=10, strict=True)
+    """-10 to 10; jobs start with 0."""
+
+
+class TrainingsEstimate(Body):
+    """What a job that trains models, to measure them, would cost."""
+
+    trainings: int
+    reused_trainings: int
+    """Trainings that are known to exist: of what is to be scored or selected first, none is."""
+    rows: int
+    """Rows of one training."""
+    tokens: int
+    """Tokens of all trainings that are missing, all epochs."""
+    seconds: float | None
+    """How long these take, shared by the workers that are at work; null where nothing is known of their speed."""
+    basis: Basis | None
+    """What `seconds` come from: `measured` or `estimated`, as of a fine-tune."""
+    memory_bytes: int | None
+    """Estimated peak memory of one worker that trains."""
 
 
 class Estimate(Body):

@@ -15,6 +15,7 @@ from gradstore.types.base import (
     FeatureDtype,
     FeatureKind,
     Fraction,
+    LogoddsForm,
     Named,
     Precision,
     Quantisation,
@@ -28,18 +29,25 @@ from gradstore.types.base import (
 )
 from gradstore.types.jobs import Job
 
-SelectionMethod = Literal["influence", "rds", "bm25", "embedding", "random"]
+SelectionMethod = Literal["influence", "rds", "bm25", "embedding", "random", "predicted", "cascade", "gradex", "cods"]
 """What a row's score is: its influence on a task; how like the task's rows it is to a model's hidden states, in its
-words, or to a sentence encoder; or a number drawn."""
+words, or to a sentence encoder; a number drawn; its influence as a predictor predicts it, or as a cascade has computed
+it for the rows predicted best; what its group is estimated to give; or its place in an ability space."""
 Combine = Literal["max", "mean", "round-robin", "balanced"]
 """How several tasks choose: by the largest or the mean of a row's scores, each in turn, or the least served first."""
 
 
-Strategy = Literal["top", "k-center", "clusters"]
+AbilityStrategy = Literal["nearest", "prototype", "capability"]
+"""How rows of an ability space are scored (`method=cods`): by their nearest references, by the mean of these, or by
+capabilities that are named."""
+Strategy = Literal["top", "k-center", "clusters", AbilityStrategy]
 """How rows are chosen by their scores: the best, those farthest from each other, or the best of each cluster."""
 DedupeBy = Literal["features", "text"]
 OwnId = Annotated[str, Field(max_length=1 << 20)]
 """An example's id, as it was uploaded."""
+CapabilityName = Annotated[str, Field(max_length=4096)]
+Share = Annotated[str, Field(max_length=1 << 20)]
+"""A quota as it is asked for: `equal`, `proportional`, or `origin:fraction`."""
 Quota = Literal["equal", "proportional"] | dict[str, float]
 """Shares of the chosen rows by origin: as many of each, as in the pool, or fractions."""
 
@@ -63,6 +71,7 @@ class SelectionRecipe(Body):
     task_kind: FeatureKind | None
     adam: AdamForm | None
     task_adam: AdamForm | None = None
+    logodds_form: LogoddsForm | None = None
     reduction: Reduction | None
     projection: StoredProjection | None
     projection_id: str | None = None
@@ -79,6 +88,14 @@ class SelectionRecipe(Body):
     aggregate: Aggregate | None
     combine: Combine | None
     """How several tasks choose."""
+    by: str | None = None
+    """Whose scores they are, where a method has them from something that was learned."""
+    neighbours: int | None = None
+    """`cods`: how many of the nearest references give a row's score."""
+    beta: float | None = None
+    """`cods`: weight of the likeness of capabilities beside that of places."""
+    capabilities: list[str] = Field([])
+    """`cods`: those that `strategy=capability` asks for."""
     selection_seed: int | None = None
     """Seed of what is drawn."""
     bm25_version: int | None = None
@@ -118,6 +135,7 @@ class SentRecipe(SelectionRecipe):
     checkpoints: list[Named] = Field(max_length=1000)
     checkpoint_weights: list[Annotated[float, Field(ge=0, le=1)]] = Field(max_length=1000)
     run: Named | None
+    by: Named | None = None
     pct: Fraction | None
     k: RowCount | None
     exclude: list[Named] = Field(max_length=100)
@@ -127,6 +145,9 @@ class SentRecipe(SelectionRecipe):
     among: RowCount | None = None
     clusters: int | None = Field(None, ge=1, le=100_000)
     dedupe: float | None = Field(None, gt=0, le=1)
+    neighbours: int | None = Field(None, ge=1, le=1000)
+    beta: float | None = Field(None, ge=0, le=100)
+    capabilities: list[Annotated[str, Field(max_length=4096)]] = Field([], max_length=1000)
     ngram: int | None = Field(None, ge=5, le=100)
     selection_seed: int | None = Field(None, ge=0, lt=1 << 32)
 
@@ -179,7 +200,7 @@ class SelectedRow(Body):
     task: str | None
     """The task that gave the score, or that took the row; null for a row that was drawn."""
     subtask: str | None
-    """The subtask that gave the score (`aggregate=less`)."""
+    """The subtask that gave the score; null where all rows gave it together (`aggregate=avg`)."""
 
 
 class Overlap(Body):

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from gradstore.types.base import (
     Aggregate,
-    Basis,
     Body,
     Fraction,
     Name,
@@ -20,7 +19,7 @@ from gradstore.types.base import (
 from gradstore.types.evaluations import Interval
 from gradstore.types.finetunes import TrainingRecipe
 from gradstore.types.gradients import FeatureChoice
-from gradstore.types.jobs import Job
+from gradstore.types.jobs import Job, TrainingsEstimate
 from gradstore.types.selection import SelectionRecipe
 
 ValidationKind = Literal["lds", "leave-top-k-out"]
@@ -36,7 +35,7 @@ class ValidatedRecipe(FeatureChoice, Request):
     control: Literal["random"] | None = None
     """Scores of no meaning, drawn with the validation's `seed`, to compare the others with; they have no features."""
     run: Named | None = None
-    checkpoints: list[Named] | None = None
+    checkpoints: list[Named] | None = Field(None, max_length=1000)
     projection: ProjectionName | None = None
     aggregate: Aggregate = "less"
     """`leave-top-k-out`: how a row's scores over the task become one."""
@@ -173,22 +172,8 @@ class ValidationResult(Body):
     """Seconds that these trainings took, one after the other, whenever they were done."""
 
 
-class ValidationEstimate(Body):
+class ValidationEstimate(TrainingsEstimate):
     """What a validation would cost (`dry_run=true`)."""
-
-    trainings: int
-    reused_trainings: int
-    """Trainings that exist already; of `leave-top-k-out` not known before its scores are."""
-    rows: int
-    """Rows of one training."""
-    tokens: int
-    """Tokens of all trainings that are missing, all epochs."""
-    seconds: float | None
-    """How long these take, shared by the workers that are at work; null where nothing is known of their speed."""
-    basis: Basis | None
-    """What `seconds` come from: `measured` or `estimated`, as of a fine-tune."""
-    memory_bytes: int | None
-    """Estimated peak memory of one worker."""
 
 
 ValidationJob = Job[ValidationRequest, ValidationResult]

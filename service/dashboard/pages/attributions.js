@@ -1,15 +1,16 @@
 // Why a model has said something: the training examples that speak for it and against it, for a typed prompt and answer.
 
 import { follow, get, post } from "../api.js";
-import { question } from "../asking.js";
+import { allDatasets, namesOf, pools, question } from "../asking.js";
 import { fill, fresh, h } from "../dom.js";
 import { ago, called, decimal, duration, percent, whole } from "../format.js";
 import { badge, choice, empty, facts, failure, heading, loading, panel, table } from "../parts.js";
 
 const NUMBERS = ["dim", "seed", "max_length"];
 const SEVERAL = { dataset: "datasets", checkpoint: "checkpoints", weights: "weights" };
-const UNASKED = ["task", "method", "aggregate", "combine", "projection_id", "selection_seed"]; // of scores only
+const UNASKED = ["task", "method", "by", "neighbours", "beta", "capabilities", "aggregate", "combine", "projection_id", "selection_seed"]; // of scores only
 const LISTED = 20; // earlier ones
+const draft = { prompt: "", answer: "", count: "10" }; // what was typed and not asked yet; kept over a visit of other pages
 
 /** Fill the page: the form and what was asked before, or the answer that the address names. */
 export async function show(main, context) {
@@ -20,11 +21,12 @@ export async function show(main, context) {
 
 async function showForm(main, context) {
   const { params, remember, signal } = context;
-  const [datasets, before] = await Promise.all([get("datasets", { limit: 1000 }, signal), get("attributions", { limit: LISTED }, signal)]);
+  const [datasets, before] = await Promise.all([allDatasets(signal), get("attributions", { limit: LISTED }, signal)]);
   const failed = h("div");
   const prompt = fresh("prompt"), answer = fresh("answer"), count = fresh("count");
   const send = h("button", { type: "submit" }, "Find examples");
-  const pools = [["", "the only one with features"], ...datasets.data.map((dataset) => [dataset.id, called(dataset)])];
+
+  const chosen = namesOf(datasets)[params.get("dataset")] ?? params.get("dataset") ?? "";
 
   async function ask(event) {
     event.preventDefault();
@@ -34,6 +36,7 @@ async function showForm(main, context) {
     fill(failed);
     try {
       const job = await post("attributions", { ...asked(params), rows: [row], k: Number(elements.count.value) }, signal);
+      Object.assign(draft, { prompt: "", answer: "" });
       location.hash = `#/attributions/${job.id}`;
     } catch (error) {
       context.failed(error, failed);
@@ -45,12 +48,12 @@ async function showForm(main, context) {
   fill(
     main,
     heading("Attribution", "Which training examples make a model say this, and which speak against it."),
-    h("form", { class: "panel question", onsubmit: ask },
-      h("div", { class: "field" }, h("label", { for: prompt }, "Prompt"), h("textarea", { id: prompt, name: "prompt", rows: "4", required: true })),
-      h("div", { class: "field" }, h("label", { for: answer }, "Answer of the model"), h("textarea", { id: answer, name: "answer", rows: "3", required: true })),
+    h("form", { class: "panel question", onsubmit: ask, oninput: ({ target }) => target.name in draft && (draft[target.name] = target.value) },
+      h("div", { class: "field" }, h("label", { for: prompt }, "Prompt"), h("textarea", { id: prompt, name: "prompt", rows: "4", required: true, value: draft.prompt })),
+      h("div", { class: "field" }, h("label", { for: answer }, "Answer of the model"), h("textarea", { id: answer, name: "answer", rows: "3", required: true, value: draft.answer })),
       h("div", { class: "filters" },
-        choice("Pool", pools, params.get("dataset") ?? "", (dataset) => remember({ dataset })),
-        h("div", { class: "field" }, h("label", { for: count }, "Examples of each sign"), h("input", { id: count, name: "count", type: "number", min: "1", max: "100", value: "10", required: true })),
+        choice("Pool", pools(datasets), chosen, (dataset) => remember({ dataset })),
+        h("div", { class: "field" }, h("label", { for: count }, "Examples of each sign"), h("input", { id: count, name: "count", type: "number", min: "1", max: "100", value: draft.count, required: true })),
         send),
       failed),
     panel("Asked before", before.data.length ? earlier(before.data) : empty("Nothing has been asked yet. The same from a shell:", 'gradstore why "prompt" "answer"')),

@@ -9,6 +9,7 @@ import { conversation, empty, facts, heading, into, named, panel, table } from "
 import { rowsPanel, wholePage } from "../rows.js";
 
 const SHOWN = 12; // origins before the rest is folded
+const DRAWN = 6; // origins with a picture of their lengths
 
 /** Fill the page: all datasets, or the one that the address names. */
 export async function show(main, context) {
@@ -82,7 +83,7 @@ function originsTable(origins, total) {
 function lengths({ edges, origins }) {
   const names = Object.keys(origins);
   const axis = () => h("p", { class: "axis", "aria-hidden": "true" }, h("span", {}, bytes(edges[0])), h("span", {}, bytes(edges[Math.floor(edges.length / 2)])), h("span", {}, bytes(edges.at(-1) - 1)));
-  const pictures = names.slice(0, 6).map((name, place) => {
+  const pictures = names.slice(0, DRAWN).map((name, place) => {
     const { median, counts } = origins[name];
     const label = `${name}: half of its rows are shorter than ${bytes(median)}`;
     return h("div", {}, h("h3", {}, h("span", { class: `swatch ${colour(place)}`, "aria-hidden": "true" }), name), columns(counts, label, place), axis());
@@ -93,14 +94,14 @@ function lengths({ edges, origins }) {
     { title: "median", number: true, cell: (name) => bytes(origins[name].median) },
     { title: "longest", number: true, cell: (name) => bytes(origins[name].longest) },
   ], names);
-  return h("div", {}, h("p", { class: "note" }, "Rows by their bytes as JSON; each step of the axis is the same ratio."), h("div", { class: "multiples" }, pictures), h("details", { class: "numbers" }, h("summary", {}, "The same as numbers"), numbers));
+  return h("div", {}, h("p", { class: "note" }, "Rows by their bytes as JSON; each step of the axis is the same ratio.", names.length > DRAWN && ` Of the ${whole(names.length)} origins ${DRAWN} are drawn, and all are below as numbers.`), h("div", { class: "multiples" }, pictures), h("details", { class: "numbers" }, h("summary", {}, "The same as numbers"), numbers));
 }
 
 // Its rows
 
 function rows(dataset, origins, context) {
   const read = (wanted, after, signal, onPart) => wholePage(`datasets/${dataset.id}/rows`, wanted, after, signal, (data, next) => onPart(data, `Looking through row ${whole(next)} …`));
-  const told = (data) => `rows ${whole(data[0].row)} to ${whole(data.at(-1).row)} of ${whole(dataset.rows)}`;
+  const told = (data, isSearch) => isSearch ? `${plural(data.length, "row")} found between row ${whole(data[0].row)} and row ${whole(data.at(-1).row)}` : `rows ${whole(data[0].row)} to ${whole(data.at(-1).row)} of ${whole(dataset.rows)}`;
   return rowsPanel("Rows", { read, shown, told, nothing: "No row is like this.", origins: origins.map(([name]) => name), last: dataset.rows - 1 }, context);
 }
 

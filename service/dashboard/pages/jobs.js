@@ -1,11 +1,24 @@
 // Jobs as they go: a list that keeps itself up to date, and one job with its events, its errors and what it made.
 
 import { follow, get, isAborted, pause, post, successive } from "../api.js";
+import { allDatasets, allTasks, namesOf } from "../asking.js";
 import { fill, h } from "../dom.js";
 import { ago, bytes, called, decimal, duration, percent, whole } from "../format.js";
 import { LISTED, moreButton } from "../lists.js";
 import { badge, choice, empty, facts, failure, heading, named, panel, scrolling, table } from "../parts.js";
 
+const OF = ["dataset", "datasets", "task", "tasks", "selection", "finetune", "checkpoint", "gradients", "model"]; // what a request says a job is about
+const PAGES = {
+  annotation: "annotations",
+  attribution: "attributions",
+  cascade: "cascades",
+  comparison: "comparisons",
+  "estimate-validation": "estimate-validations",
+  estimates: "estimates",
+  predictor: "predictors",
+  projector: "projectors",
+  stream: "streams",
+}; // of the kinds of jobs whose results are shown elsewhere
 const REFRESH = 2000; // milliseconds between two looks at the list
 
 /** Fill the page: all jobs, or the one that the address names. */
@@ -35,7 +48,7 @@ async function showAll(main, context) {
       fill(place, empty(kind || status ? "No job is like this." : "Nothing has been started yet.", kind || status ? null : "gradstore less pool.jsonl --task mmlu --model Qwen/Qwen3-0.6B"));
       return;
     }
-    const listed = page.data.map((job) => line(lines, job, context, watch));
+    const listed = page.data.map((job) => line(lines, job, names, context, watch));
     if (listed.length !== body.children.length || listed.some((row, number) => row !== body.children[number])) fill(body, listed);
     if (!body.isConnected) fill(place, jobsTable(body));
   }
@@ -64,7 +77,9 @@ async function showAll(main, context) {
     };
   }
 
-  const [choices] = await Promise.all([offered(signal), refresh(signal)]);
+  const [choices, tasks, datasets] = await Promise.all([offered(signal), allTasks(signal), allDatasets(signal)]);
+  const names = namesOf([...tasks, ...datasets]);
+  await refresh(signal);
   const kinds = [["", "all kinds"], ...choices("kind")];
   const states = [["", "all states"], ...choices("status")];
   fill(
@@ -98,12 +113,12 @@ async function keepFresh(look, signal) {
 }
 
 function jobsTable(body) {
-  const head = ["job", "kind", "state", "progress", "started", ""].map((title) => h("th", { scope: "col" }, title || h("span", { class: "unseen" }, "actions")));
+  const head = ["job", "kind", "of", "state", "progress", "started", ""].map((title) => h("th", { scope: "col" }, title || h("span", { class: "unseen" }, "actions")));
   return scrolling("Jobs", h("table", {}, h("caption", { class: "unseen" }, "Jobs, the newest first"), h("thead", {}, h("tr", {}, head)), body));
 }
 
 /** A job's line of the table, made once and changed in place, so that a button keeps the focus while numbers move. */
-function line(lines, job, context, watch) {
+function line(lines, job, names, context, watch) {
   const known = lines.get(job.id);
   if (known) {
     known.update(job);
@@ -122,9 +137,15 @@ function line(lines, job, context, watch) {
   }
   update(job);
   const name = h("th", { scope: "row" }, named(job, `#/jobs/${encodeURIComponent(job.id)}`));
-  const row = h("tr", { "data-job": job.id }, name, h("td", {}, job.kind), state, done, begun, actions);
+  const row = h("tr", { "data-job": job.id }, name, h("td", {}, job.kind), h("td", {}, about(job, names)), state, done, begun, actions);
   lines.set(job.id, { row, update });
   return row;
+}
+
+/** The datasets, tasks and models that a job's request names; of scores, those of their recipe. */
+function about({ request }, names) {
+  const fields = { ...request, ...request.recipe };
+  return OF.flatMap((name) => fields[name] ?? []).map((one) => names[one] ?? one).join(", ") || "–";
 }
 
 function progress(job) {
@@ -203,10 +224,11 @@ function times(job) {
 
 function results(job) {
   const { result } = job;
+  const page = PAGES[job.kind] && h("p", {}, h("a", { href: `#/${PAGES[job.kind]}/${encodeURIComponent(job.id)}` }, "Look at it"));
   const raw = h("details", {}, h("summary", {}, "All of it as JSON"), h("pre", {}, h("code", {}, JSON.stringify(result, null, 2))));
   if (job.kind === "gradients") return h("div", {}, featureSets(result), excluded(result), raw);
   const simple = Object.entries(result).filter(([, value]) => typeof value === "number" || typeof value === "string");
-  return h("div", {}, facts(simple.map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? readable(name, value) : value])), h("p"), raw);
+  return h("div", {}, page, facts(simple.map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? readable(name, value) : value])), h("p"), raw);
 }
 
 function readable(name, value) {

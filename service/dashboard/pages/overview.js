@@ -17,6 +17,8 @@ const CARDS = [
   ["evaluations", "evaluation", "#/training"],
 ];
 
+const PARTS = 6; // of the store before the rest is folded
+
 /** The way from an empty store to a measured model: what is done, by the store's counts, and the command for the rest. */
 const STEPS = [
   [(counts) => counts.datasets, "Upload a pool of examples to choose from", "gradstore datasets upload pool.jsonl --name pool"],
@@ -31,27 +33,28 @@ const STEPS = [
 const PART_NAMES = {
   "features-cache": "features read from a bucket",
   imports: "files to be imported",
+  matrices: "rows of streams, and labels",
   ngrams: "word runs of tasks",
   questions: "questions of attributions",
-  trainings: "trainings of validations",
+  trainings: "trainings of validations and comparisons",
   work: "unfinished trainings",
   other: "catalog and uploads",
 };
 
 /** Fill the page. */
 export async function show(main, context) {
-  const [usage, health, recent] = await Promise.all([
+  const [usage, service, recent] = await Promise.all([
     get("usage", {}, context.signal),
-    get("health", {}, context.signal),
+    get("ready", {}, context.signal),
     get("jobs", { limit: 5 }, context.signal),
   ]);
   const steps = nextSteps(usage.counts);
   fill(
     main,
-    heading("Overview", `gradstore ${health.version} at ${location.host}`),
+    heading("Overview", `gradstore ${service.version} at ${location.host}`),
     cards(usage.counts),
     steps,
-    h("div", { class: "columns-2" }, size(usage), panel("Workers", workers(health))),
+    h("div", { class: "columns-2" }, size(usage), panel("Workers", workers(service))),
     panel("Latest jobs", latest(recent.data)),
   );
 }
@@ -87,26 +90,39 @@ function size({ bytes: parts, free_bytes: free }) {
     "Size on disk",
     h("p", {}, h("strong", {}, bytes(total)), ` in the store, ${bytes(free)} free on its disk`),
     stack(used.map(([, number], place) => [names[place], number]), "Parts of the store"),
-    table("Bytes by part of the store", [
-      { title: "part", cell: ({ name, place }) => h("span", { class: "named" }, legendMark(place), name) },
-      { title: "size", number: true, cell: ({ number }) => bytes(number) },
-      { title: "share", number: true, cell: ({ number }) => percent(number / (total || 1)) },
-    ], rows),
+    partsTable(rows.slice(0, PARTS), total),
+    rows.length > PARTS && h("details", {}, h("summary", {}, plural(rows.length - PARTS, "smaller part")), partsTable(rows.slice(PARTS), total)),
   );
+}
+
+function partsTable(rows, total) {
+  return table("Bytes by part of the store", [
+    { title: "part", cell: ({ name, place }) => h("span", { class: "named" }, legendMark(place), name) },
+    { title: "size", number: true, cell: ({ number }) => bytes(number) },
+    { title: "share", number: true, cell: ({ number }) => percent(number / (total || 1)) },
+  ], rows);
 }
 
 const legendMark = (place) => h("span", { class: `swatch colour-${Math.min(place, 8)}`, "aria-hidden": "true" });
 
-function workers(health) {
-  if (!health.workers.length) {
+function workers({ workers: seen }) {
+  if (!seen.length) {
     return empty("No worker has been seen in the last minute. Jobs wait until one starts.", "gradstore worker");
   }
   return table("Workers of the last minute", [
     { title: "worker", cell: ({ id }) => h("span", { class: "id" }, id) },
     { title: "device", cell: ({ device }) => device },
-    { title: "at work on", cell: ({ job }) => (job ? h("a", { href: `#/jobs/${job}`, class: "id" }, job) : "nothing") },
+    { title: "memory", cell: ({ memory }) => (memory ? `${bytes(memory.used)} of ${bytes(memory.total)}` : "unknown") },
+    { title: "at work on", cell: task },
+    { title: "started", cell: ({ started_at: started }) => (started ? ago(started) : "unknown") },
     { title: "seen", cell: ({ seen_at: seen }) => ago(seen) },
-  ], health.workers);
+  ], seen);
+}
+
+/** What a worker is at. */
+function task({ job, shard }) {
+  if (!job) return "nothing";
+  return [h("a", { href: `#/jobs/${job}`, class: "id" }, job), shard === null ? "" : ` shard ${whole(shard)}`];
 }
 
 function latest(jobs) {

@@ -1,7 +1,7 @@
 // Selections: what was chosen, from which origins, and why: score per subtask and the nearest validation example.
 
 import { get, save } from "../api.js";
-import { allTasks, taskNames } from "../asking.js";
+import { allDatasets, allTasks, namesOf } from "../asking.js";
 import { bar, colour } from "../charts.js";
 import { fill, h } from "../dom.js";
 import { ago, called, decimal, percent, plural, whole } from "../format.js";
@@ -27,7 +27,8 @@ const hasFeatures = ({ recipe }) => recipe.kind !== null;
 // All selections
 
 async function showAll(main, context) {
-  const names = taskNames(await allTasks(context.signal));
+  const [tasks, datasets] = await Promise.all([allTasks(context.signal), allDatasets(context.signal)]);
+  const names = namesOf([...tasks, ...datasets]);
   const all = await listPanel("selections", (found) => (found.length ? list(found, names) : empty("Nothing has been selected yet.", "gradstore select --task mmlu --pct 0.05")), context);
   fill(main, heading("Selections", "The rows that help a task most, as they were chosen."), all);
 }
@@ -35,7 +36,9 @@ async function showAll(main, context) {
 function list(selections, names) {
   return table("Selections, the newest first", [
     { title: "selection", cell: (selection) => named(selection, `#/selections/${selection.id}`) },
-    { title: "tasks", cell: ({ recipe }) => recipe.tasks.map((task) => names[task] ?? task).join(", ") },
+    { title: "method", cell: ({ recipe }) => recipe.method },
+    { title: "tasks", cell: ({ recipe }) => recipe.tasks.map((task) => names[task] ?? task).join(", ") || "–" },
+    { title: "pool", cell: ({ recipe }) => recipe.datasets.map((dataset) => names[dataset] ?? dataset).join(", ") },
     { title: "asked for", number: true, cell: ({ recipe }) => amount(recipe) },
     { title: "rows", number: true, cell: ({ count }) => whole(count) },
     { title: "of", number: true, cell: ({ pool }) => whole(pool) },
@@ -48,7 +51,7 @@ function list(selections, names) {
 async function showOne(main, context) {
   const id = encodeURIComponent(context.parts[1]);
   const [selection, tasks] = await Promise.all([get(`selections/${id}`, { limit: 0 }, context.signal), allTasks(context.signal)]);
-  const names = taskNames(tasks);
+  const names = namesOf(tasks);
   const { recipe } = selection;
   const failed = h("div");
   const download = (text, accept, ending) => h("button", { type: "button", class: "quiet", onclick: () => save(`selections/${id}/content`, {}, `${called(selection)}.${ending}`, accept).catch((error) => context.failed(error, failed)) }, text);
@@ -88,8 +91,8 @@ function originsTable({ origins, pool_origins: pool, count }) {
 function rows(selection, names, context) {
   const explainable = hasFeatures(selection);
   const read = (wanted, after, signal) => (explainable ? wholePage(`selections/${selection.id}/explanations`, wanted, after, signal) : plain(selection, after, signal));
-  const told = (data) => `ranks ${whole(data[0].rank)} to ${whole(data.at(-1).rank)} of ${whole(selection.count)}`;
-  return rowsPanel("Chosen rows", { read, shown: (row) => explained(row, names), told, nothing: "No chosen row is like this.", origins: explainable ? Object.keys(selection.origins) : null }, context);
+  const told = (data, isSearch) => isSearch ? `${plural(data.length, "row")} found between ranks ${whole(data[0].rank)} and ${whole(data.at(-1).rank)}` : `ranks ${whole(data[0].rank)} to ${whole(data.at(-1).rank)} of ${whole(selection.count)}`;
+  return rowsPanel("Chosen rows", { read, shown: (row) => explained(row, names, selection.recipe.method === "influence" ? "influence" : "cosine"), told, nothing: "No chosen row is like this.", origins: explainable ? Object.keys(selection.origins) : null }, context);
 }
 
 async function plain({ id }, after, signal) {
@@ -101,14 +104,14 @@ async function plain({ id }, after, signal) {
   return { data, next: page.has_more ? data.at(-1).rank : null };
 }
 
-function explained(row, names) {
+function explained(row, names, measure) {
   const { nearest } = row;
   return h("li", { class: "row", "data-rank": row.rank },
     h("header", {}, h("h3", {}, `Rank ${whole(row.rank)}`), h("span", {}, `score ${decimal(row.score)}`), h("span", {}, row.origin), h("a", { href: `#/datasets/${row.dataset}?after=${row.row}` }, `row ${whole(row.row)}`), row.id !== null && h("span", { class: "id" }, row.id)),
     conversation(row.turns),
     nearest && h("div", { class: "why" },
       h("div", {}, h("h4", {}, "Score per subtask"), subtaskScores(row, names)),
-      h("div", {}, h("h4", {}, "Nearest validation example"), h("p", { class: "note" }, `${place(nearest, names)}, row ${whole(nearest.row)}, influence ${decimal(nearest.influence)}`), conversation(nearest.turns))));
+      h("div", {}, h("h4", {}, "Nearest validation example"), h("p", { class: "note" }, `${place(nearest, names)}, row ${whole(nearest.row)}, ${measure} ${decimal(nearest.influence)}`), conversation(nearest.turns))));
 }
 
 const place = ({ task, subtask }, names) => ((names[task] ?? task) === subtask ? subtask : `${names[task] ?? task} / ${subtask}`);
