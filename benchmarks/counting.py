@@ -42,11 +42,12 @@ def projection_bytes(projection: str, workload: Workload) -> float:
 
     What all rows of a batch share is not counted: signs, places, chosen outputs, a dense matrix. Numbers are float32.
 
-    `blocks` reads each number of the gradient, and reads and writes the sum it goes into: 3. `rademacher` reads the
-    gradient: 1. `none` reads the gradient, and reads and writes the feature: 3. `sjlt` reads the gradient and writes
-    and reads it with its signs, and reads and writes the sum each number goes into: 5; off the CPU the signed numbers
-    are read and written once more for a zero at their end, and instead of the sums the numbers that the lists name are
-    read, written and read: 7, were all lists equally long (the zeros that fill the shorter ones come on top).
+    `blocks` reads each number of the gradient, and reads and writes the sum it goes into: 3. `rademacher` and
+    `reference` read the gradient: 1. `none` reads the gradient, and reads and writes the feature: 3. `sjlt` reads the
+    gradient and writes and reads it with its signs, and reads and writes the sum each number goes into: 5; off the CPU
+    the signed numbers are read and written once more for a zero at their end, and instead of the sums the numbers that
+    the lists name are read, written and read: 7, were all lists equally long (the zeros that fill the shorter ones come
+    on top).
     `fft` reads the gradient and writes it with its signs: 2 a number; where the transform is longer, it reads that and
     writes it with zeros behind: 1 a number and 1 an input of the transform; the transform reads its inputs and writes
     as many outputs, once each however often it passes over them: 2 an input; and the chosen outputs are read, written
@@ -55,8 +56,9 @@ def projection_bytes(projection: str, workload: Workload) -> float:
     sizes = [parameter.numel() for parameter in trainable(workload.model).values()]
     if projection == "fft":
         return float(FLOAT32 * sum(_fft_numbers(size, workload.dims) for size in sizes))
-    each = {"blocks": 3, "sjlt": 5 if workload.device.type == "cpu" else 7, "rademacher": 1, "none": 3}[projection]
-    return float(each * FLOAT32 * sum(sizes))
+    sjlt = 5 if workload.device.type == "cpu" else 7
+    each = {"blocks": 3, "sjlt": sjlt, "rademacher": 1, "reference": 1, "none": 3}
+    return float(each[projection] * FLOAT32 * sum(sizes))
 
 
 def _fft_numbers(size: int, dim: int) -> int:

@@ -14,10 +14,8 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -29,6 +27,7 @@ import torch
 from gradstore.types import FeatureDtype, GradientsRequest
 from numpy.typing import NDArray
 
+from benchmarks.sampling import sampled
 from datastore import scores
 from datastore.dtypes import decode
 from datastore.parameters import Query
@@ -155,24 +154,10 @@ def less_matching(pool: Pool) -> None:
     products.reshape(len(rows), len(MMLU), -1).mean(-1).max(-1)
 
 
-@contextmanager
-def peak() -> Iterator[list[int]]:
-    """Sees the process's largest anonymous memory, in bytes, while its block runs."""
-    found, over = [0], threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.01):
-            text = Path("/proc/self/smaps_rollup").read_text()
-            anonymous = int(text.partition("Anonymous:")[2].split()[0]) * 1024
-            found[0] = max(found[0], anonymous)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        thread.join()
+def anonymous() -> int:
+    """The process's anonymous memory, in bytes."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(text.partition("Anonymous:")[2].split()[0]) * 1024
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -206,9 +191,9 @@ def measure(pool: Pool, rounds: int) -> tuple[list[Line], int]:
     def note(name: str, work: Callable[[], object]) -> None:
         seconds.setdefault(name, []).append(timed(work))
 
-    with peak() as seen:  # apart: whoever looks at a process's memory holds its page faults up
+    with sampled(anonymous, every=0.01) as seen:  # apart: whoever looks at a process's memory holds its page faults up
         pool.score(["mmlu"], kernel, cache=pool.new_cache())
-    memory = seen[0]
+    memory = max(size for _, size in seen)
     for _ in range(rounds):
         cache = pool.new_cache()
         note("warm read, float16", lambda: read(files))

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from rich.console import Console
 
 from datastore.influence import Floats
 from datastore.preconditioning import inverse_root, second_moment
-from examples.server import running
+from examples.server import folder_of, running
 
 POOL_ROWS, TARGET_ROWS = 400, 3  # rows of the pool; of each skill in the task
 SUBSETS = 64
@@ -65,14 +63,9 @@ def main() -> None:
     if arguments.cost:
         _cost()
         return
-    folder = (arguments.data or Path(mkdtemp(prefix="gradstore-validation-"))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    try:
+    with folder_of(arguments.data, name="validation") as folder:
         _run(folder, arguments)
-    finally:
-        if arguments.data is None:
-            shutil.rmtree(folder, ignore_errors=True)
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
 

@@ -1,8 +1,9 @@
-"""`gradstore serve` on a free port, for as long as it is needed."""
+"""`gradstore serve` on a free port, and a folder for its store, for as long as they are needed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,11 +11,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 from gradstore import GradientStore
 from gradstore.errors import ConnectionFailed
 
 PATIENCE = 60.0  # seconds to come up
+
+
+@contextmanager
+def folder_of(kept: Path | None, *, name: str) -> Iterator[Path]:
+    """The folder that is to be kept, made where there is none, or else one that is removed at the end."""
+    folder = (kept or Path(mkdtemp(prefix=f"gradstore-{name}-"))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if kept is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

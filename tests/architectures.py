@@ -7,7 +7,7 @@ formulas written out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -121,10 +121,24 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def loss_of(model: torch.nn.Module, row: Encoded) -> torch.Tensor:
     """The mean of −log softmax over the supervised tokens, each predicted from the one before."""
+    logits, labels = _predictions(model, row)
+    return (logits.logsumexp(1) - logits.gather(1, labels)[:, 0]).mean()
+
+
+def log_odds_of(model: torch.nn.Module, row: Encoded) -> torch.Tensor:
+    """The mean of log(p / (1 − p)) over the supervised tokens, with 1 − p the sum of all other tokens' p."""
+    logits, labels = _predictions(model, row)
+    log_p = logits.log_softmax(1)
+    others = log_p.exp().scatter(1, labels, 0).sum(1)
+    return (log_p.gather(1, labels)[:, 0] - others.log()).mean()
+
+
+def _predictions(model: torch.nn.Module, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits (tokens, vocabulary) that predict the supervised tokens, and these (tokens, 1)."""
     logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
     labels = torch.tensor(row.labels[1:])
     learnt = torch.nonzero(labels != IGNORED).squeeze(1)
-    return (logits[learnt].logsumexp(1) - logits[learnt, labels[learnt]]).mean()
+    return logits[learnt], labels[learnt].unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -137,13 +151,19 @@ class Reference:
     """(n, width) by kind, means over each row's tokens of the last hidden states that `transformers` gives out."""
 
 
-def reference(model: PeftModel | PreTrainedModel, examples: Sequence[Encoded]) -> Reference:
+def reference(
+    model: PeftModel | PreTrainedModel,
+    examples: Sequence[Encoded],
+    *,
+    objective: Callable[[torch.nn.Module, Encoded], torch.Tensor] = loss_of,
+) -> Reference:
+    """What the features of examples must be; `losses` are the objective's values, whose gradients are taken."""
     double = copy.deepcopy(model).double().eval()
     base = double.get_base_model() if isinstance(double, PeftModel) else double
     base.set_experts_implementation("eager")  # the fused one has no double precision
     gradients, losses, hidden, weighted = [], [], [], []
     for row in examples:
-        loss = loss_of(double, row)
+        loss = objective(double, row)
         parts = torch.autograd.grad(loss, list(trainable(double).values()), allow_unused=True, materialize_grads=True)
         gradients.append(torch.cat([part.flatten() for part in parts]))
         losses.append(loss.detach())

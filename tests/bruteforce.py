@@ -148,6 +148,8 @@ def words(seed: int, purpose: str, name: str, counters: NDArray[np.uint64]) -> N
 
 def matrix(projection: str, dim: int, seed: int, sizes: Shapes) -> Floats:
     """The whole map as a matrix (p, dim)."""
+    if projection == "reference":
+        return _reference(sum(sizes.values()), dim, seed)
     make = {"blocks": _blocks, "sjlt": _sjlt, "fft": _fft, "rademacher": _rademacher}[projection]
     return np.concatenate([make(name, size, dim, seed) for name, size in sizes.items()])
 
@@ -193,6 +195,12 @@ def _rademacher(name: str, size: int, dim: int, seed: int) -> Floats:
     counters = np.arange(size, dtype=np.uint64)[:, None] * np.uint64(1 << 14) + j // np.uint64(64)
     bits = words(seed, "matrix", name, counters) >> (j % np.uint64(64)) & np.uint64(1)
     return np.asarray(np.where(bits, 1.0, -1.0) / np.sqrt(dim))
+
+
+def _reference(size: int, dim: int, seed: int) -> Floats:
+    """GradEx's: 2b − 1 of NumPy's legacy generator, all parameters together and in one call."""
+    drawn = np.random.RandomState(seed).randint(2, size=(size, dim))
+    return np.asarray((2.0 * drawn - 1) / np.sqrt(dim))
 
 
 # Scores -------------------------------------------------------------------------------------------------------------

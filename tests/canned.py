@@ -203,6 +203,7 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
         "scoring": "score",
         "validation": "val",
         "attribution": "attr",
+        "comparison": "cmp",
     }[kind]
     request = {
         "finetune": {"dataset": "ds_pool", "model": "tiny"},
@@ -212,6 +213,7 @@ def job(status: str, *, kind: str = "finetune", result: Any = None, **changes: A
         "scoring": {"recipe": {}},
         "validation": {"dataset": "ds_pool", "task": "mmlu", "model": "tiny"},
         "attribution": {"rows": [{"prompt": "Who?", "completion": "He."}], "k": 1},
+        "comparison": {"dataset": "ds_pool", "tasks": ["mmlu"], "k": 2, "train": True, "model": "tiny"},
     }[kind]
     done = {"queued": 0, "running": 4}.get(status, 10)
     return {
@@ -374,6 +376,20 @@ RESULTS: dict[str, Any] = {
 }
 
 
+def comparison_estimate() -> dict[str, Any]:
+    return {
+        "contestants": ["influence", "random"],
+        "left_out": RESULTS["comparison"]["left_out"],
+        "trainings": 11,
+        "reused_trainings": 1,
+        "rows": 2,
+        "tokens": 99,
+        "seconds": 2.0,
+        "basis": "measured",
+        "memory_bytes": 4000,
+    }
+
+
 def validation_estimate() -> dict[str, Any]:
     return {
         "trainings": 64,
@@ -446,6 +462,62 @@ def recipe() -> dict[str, Any]:
         "k": None,
         "exclude": [],
     }
+
+
+def compared(label: str, method: str, *, loss: float, difference: float | None) -> dict[str, Any]:
+    """A contestant's row."""
+    return {
+        "contestant": label,
+        "task": "task_mmlu",
+        "task_name": "mmlu",
+        "method": method,
+        "selection": f"sel_{method}",
+        "draws": [],
+        "recipe": {**recipe(), "method": method},
+        "rows": 2,
+        "origins": {"flan": 2},
+        "cost": {
+            "scoring_seconds": 0.5,
+            "choosing_seconds": 0.25,
+            "rests_on": [{"job": "grad_1", "kind": "gradients", "seconds": 1.5}],
+            "rests_on_seconds": 1.5,
+        },
+        "loss": {
+            "value": loss,
+            "interval": {"low": loss - 0.1, "high": loss + 0.1},
+            "by_seed": [loss],
+            "difference": difference,
+            "difference_interval": difference and {"low": difference - 0.1, "high": difference + 0.1},
+        },
+    }
+
+
+RESULTS["comparison"] = {
+    "pool": 3,
+    "pool_origins": {"flan": 3},
+    "tasks": [
+        {
+            "task": "task_mmlu",
+            "task_name": "mmlu",
+            "base_loss": 2.5,
+            "base_interval": {"low": 2.4, "high": 2.6},
+            "measured_rows": 5,
+            "left_out_rows": 0,
+        }
+    ],
+    "rows": [
+        compared("influence", "influence", loss=2.0, difference=-0.25),
+        compared("random", "random", loss=2.25, difference=None),
+    ],
+    "pairs": [
+        {"task": "task_mmlu", "contestants": ["influence", "random"], "shared": 1, "jaccard": 0.3333, "share": 0.5}
+    ],
+    "left_out": [{"method": "rds", "task": None, "detail": "POST /gradients computes them"}],
+    "against": "random",
+    "trainings": 3,
+    "tokens": 99,
+    "seconds": 1.5,
+}
 
 
 def selection(count: int, *, start: int = 0, stop: int | None = None) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.buckets import BucketServer, leading_to
 from tests.hub import Hub
 from tests.services import PostgresServer, RedisServer
 from tests.serving import service, shared_service
@@ -39,6 +41,22 @@ def hub(request: pytest.FixtureRequest) -> Hub:
     return request.config.stash[HUB]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of 16 hidden numbers in a folder of this machine."""
+    from tests.tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", hidden_size=16, intermediate_size=16)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Iterator[None]:
+    """As in a worker of its own: collections that free a training's memory need not look at all that is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real rows beside the repository; absent on other machines."""
@@ -53,6 +71,21 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     """A redis-server of the test's own; skips with a reason where the program is missing."""
     with RedisServer(tmp_path / "redis") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def bucket_server() -> Iterator[BucketServer]:
+    """An S3 API server of a module's own."""
+    with BucketServer() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(bucket_server: BucketServer) -> Iterator[BucketServer]:
+    """An empty bucket, to which the variables of this process lead."""
+    bucket_server.empty()
+    with leading_to(bucket_server):
+        yield bucket_server
 
 
 @pytest.fixture(scope="session")

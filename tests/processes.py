@@ -57,6 +57,12 @@ class ServiceProcess:
         """Ask the service to stop, and wait until it and its worker have."""
         self._end(signal.SIGTERM)
 
+    @property
+    def pid(self) -> int:
+        """Process id of the service."""
+        assert self._process is not None
+        return self._process.pid
+
     def worker(self) -> int:
         """Process id of the one worker that is there, as soon as there is one."""
         with self.client() as store:
@@ -65,7 +71,7 @@ class ServiceProcess:
 
     def _workers(self, store: GradientStore) -> list[int]:
         """The announced workers that run: a worker's name is its host, its process id and a random number."""
-        names = (worker.id.rsplit("-", 2) for worker in store.health().workers)
+        names = (worker.id.rsplit("-", 2) for worker in store.ready().workers)
         return [pid for pid in (int(name[1]) for name in names) if alive(pid)]
 
     def _answers(self) -> bool:
@@ -73,7 +79,7 @@ class ServiceProcess:
         assert self._process.poll() is None, f"the service did not start:\n{self.log[-2000:]}"
         with GradientStore(self.url, retries=0) as store:
             try:
-                return store.health().catalog
+                return store.health().status == "ok"
             except ConnectionFailed:
                 return False
 
@@ -95,6 +101,18 @@ class ServiceProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def end_process(process: subprocess.Popen[bytes], *, patience: float = 30.0) -> None:
+    """Ask a process to end, and end it where it does not; nothing happens where it has ended."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def alive(pid: int) -> bool:

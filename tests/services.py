@@ -69,6 +69,10 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def forget(self) -> None:
+        """Lose all data, after `kill`."""
+        shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
+
     def _answers(self, port: int) -> bool:
         options = {"port": port, "bind": "127.0.0.1", "dir": self._folder, "logfile": self._folder / "log"}
         options |= {"appendonly": "yes", "appendfsync": "always", "save": ""}
@@ -105,6 +109,18 @@ class PostgresServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._port = free_port()
 
+    @property
+    def port(self) -> int:
+        """Port that it listens on, over `kill` and `start`."""
+        return self._port
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would: its children end when they miss it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
     def database(self) -> str:
         """SQLAlchemy URL of a new database."""
         name = f"test_{uuid4().hex}"
@@ -113,27 +129,37 @@ class PostgresServer:
         return f"postgresql+psycopg://postgres@127.0.0.1:{self._port}/{name}"
 
     def __enter__(self) -> PostgresServer:
-        initdb, postgres = self._binaries
+        initdb = self._binaries[0]
         made = [initdb, "-D", self._data, "-E", "UTF8", "-A", "trust", "-U", "postgres", "--no-sync"]
         subprocess.run(made, user=self._account, cwd=self._folder, stdout=subprocess.DEVNULL, check=True)
+        try:
+            self.start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def start(self) -> None:
+        """Start, and return once it answers; after `kill`, once the children of the one before are gone, too."""
+        postgres = self._binaries[1]
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with (self._folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [postgres, "-D", self._data, "-p", str(self._port), *arguments],
-                user=self._account, cwd=self._folder, stdout=log, stderr=log,
-            )  # fmt: skip
         deadline = time.monotonic() + START_TIMEOUT
         while True:
+            if self._process is None or self._process.poll() is not None:
+                with (self._folder / "log").open("ab") as log:
+                    self._process = subprocess.Popen(
+                        [postgres, "-D", self._data, "-p", str(self._port), *arguments],
+                        user=self._account, cwd=self._folder, stdout=log, stderr=log,
+                    )  # fmt: skip
             try:
                 self._connect().close()
             except psycopg.OperationalError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self._stop()
+                if time.monotonic() > deadline:
                     raise
-                time.sleep(0.05)
+                time.sleep(0.1)
             else:
-                return self
+                return
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -147,6 +173,7 @@ class PostgresServer:
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)  # fast: whoever is connected is cut off
             self._process.wait()
+            self._process = None
         shutil.rmtree(self._folder)
 
 

@@ -27,7 +27,17 @@ from service.command import Server, listen
 from service.dependencies import Backend
 from service.queue import Queue
 
-KINDS: tuple[JobKind, ...] = ("gradients", "finetune", "evaluation", "scoring", "validation", "attribution")
+KINDS: tuple[JobKind, ...] = (
+    "gradients",
+    "finetune",
+    "evaluation",
+    "scoring",
+    "validation",
+    "attribution",
+    "predictor",
+    "cascade",
+    "comparison",
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,11 @@ class Service:
         """A checkpoint without moments."""
         fields = {"model": "org/base", "learning_rate": "1e-4"} | fields
         return self._made(self.http.post("/checkpoints", data=fields, files=form_files(peft_files(seed))))
+
+    def adapter(self, seed: int = 0, **fields: str) -> dict[str, Any]:
+        """An adapter of the bank, by its files."""
+        fields = {"base_model": "org/base"} | fields
+        return self._made(self.http.post("/adapters", data=fields, files=form_files(peft_files(seed))))
 
     def finetune(self, **fields: Any) -> dict[str, Any]:
         """A fine-tune that has not begun."""
@@ -174,6 +189,18 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
     """A service that the tests of a module share: they must not depend on what is in it."""
     with serving(tmp_path_factory.mktemp("shared") / "store") as running:
         yield running
+
+
+@contextmanager
+def without_catalog(service: Service) -> Iterator[None]:
+    """Has a service lose its SQLite catalog, for good."""
+    service.backend.catalog.close()
+    database = service.backend.settings.data / "catalog.sqlite3"
+    for path in database.parent.glob("catalog.sqlite3*"):
+        path.unlink()
+    database.mkdir()
+    yield
+    database.rmdir()
 
 
 def problem_of(answer: httpx.Response, status: int) -> Problem:

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradstore.types import Dataset, Problem, Task
+import torch
+from gradstore.types import (
+    AnnotationRequest,
+    ComparisonRequest,
+    Dataset,
+    EmbeddingRequest,
+    EstimatesRequest,
+    EstimateValidationRequest,
+    Problem,
+    ProjectorRequest,
+    StreamRequest,
+    Task,
+)
 from numpy.typing import NDArray
 
 from datastore.catalog import Catalog
@@ -23,7 +35,11 @@ from datastore.leases import NewShard
 from datastore.rows import Example
 from datastore.settings import Settings
 from datastore.store import open_store
+from datastore.taxonomies import CODS, record
+from datastore.trainings import Measured
 from tests.stores import Numbers, Store, request
+from worker.context import Context
+from worker.jobs import run
 
 DIM = 24
 ROWS = 640
@@ -40,6 +56,7 @@ LEANINGS = {
 }
 """How much a task's gradients point where those of each origin do."""
 MODEL = "Qwen/Qwen3-0.6B"
+PREFIXES = {"finetune": "ft", "evaluation": "eval", "predictor": "pred", "cascade": "casc"}
 
 
 def shown(folder: Path) -> Store:
@@ -57,6 +74,10 @@ def shown(folder: Path) -> Store:
     for seed, name in enumerate(["selected 5 %", "random 5 %"]):
         _finetune(store, name, dataset=pool.id, rows=32, start=2.4 + 0.2 * seed, seed=2 + seed)
         _evaluation(store, name, tasks[0], better=0.06 * (1 - seed))
+    _comparison(store)
+    _predictors(store)
+    _estimates(store)
+    _abilities(store, folder / "streams")
     _states(store, pool)
     return store
 
@@ -183,14 +204,14 @@ def _random(seed: int) -> Numbers:
 
 
 def _gradients(store: Store, numbers: Numbers, **what: object) -> None:
-    job, _ = store.features.start(request(run="warmup", dims=[DIM], **what))
+    job, _ = store.features.start(request(**{"run": "warmup", "dims": [DIM], **what}))
     store.work(numbers)
     result = store.jobs.get(job.id)
     assert result.status == "succeeded"
 
 
 def _done(store: Store, kind: Any, name: str, asked: dict[str, Any], units: int, result: dict[str, Any]) -> str:
-    id = content_id({"finetune": "ft", "evaluation": "eval"}[kind], asked)
+    id = content_id(PREFIXES[kind], asked)
     store.jobs.create(id=id, kind=kind, name=name, request=asked, plan={}, shards=[NewShard(payload={}, units=units)])
     claim = store.jobs.claim("test", kinds=[kind])
     assert claim is not None
@@ -234,6 +255,156 @@ def _evaluation(store: Store, name: str, task: Task, *, better: float) -> None:
 def around(middle: float, width: float) -> dict[str, float]:
     """An interval."""
     return {"low": middle - width, "high": middle + width}
+
+
+def _comparison(store: Store) -> None:
+    """Five ways to select for two tasks, with losses that are lower the more rows are of the origin that helps."""
+    ways = [
+        {"label": "influence, less", "method": "influence"},
+        {"label": "influence, avg", "method": "influence", "aggregate": "avg"},
+        {"label": "influence, k-center", "method": "influence", "strategy": "k-center"},
+        {"label": "bm25", "method": "bm25"},
+        {"label": "random", "method": "random"},
+    ]
+    asked = {
+        "dataset": "tulu-sample", "tasks": ["mmlu", "gsm8k"], "pct": 0.05, "contestants": ways, "name": "five ways",
+        "train": True, "model": MODEL, "revision": "0" * 40, "repeats": 3,
+    }  # fmt: skip
+    job, _ = store.comparisons.start(ComparisonRequest.model_validate(asked))
+    helps = {row: text["dataset"] in {"flan_v2", "cot"} for row, text in enumerate(texts(ROWS))}
+    while (claim := store.jobs.claim("test", kinds=["comparison"])) is not None:
+        if "choose" in claim.payload:
+            recipe = store.comparisons.recipe(claim.plan, claim.payload)
+            sources = store.recipes.sources(recipe)
+            store.scoring.start(recipe, sources)
+            store.score()
+            chosen = store.answers.select(recipe, sources, store.scoring.known(recipe, sources) or [], limit=0)
+            assert store.comparisons.finish_selection(claim, chosen.id, 0.04)
+            continue
+        training = store.comparisons.training(claim.plan, claim.payload)
+        rows = len(store.tasks.validation(training.task))
+        noise = np.random.default_rng([training.recipe.seed, len(training.rows)]).normal(scale=0.05, size=rows)
+        learnt = 0.6 * sum(helps[row] for row in training.rows) / max(len(training.rows), 1)
+        losses = (1.6 + 0.1 * np.sin(np.arange(rows)) - learnt + noise).tolist()
+        store.trainings.put(training, Measured(losses, rows=len(training.rows), tokens=5120, seconds=11.5))
+        assert store.comparisons.finish_training(claim, training.key)
+    assert store.jobs.get(job.id).status == "succeeded"
+
+
+def _report(random: np.random.Generator, r2: float, *, skill: float) -> dict[str, Any]:
+    budgets = [0.05, 0.1, 0.2, 0.3, 0.5]
+    recalls = [{"budget": budget, "recall": float(budget ** (1 - skill))} for budget in budgets]
+    spearman = float(np.sqrt(max(r2, 0)) + 0.01 * random.normal())
+    return {"r2": r2, "spearman": spearman, "recalls": recalls, "accuracy": None, "confusion": None}
+
+
+def _predictors(store: Store) -> None:
+    """A predictor of scores, one of levels, and a cascade of three stages."""
+    random = np.random.default_rng(11)
+    asked = {"dataset": "tulu-sample", "task": "mmlu", "features": ["output", "text", "words"], "fraction": 0.1}
+    controls = [
+        {"control": name, "report": _report(random, r2, skill=skill)}
+        for name, r2, skill in (
+            ("random-features", -0.02, 0.02),
+            ("label-shuffle", -0.04, 0.0),
+            ("length-only", 0.08, 0.25),
+        )
+    ]
+    predictions = np.linspace(-0.02, 0.07, 10)
+    bins = [
+        {"rows": 57, "predicted": float(each), "true": float(0.9 * each + 0.004), "low": float(each - 0.02),
+         "high": float(each + 0.025)}
+        for each in predictions
+    ]  # fmt: skip
+    tried = [
+        {"model": "ridge", "settings": {"alpha": 10.0}, "score": 0.71},
+        {"model": "boosting", "settings": {"learning_rate": 0.1, "leaves": 15.0}, "score": 0.66},
+    ]
+    result = {
+        "rows": ROWS, "predicted_rows": ROWS, "sample_rows": 64, "columns": 2081, "model": "ridge",
+        "settings": {"alpha": 10.0}, "models": tried, "tested_on": "outside", "tested_rows": 576,
+        "report": _report(random, 0.72, skill=0.93), "calibration": bins, "borders": [], "controls": controls,
+        "seconds": 8.25,
+    }  # fmt: skip
+    _done(store, "predictor", "from a tenth", {**asked, "name": "from a tenth"}, ROWS, result)
+    confusion = [[131, 41, 20], [44, 102, 46], [17, 49, 126]]
+    levels = {
+        "accuracy": 0.623, "confusion": confusion, "r2": None, "spearman": 0.64,
+        "recalls": _report(random, 0.4, skill=0.7)["recalls"],
+    }  # fmt: skip
+    own = {"report": levels, "borders": [0.004, 0.031], "controls": [], "models": [{**tried[0], "score": 0.61}]}
+    _done(store, "predictor", "three levels", {**asked, "levels": 3, "name": "three levels"}, ROWS, {**result, **own})
+    stages = [
+        {"part": "ds_0", "gradients": "grad_0", "rows": 64, "r2": None, "model": None, "threshold": None,
+         "predicted": None, "true": 0.018},
+        {"part": "ds_1", "gradients": "grad_1", "rows": 32, "r2": 0.68, "model": "ridge", "threshold": 0.052,
+         "predicted": 0.061, "true": 0.058},
+        {"part": "ds_2", "gradients": "grad_2", "rows": 32, "r2": 0.73, "model": "ridge", "threshold": 0.047,
+         "predicted": 0.05, "true": 0.049},
+    ]  # fmt: skip
+    found = {"rows": ROWS, "computed_rows": 128, "scored_rows": 128, "saved_rows": 512, "saved_tokens": 98304}
+    wanted = {"dataset": "tulu-sample", "task": "mmlu", "budget": 0.2, "name": "a fifth"}
+    _done(store, "cascade", "a fifth", wanted, 128, {**found, "stages": stages, "seconds": 73.5})
+
+
+def _estimates(store: Store) -> None:
+    """Estimates of 60 subsets of twelve groups, a search over the same, and ten trainings beside the first."""
+    own = {"kinds": ["logodds"], "dtype": "float32", "checkpoints": ["ck_0"], "run": None}
+    _gradients(store, _pool_numbers(), **own, dataset="tulu-sample", name="log-odds of the pool")
+    _gradients(store, _task_numbers("mmlu"), **own, task="mmlu", name="log-odds of mmlu")
+    labels = {row["id"]: f"{row['dataset']} {'abc'[number % 3]}" for number, row in enumerate(texts(ROWS))}
+    asked = {
+        "dataset": "tulu-sample", "tasks": ["mmlu"], "checkpoint": "ck_0", "group_by": "label", "labels": labels,
+        "abs_scale": 1.0,
+    }  # fmt: skip
+    for more in ({"name": "sixty parts", "count": 60}, {"name": "step by step", "search": "stepwise"}):
+        job, _ = store.estimates.start(EstimatesRequest.model_validate({**asked, **more}))
+        while (claim := store.jobs.claim("test", kinds=["estimates"])) is not None:
+            assert store.estimates.finish(claim, store.estimates.work(claim))
+        assert store.jobs.get(job.id).status == "succeeded"
+    wanted = {"estimates": "sixty parts", "model": MODEL, "revision": "0" * 40, "subsets": 10, "name": "ten trainings"}
+    job, _ = store.estimate_validations.start(EstimateValidationRequest.model_validate(wanted))
+    subsets = store.estimates.subsets("sixty parts", after=0, limit=60).data
+    rows = len(store.tasks.validation(store.catalog.task("mmlu").id))
+    while (claim := store.jobs.claim("test", kinds=["estimate-validation"])) is not None:
+        training = store.estimate_validations.training(claim.plan, claim.payload)
+        estimate = subsets[claim.payload["subset"]].estimates[-1].loss or 0.0
+        noise = np.random.default_rng([3, claim.payload["subset"]]).normal(scale=0.02, size=rows)
+        losses = (0.2 + 1.1 * estimate + noise).tolist()
+        store.trainings.put(training, Measured(losses, rows=320, tokens=41_000, seconds=38.0))
+        assert store.estimate_validations.finish(claim, training.key)
+    assert store.jobs.get(job.id).status == "succeeded"
+
+
+def _abilities(store: Store, folder: Path) -> None:
+    """A stream and labels of the pool, a projector that a worker has trained on them, and the pool placed by it."""
+    names, pool = list(SHARES), list(texts(ROWS))
+    random = np.random.default_rng(5)
+    labels = np.array([names.index(row["dataset"]) for row in pool])
+    rows = (2 * np.eye(len(names), DIM)[labels] + random.normal(size=(ROWS, DIM))).astype(np.float32)
+    rows[3] = 0
+    folder.mkdir()
+    np.save(folder / "rows.npy", np.delete(rows, [7, 8], axis=0))
+    (folder / "ids.json").write_text(json.dumps([row["id"] for number, row in enumerate(pool) if number not in (7, 8)]))
+    store.streams.upload(StreamRequest(dataset="tulu-sample", name="of the pool"), folder)
+    store.annotations.start(AnnotationRequest(dataset="tulu-sample", by="origin", name="origins"))
+    record(store.catalog, CODS, name="cods")
+    config = {"width": 16, "blocks": 1, "dim": 8, "heads": 2, "epochs": 15, "adjustment_epochs": 5, "batch_size": 16}
+    asked = {
+        "streams": {"gradients": "of the pool"},
+        "annotations": "origins",
+        "config": config,
+        "name": "origins told",
+    }
+    store.projectors.start(ProjectorRequest.model_validate(asked))
+    context = Context.open(store.settings, torch.device("cpu"))
+    for kind in ("projector", "embedding"):
+        claim = store.jobs.claim("test", kinds=[kind])
+        assert claim is not None
+        assert run(claim, context) == "succeeded", store.jobs.get(claim.job).error
+        if kind == "projector":
+            placed = {"projector": "origins told", "streams": asked["streams"], "name": "the pool placed"}
+            store.embeddings.start(EmbeddingRequest.model_validate(placed))
 
 
 def _states(store: Store, pool: Dataset) -> None:

@@ -109,7 +109,7 @@ class Store(OpenStore):
                 dtype=claim.plan["dtype"],
                 attributes=output["attributes"],
             )
-            block = block_of(features)
+            block = block_of(features, kind=output["kind"])
             digest = self.store.write(segment, start=start - base, attempt=claim.token, block=block)
             excluded = [(start - base + row, reason) for row, reason in block.excluded.items()]
             chunks.append(NewChunk(segment, start - base, stop - base, digest, excluded, tokens=stop - start))
@@ -120,8 +120,11 @@ class Store(OpenStore):
         self.jobs.published(waiting)
 
 
-def block_of(features: NDArray[np.float32]) -> Block:
-    """Features with made-up statistics; a row of zeros counts as one whose gradient is zero."""
+def block_of(features: NDArray[np.float32], *, kind: str = "sgd") -> Block:
+    """Features with made-up statistics; a row of zeros counts as one whose gradient is zero.
+
+    Those of kind `logodds` have their first number for the log-odds, too.
+    """
     rows = len(features)
     return Block(
         features=features,
@@ -130,6 +133,7 @@ def block_of(features: NDArray[np.float32]) -> Block:
         losses=np.ones(rows, np.float32),
         tokens=np.ones(rows, np.int32),
         reasons=[None if row.any() else "the gradient is zero" for row in features],
+        logodds=features[:, 0].copy() if kind == "logodds" else None,
     )
 
 

@@ -17,7 +17,6 @@ from datastore.questions import QuestionFeature, Questions
 from datastore.store import OpenStore
 from tests.serving import Service, problem_of
 from tests.stores import DIM, Store, numbers, request
-from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered
 from worker.heartbeat import Stopped
 from worker.jobs import run
@@ -301,11 +300,6 @@ def test_deleting_an_attribution_forgets_what_no_other_one_asks(pool: Store) -> 
 
 
 # The worker ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", hidden_size=16, intermediate_size=16)
 
 
 @pytest.fixture

@@ -162,4 +162,5 @@ def test_usage_counts_every_noun(tmp_path: Path) -> None:
         service.task()
         service.finetune(dataset="pool")
         counts = service.http.get("/usage").json()["counts"]
-    assert counts == {"datasets": 1, "tasks": 1, "checkpoints": 0, "runs": 0, "selections": 0, "finetunes": 1}
+    none = dict.fromkeys(("checkpoints", "runs", "selections", "taxonomies"), 0)
+    assert counts == {"datasets": 1, "tasks": 1, "finetunes": 1} | none

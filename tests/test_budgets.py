@@ -11,7 +11,7 @@ import torch
 from tests.tiny import save_tiny_model
 from tests.workplace import tiny_adapter
 from worker.batches import Encoded
-from worker.budgets import RANGES, Budgets, Trial, find, search
+from worker.budgets import RANGES, Budgets, Trial, find, is_out_of_memory, search
 from worker.directions import Kind
 from worker.gradients import GradientEngine
 
@@ -108,6 +108,27 @@ def test_what_was_found_is_remembered_and_what_was_not_is_looked_for_again() -> 
     assert budgets.found("small", lambda: None, usual=2048) == 2048
     assert budgets.found("small", lambda: 1024, usual=2048) == 1024
     assert budgets.found("small", lambda: 4096, usual=2048) == 1024
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_a_lack_of_memory_is_known_whoever_tells_of_it(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_a_budget_that_was_found_and_did_not_fit_later_is_lower_for_the_next_job() -> None:
+    budgets = Budgets()
+    assert budgets.found("model", lambda: 4096, usual=512) == 4096
+    budgets.limit("grad_1", 1024, key="model")
+    assert budgets.found("model", lambda: 4096, usual=512) == 1024
+    assert budgets.found("other", lambda: 4096, usual=512) == 4096
 
 
 def test_a_limit_is_that_of_its_job() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,14 +13,18 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from gradstore.types import Checkpoint, DatasetSource, Subtask
+from sqlalchemy import select
 
 from datastore.catalog import Catalog, utc_now
-from datastore.errors import Conflict, InUse, NameTaken, NotFound
+from datastore.errors import Conflict, InUse, NamedOtherwise, NameTaken, NotFound
 from datastore.schema import CheckpointRow, DatasetRow, RunRow, Table, TaskRow
 
 SOURCE = DatasetSource(
     sha256="a" * 64, filename="pool.jsonl", format="jsonl", bytes=10, rows=1, skipped=0, created_at=datetime.now(UTC)
 )
+
+
+MANY = 60  # more than a catalog has connections
 
 
 @pytest.fixture
@@ -90,8 +96,9 @@ def test_a_name_is_an_alias_of_one_dataset(catalog: Catalog) -> None:
 
 def test_content_that_has_a_name_keeps_it_unless_told_otherwise(catalog: Catalog) -> None:
     dataset(catalog, "ds_1", name="mine")
-    with pytest.raises(Conflict, match="called 'mine' already"):
+    with pytest.raises(NamedOtherwise, match="called 'mine' already") as refused:
         dataset(catalog, "ds_1", name="yours")
+    assert refused.value.id == "ds_1"
     assert catalog.dataset("mine").id == "ds_1"
     dataset(catalog, "ds_1", name="yours", replace=True)
     assert catalog.dataset("yours").id == "ds_1"
@@ -170,3 +177,26 @@ def test_a_catalog_that_cannot_be_opened_is_not_alive(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite3").unlink()
     (tmp_path / "catalog.sqlite3").mkdir()
     assert not catalog.alive()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def test_writers_that_wait_take_no_connection_from_readers(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = (
+        f"sqlite:///{tmp_path}/c.sqlite3" if kind == "sqlite" else request.getfixturevalue("postgres_server").database()
+    )
+    catalog = Catalog(url)
+    catalog.migrate()
+    with ThreadPoolExecutor(MANY) as others:
+        with catalog.transaction() as session:
+            session.execute(select(DatasetRow.id)).all()  # the first statement takes a connection and the lock
+            writers = [others.submit(dataset, catalog, f"ds_{number}") for number in range(MANY)]
+            for _ in range(20):
+                time.sleep(0.01)
+                assert set(catalog.dataset_sizes()) == set()  # also by whoever holds the lock
+                assert catalog.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+        for writer in writers:
+            writer.result()
+    assert len(catalog.dataset_sizes()) == MANY
+    catalog.close()

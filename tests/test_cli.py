@@ -13,15 +13,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
 import typer
 from gradstore import cli
+from gradstore._cli.jobs import listed
 from gradstore._cli.options import HELP
+from gradstore.types import (
+    AnnotationEstimate,
+    CascadeEstimate,
+    EmbeddingEstimate,
+    EmbeddingRequest,
+    EstimatesCost,
+    PredictorEstimate,
+    ProjectorEstimate,
+    ProjectorRequest,
+    ValidationEstimate,
+)
+from pydantic import BaseModel
 
 from tests import canned
 from tests.canned import Answerer, Asked, CannedServer, Said, in_turn
+from tests.conftest import REPOSITORY
 from tests.services import free_port
 from tests.serving import Service, jsonl
 
@@ -86,18 +101,31 @@ def test_the_command_line_has_what_was_promised() -> None:
     plain = {"list", "show", "rename", "delete"}
     promised = {
         "datasets": plain | {"upload", "rows", "lengths", "content"},
-        "tasks": plain | {"upload", "register"},
+        "tasks": plain | {"upload", "register", "download"},
         "checkpoints": plain | {"upload", "register", "download"},
+        "adapters": plain | {"upload", "register", "download"},
+        "allocations": {"preview"},
         "runs": plain | {"create"},
         "gradients": plain | {"create", "rows", "features"},
         "selections": plain | {"rows", "explain", "content", "export", "provenance"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
         "validations": plain | {"create"},
+        "predictors": plain | {"create"},
+        "cascades": plain | {"create"},
+        "estimates": plain | {"create", "rows"},
+        "estimate-validations": plain | {"create"},
         "attributions": plain | {"create"},
+        "comparisons": plain | {"create"},
         "conversions": plain | {"create"},
         "imports": plain | {"create"},
-        "jobs": {"list", "show", "wait", "cancel", "retry", "watch", "delete"},
+        "streams": plain | {"upload", "create", "content"},
+        "annotations": plain | {"upload", "create", "rows"},
+        "taxonomies": plain | {"create"},
+        "projectors": plain | {"create", "epochs", "histogram", "download"},
+        "embeddings": plain | {"create", "rows", "download"},
+        "jobs": {"list", "show", "wait", "prioritise", "cancel", "retry", "watch", "delete"},
+        "workers": {"list", "show"},
     }
     for noun, verbs in promised.items():
         assert {name.split()[2] for name in ALL if name.startswith(f"gradstore {noun} ")} == verbs
@@ -149,6 +177,12 @@ def test_a_command_of_the_server_is_found_by_its_entry_point(run: Run, monkeypat
     assert run("serve", "--port", "many").code == 2
 
 
+def test_a_group_of_the_server_is_found_by_its_entry_point(run: Run) -> None:
+    assert "revoke" in run("keys", "--help").out
+    twice = run("keys", "list", "--data", "a", "--data", "b")
+    assert (twice.code, "--data takes one value" in twice.err) == (2, True)
+
+
 def test_an_option_is_there_for_every_field_a_request_has() -> None:
     options = {option for parameter in ALL["gradstore finetunes create"].params for option in parameter.opts}
     assert {"--model", "--lora-r", "--lora-target", "--warmup-ratio", "--selection", "--wait", "--dry-run"} <= options
@@ -198,6 +232,25 @@ ADVICE = {
     'the base model as it is that POST /checkpoints {"model": "…"} registers':
         "the base model as it is that gradstore checkpoints register --model '…' registers",
     "/fraction: 5 % is 0.05": "fraction: 5 % is 0.05",
+    "no dataset or selection is called 'x'; GET /datasets and GET /selections list what there is":
+        "no dataset or selection is called 'x'; `gradstore datasets list` and `gradstore selections list` show what "
+        "there is",
+    'say which weights, for example weights=["*.q_proj.weight"], or ask for kinds=["embedding"]':
+        "say which weights, for example --weight '*.q_proj.weight', or ask for --kind embedding",
+    "convert from float16, or POST /gradients with dtype=binary":
+        "convert from float16, or gradstore gradients create --dtype binary",
+    'there is no cascade yet: POST /cascades {"dataset": "ds_1", "task": "task_1", "budget": 0.2}, and ask again':
+        "there is no cascade yet: gradstore cascades create --dataset ds_1 --task task_1 --budget 0.2, and ask again",
+    'and POST /embeddings {"projector": "proj_1", "streams": {"gradients": "str_…"}} with the task\'s':
+        "and gradstore embeddings create --projector proj_1 --gradients 'str_…' with the task's",
+    "there is none: POST /projectors with the streams and the annotations":
+        "there is none: gradstore projectors create with the streams and the annotations",
+    "The chosen rows with their scores are at GET /selections/sel_1":
+        "The chosen rows with their scores are printed by gradstore selections rows sel_1",
+    "there is no dataset to select from: upload one with POST /datasets":
+        "there is no dataset to select from: upload one with gradstore datasets upload",
+    "send the server's API key: Authorization: Bearer <GRADSTORE_API_KEY>":
+        "send the server's API key: --api-key, or better the variable GRADSTORE_API_KEY",
 }  # fmt: skip
 
 
@@ -220,6 +273,19 @@ def test_of_several_answers_those_options_are_shown_that_differ(run: Run) -> Non
     ]
 
 
+def test_choices_of_a_requests_fields_are_shown_as_options(run: Run) -> None:
+    choices = [{"detail": json.dumps({"checkpoints": ["ck_1", "ck_2"], "dim": dim})} for dim in (256, 8192)]
+    detail = f"the task mmlu has 2 sets of gradients that fit; say which one is meant, for example with {choices[0]}"
+    problem = canned.problem(409, detail, errors=choices) | {"type": "ambiguous"}
+    ran, _ = asked_by(run, Said(problem, status=409), "cascades", "create", "--dataset", "p", "--task", "mmlu",
+                      "--budget", "0.2")  # fmt: skip
+    assert ran.err.splitlines() == [
+        "the task mmlu has 2 sets of gradients that fit: say which one is meant",
+        "  --dim 256",
+        "  --dim 8192",
+    ]
+
+
 def test_a_new_users_mistakes_are_told_as_commands(run: Run, shared_service: Service, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\n" + '{"prompt": "a", "completion": "b"}\n')
     url = shared_service.url
@@ -231,7 +297,7 @@ def test_a_new_users_mistakes_are_told_as_commands(run: Run, shared_service: Ser
     taken = run("datasets", "upload", str(tmp_path / "good.jsonl"), "--name", "mine", url=url)
     assert "say --replace to move it" in taken.err
     there = run("datasets", "content", "mine", "-o", str(tmp_path / "no" / "where"), url=url)
-    assert (there.code, there.err) == (1, f"{tmp_path}/no/where.part: No such file or directory\n")
+    assert (there.code, there.err) == (1, f"{tmp_path}/no/where: No such file or directory\n")
 
 
 def test_an_error_of_the_server_is_printed_with_its_request(run: Run) -> None:
@@ -333,8 +399,12 @@ def test_output_that_nobody_reads_any_more_ends_the_command_quietly(words: tuple
 
 
 def test_a_degraded_service_is_exit_code_1(run: Run) -> None:
-    state = {"version": "0.1.0", "catalog": True, "dispatch": True, "workers": [], "free_bytes": 5}
+    check = {"name": "workers", "ok": False, "required": False, "detail": "none was seen"}
+    state = {"version": "0.1.0", "checks": [check], "workers": [], "free_bytes": 5}
     assert asked_by(run, Said({**state, "status": "ok"}), "health")[0].code == 0
+    ran, _ = asked_by(run, Said({**state, "status": "degraded"}), "health")
+    assert ran.code == 1
+    assert re.search(r"^workers +missing +none was seen$", ran.out, re.MULTILINE)
     ran, _ = asked_by(run, Said({**state, "status": "degraded"}), "health", "--json")
     assert ran.code == 1
     assert json.loads(ran.out)["status"] == "degraded"
@@ -370,7 +440,7 @@ def test_an_upload_prints_the_id_alone_on_stdout(run: Run, tmp_path: Path) -> No
 
 
 def test_rows_of_gradients_are_printed_or_saved(run: Run, tmp_path: Path) -> None:
-    row = {"row": 7, "norm": 1.5, "raw_norm": 0.25, "loss": 0.5, "tokens": 3, "reason": None}
+    row = {"row": 7, "norm": 1.5, "raw_norm": 0.25, "loss": 0.5, "logodds": -2.5, "tokens": 3, "reason": None}
     page = {"feature_set": canned.FEATURE_SET, "data": [row], "has_more": False}
     words = ["gradients", "rows", "grad_1", "--feature-set", "feat_1"]
     ran, (asked,) = asked_by(run, Said(page), *words, "--json")
@@ -410,7 +480,18 @@ def test_a_table_is_not_cut_when_it_is_piped(run: Run, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "noun", ["datasets", "tasks", "gradients", "finetunes", "evaluations", "validations", "attributions", "jobs"]
+    "noun",
+    [
+        "datasets",
+        "tasks",
+        "gradients",
+        "finetunes",
+        "evaluations",
+        "validations",
+        "attributions",
+        "comparisons",
+        "jobs",
+    ],
 )
 def test_every_list_can_be_printed(run: Run, noun: str) -> None:
     items = {
@@ -418,11 +499,54 @@ def test_every_list_can_be_printed(run: Run, noun: str) -> None:
         "gradients": canned.job("running", kind="gradients"), "finetunes": canned.job("queued", name="warmup"),
         "evaluations": canned.job("succeeded", kind="evaluation"),
         "validations": canned.job("succeeded", kind="validation"),
+        "comparisons": canned.job("succeeded", kind="comparison"),
         "attributions": canned.job("running", kind="attribution"),
     }  # fmt: skip
-    ran, _ = asked_by(run, Said({"data": [items[noun]], "has_more": False}), noun, "list")
+    listed = Said({"data": [items[noun]], "has_more": False})
+    ran, _ = asked_by(run, lambda asked: listed if asked.path == f"/{noun}" else naming(asked) or listed, noun, "list")
     assert ran.code == 0
     assert items[noun]["id"] in ran.out
+
+
+@pytest.mark.parametrize(
+    ("noun", "item", "said"),
+    [
+        ("gradients", canned.job("running", kind="gradients"), {"of": "tulu"}),
+        ("finetunes", canned.job("queued"), {"of": "tulu, tiny"}),
+        ("evaluations", canned.job("succeeded", kind="evaluation"), {"of": "mmlu, ft_1"}),
+        ("jobs", canned.job("failed"), {"kind": "finetune", "of": "tulu, tiny"}),
+        ("selections", canned.selection(3), {"method": "influence", "tasks": "mmlu", "pool": "tulu"}),
+    ],
+)
+def test_a_list_says_what_its_things_are_of(run: Run, noun: str, item: dict[str, Any], said: dict[str, str]) -> None:
+    listed = Said({"data": [item], "has_more": False})
+    ran, _ = asked_by(run, lambda asked: listed if asked.path == f"/{noun}" else naming(asked) or listed, noun, "list")
+    heading, line = (re.split(r" {2,}", text.strip()) for text in ran.out.splitlines())
+    assert dict(zip(heading, line, strict=True)).items() >= said.items()
+
+
+def test_a_projector_and_an_embedding_are_listed_with_their_streams() -> None:
+    class Called:
+        def called(self, reference: str) -> str:
+            return reference.upper()
+
+    streams = {"gradients": "of-pool", "routing": None, "hidden": "states"}
+    requests = [
+        (ProjectorRequest.model_validate({"annotations": "labels", "streams": streams}), "OF-POOL, STATES, LABELS"),
+        (EmbeddingRequest.model_validate({"projector": "mine", "streams": streams}), "MINE, OF-POOL, STATES"),
+    ]
+    for request, said in requests:
+        job = SimpleNamespace(request=request)
+        assert listed(Called())["of"](job) == said  # type: ignore[arg-type]
+
+
+def test_show_rounds_what_people_read_and_json_does_not(run: Run) -> None:
+    job = canned.job("running", kind="gradients")
+    job["progress"]["rate"] = 0.1 + 0.2
+    ran, _ = asked_by(run, Said(job), "gradients", "show", "grad_1")
+    assert '"rate": 0.3,' in ran.out
+    ran, _ = asked_by(run, Said(job), "gradients", "show", "grad_1", "--json")
+    assert '"rate":0.30000000000000004' in ran.out
 
 
 def test_show_prints_a_line_for_each_field(run: Run) -> None:
@@ -506,7 +630,7 @@ def test_weights_are_named_by_patterns_and_a_model_is_registered_without_a_path(
     answer = Said(canned.base_model(), status=201)
     ran, (asked,) = asked_by(run, answer, "checkpoints", "register", "--model", "org/base")
     assert asked.json == {"model": "org/base"}
-    assert (ran.out, ran.err) == ("ck_1\n", "a base model has none\n")
+    assert (ran.out, ran.err) == ("ck_1\n", "it has no Adam moments: a base model has none\n")
 
 
 def test_a_dry_run_prints_the_cost(run: Run) -> None:
@@ -515,6 +639,28 @@ def test_a_dry_run_prints_the_cost(run: Run) -> None:
     )
     assert asked.json["dry_run"] is True
     assert json.loads(ran.out) == canned.estimate()
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "answer"),
+    [
+        ("predictors create --dataset p --task t", "/predictors", PredictorEstimate),
+        ("cascades create --dataset p --task t --budget 0.2", "/cascades", CascadeEstimate),
+        ("estimates create --dataset p --task t", "/estimates", EstimatesCost),
+        ("estimate-validations create --estimates e --model m", "/estimates/validations", ValidationEstimate),
+        ("projectors create --gradients g --annotations a", "/projectors", ProjectorEstimate),
+        ("embeddings create --projector p --gradients g", "/embeddings", EmbeddingEstimate),
+        ("annotations create --dataset p --by origin", "/annotations", AnnotationEstimate),
+    ],
+)
+def test_a_dry_run_of_what_learns_prints_what_the_page_shows(
+    run: Run, words: str, path: str, answer: type[BaseModel]
+) -> None:
+    page = (REPOSITORY / "docs/api.md").read_text()
+    [shown] = re.findall(rf"^```json answer {answer.__name__}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    ran, (asked,) = asked_by(run, Said(json.loads(shown)), *words.split(), "--dry-run", "--json")
+    assert (asked.method, asked.path, asked.json["dry_run"]) == ("POST", path, True)
+    assert json.loads(ran.out) == json.loads(shown)
 
 
 def test_waiting_prints_the_id_when_it_is_done(run: Run) -> None:
@@ -560,6 +706,34 @@ def test_a_validation_says_of_each_of_the_scores_how_well_they_predict(run: Run)
     dry, asked = asked_by(run, Said(canned.validation_estimate()), *words, "--dry-run")
     assert asked[0].json["dry_run"] is True
     assert re.search(r"^trainings +64$", dry.out, re.MULTILINE)
+
+
+def test_a_comparison_is_a_table_for_each_task_and_what_each_two_share(run: Run) -> None:
+    def answer(asked: Asked) -> Said:
+        return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="comparison"))
+
+    words = ["--dataset", "pool", "--task", "mmlu", "--k", "2", "--train", "--model", "tiny", "--repeats", "2"]
+    ways = ["--contestant", "method=influence,aggregate=avg", "--contestant", '{"checkpoints": ["ck_1"]}']
+    ran, asked = asked_by(run, answer, "compare", *words, *ways)
+    assert asked[0].json == {
+        "dataset": "pool", "tasks": ["mmlu"], "k": 2, "train": True, "model": "tiny", "repeats": 2,
+        "contestants": [{"method": "influence", "aggregate": "avg"}, {"checkpoints": ["ck_1"]}],
+    }  # fmt: skip
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert lines[1] == [
+        *("influence", "sel_influence", "2", "flan", "100%", "0.5", "1.5", "2.0000", "1.9000", "to", "2.1000"),
+        *("-0.2500", "-0.3500", "to", "-0.1500"),
+    ]
+    assert lines[2][-2:] == ["–", "–"]
+    assert [line[1:] for line in lines[4:]] == [["–", "0.50"], ["0.50", "–"]]
+    assert "mmlu: loss before training 2.5000" in ran.err
+    assert "left out: rds: POST /gradients computes them" in ran.err
+    assert asked_by(run, answer, "comparisons", "show", "cmp_1")[0].out == ran.out
+    assert asked_by(run, answer, "comparisons", "create", *words, "--wait")[0].out == ran.out
+    assert asked_by(run, answer, "comparisons", "create", *words)[0].out == "cmp_1\n"
+    dry, asked = asked_by(run, Said(canned.comparison_estimate()), "compare", *words, "--dry-run")
+    assert asked[0].json["dry_run"] is True
+    assert re.search(r"^trainings +11$", dry.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("scores", ["adam", "kind=adam,dim", "{kind"])
@@ -671,6 +845,55 @@ def test_select_gives_the_original_rows_or_the_table(run: Run, tmp_path: Path) -
     assert not ran.out
     assert (tmp_path / "best.jsonl").read_text() == '{"row": 1}\n'
     assert asked[1].json == {"name": "best"}
+
+
+def test_a_selection_that_has_a_name_keeps_it(run: Run) -> None:
+    def called_best(asked: Asked) -> Said:
+        return (
+            Said(b'{"row": 1}\n') if asked.path.endswith("/content") else Said(canned.selection(30) | {"name": "best"})
+        )
+
+    words = ["select", "--task", "mmlu", "--pct", "0.05", "--lines", "--name"]
+    ran, asked = asked_by(run, called_best, *words, "other")
+    assert ran.code == 2
+    assert "called 'best' already (sel_1)" in " ".join(ran.err.split())
+    assert [one.method for one in asked] == ["GET"]
+    _, asked = asked_by(run, called_best, *words, "best")
+    assert asked[1].json == {"name": "best"}
+
+
+@pytest.mark.parametrize("words", [("select", "--task", "mmlu", "--k", "30"), ("selections", "content", "sel_1")])
+def test_original_rows_are_not_saved_under_the_name_of_another_kind(
+    run: Run, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    ran, asked = asked_by(run, selecting, *words, "-o", str(tmp_path / "best.parquet"))
+    assert (ran.code, asked) == (2, [])
+    assert "selections export" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("format", "count"), [("--lines", 2), ("--csv", 3), ("--json", 2)])
+def test_a_limit_holds_for_every_form_of_the_rows(run: Run, format: str, count: int) -> None:
+    def answer(asked: Asked) -> Said:
+        if asked.path.endswith("/content"):
+            return Said(body=b"file\n" + b"row\n" * 29)
+        return selecting(asked) if asked.method == "GET" else Said(canned.selection(30))
+
+    for words in (["select", "--task", "mmlu", "--k", "30"], ["select", "--recipe", "sel_1"]):
+        ran, _ = asked_by(run, answer, *words, "--limit", "2", format)
+        assert ran.code == 0
+        found = json.loads(ran.out)["data"] if format == "--json" else ran.out.splitlines()
+        assert len(found) == count
+
+
+def test_a_recipe_that_is_none_is_told_in_a_few_lines(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text('{"method": "influence"}')
+    ran, asked = asked_by(run, selecting, "select", "--recipe", str(tmp_path / "bad.json"))
+    assert (ran.code, asked) == (2, [])
+    first, *others = ran.err.splitlines()
+    assert "selections show --json" in first
+    assert others[0] == "  datasets: this is required"
+    assert len(others) == 4
 
 
 def test_a_selection_can_be_looked_at_again(run: Run) -> None:

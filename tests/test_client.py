@@ -45,6 +45,7 @@ from gradstore.client import Resource, call, each
 from gradstore.types import (
     AttributionRequest,
     CheckpointRegister,
+    Contestant,
     EvaluationRequest,
     FinetuneRequest,
     GradientsRequest,
@@ -626,6 +627,24 @@ def test_scores_to_judge_are_bodies_or_mappings() -> None:
     assert server.asked[0].json["dry_run"] is True
 
 
+def test_comparing_begins_the_job_and_waits_for_its_table() -> None:
+    def answer(asked: Asked) -> Said:
+        return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="comparison"))
+
+    with serving(answer) as (server, store):
+        found = store.compare(
+            dataset="pool", tasks="mmlu", k=2, contestants=[Contestant(method="bm25"), {"kind": "adam"}]
+        )
+    assert [row.contestant for row in found.result.rows] == ["influence", "random"]
+    assert server.asked[0].json == {
+        "dataset": "pool", "tasks": ["mmlu"], "k": 2, "contestants": [{"method": "bm25"}, {"kind": "adam"}],
+    }  # fmt: skip
+    assert (server.asked[1].method, server.asked[1].path) == ("GET", "/comparisons/cmp_1")
+    with serving(Said(canned.comparison_estimate())) as (server, store):
+        assert store.comparisons.estimate(dataset="pool", tasks="mmlu", pct=0.05).trainings == 11
+    assert server.asked[0].json["dry_run"] is True
+
+
 def test_an_estimate_is_a_dry_run_of_the_same_request() -> None:
     with serving(Said(canned.estimate())) as (server, store):
         assert store.gradients.estimate(dataset="ds_pool", run="run_1").rows == 3
@@ -1023,6 +1042,8 @@ def test_a_selection_is_saved_as_rows_or_as_its_table(tmp_path: Path) -> None:
         store.selections.save("sel_1", tmp_path / "best.jsonl")
         store.selections.save("sel_1", tmp_path / "best.csv")
         store.datasets.download("pool", tmp_path / "upload.gz", source="ab12")
+        with pytest.raises(ValueError, match="selections export"):
+            store.selections.save("sel_1", tmp_path / "best.parquet")
     assert [asked.headers["Accept"] for asked in server.asked[:2]] == ["application/x-ndjson", "text/csv"]
     assert server.asked[2].query == {"source": ["ab12"]}
 
@@ -1043,6 +1064,8 @@ def test_results_become_tables() -> None:
     with serving(Said(canned.job("succeeded", kind="validation"))) as (_, store):
         judged = store.validations.wait("val_1").result.to_pandas()
     assert list(judged["label"]) == ["adam", "random"]
+    with serving(Said(canned.job("succeeded", kind="comparison"))) as (_, store):
+        assert list(store.comparisons.wait("cmp_1").result.to_pandas()["rows"]) == [2, 2]
     with serving(Said(canned.job("succeeded"))) as (_, store):
         assert list(store.finetunes.wait("ft_1").result.to_pandas()["loss"]) == [2.5]
 

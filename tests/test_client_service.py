@@ -20,6 +20,7 @@ from gradstore import (
     NotAuthenticated,
     NotFound,
     cli,
+    recipes,
 )
 from gradstore.types import FinetuneRequest, GradientsRequest, LoraSettings
 
@@ -87,6 +88,7 @@ def test_every_list_walks_its_pages(store: GradientStore) -> None:
     for noun in (
         "tasks",
         "checkpoints",
+        "adapters",
         "runs",
         "gradients",
         "conversions",
@@ -94,7 +96,14 @@ def test_every_list_walks_its_pages(store: GradientStore) -> None:
         "finetunes",
         "evaluations",
         "validations",
+        "predictors",
+        "cascades",
         "attributions",
+        "estimates",
+        "estimate_validations",
+        "streams",
+        "annotations",
+        "taxonomies",
         "jobs",
         "datasets",
     ):
@@ -112,6 +121,44 @@ def test_tasks_are_taken_as_folder_zip_or_file(store: GradientStore, tmp_path: P
     with pytest.raises(Invalid):
         store.tasks.upload(folder, name="target", kind="unheard of")
     store.tasks.delete("target")
+
+
+def test_the_task_of_a_recipe_is_the_stored_one_of_the_same_content(store: GradientStore, tmp_path: Path) -> None:
+    """Whatever its folder is called; a stored task of other content is neither taken nor replaced."""
+    pool = store.datasets.upload(io.BytesIO(jsonl(9)), filename="pool.jsonl").id
+    stored = store.tasks.upload(written(tmp_path / "mine", task_files("x")), name="mine", kind="jsonl")
+    written(tmp_path / "renamed", task_files("x"))
+    other = written(tmp_path / "other" / "mine", task_files("y"))
+    steps: list[str] = []
+
+    def less(task: Path | str, kind: str | None) -> None:
+        steps.clear()
+        recipes.less(store, pool=pool, task=task, task_kind=kind, model="no model", say=steps.append, progress=False)
+
+    for folder in ("mine", "renamed"):
+        with pytest.raises(Invalid, match="no model"):
+            less(tmp_path / folder, "jsonl")
+        assert len(steps) == 2
+    with pytest.raises(Conflict) as refused:
+        less(other, "jsonl")
+    assert f"{stored.id} is called 'mine' and is another task than {other}: give that id" in str(refused.value)
+    assert len(steps) == 1
+    assert [task.id for task in store.tasks.list()] == [stored.id]
+
+
+def test_a_name_that_a_path_happens_to_have_too_is_the_stored_tasks(
+    store: GradientStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = store.datasets.upload(io.BytesIO(jsonl(9)), filename="pool.jsonl").id
+    written(tmp_path / "mine", task_files("y"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="say what it holds with task_kind"):
+        recipes.less(store, pool=pool, task="mine", model="no model", progress=False)
+    store.tasks.upload(written(tmp_path / "x", task_files("x")), name="mine", kind="jsonl")
+    with pytest.raises(Invalid, match="no model"):
+        recipes.less(store, pool=pool, task="mine", model="no model", progress=False)
+    with pytest.raises(ValueError, match="say what it holds with task_kind"):
+        recipes.less(store, pool=pool, task=Path("mine"), model="no model", progress=False)
 
 
 def test_an_adapter_goes_up_as_a_folder_and_comes_down_as_one(store: GradientStore, tmp_path: Path) -> None:

@@ -204,6 +204,24 @@ def test_select_finds_converted_features_and_compares_like_with_like(place: Stor
         assert (recipe.converted_from, found) == (wanted, {wanted})
 
 
+@pytest.mark.parametrize(("source", "narrower"), [("float16", "int8"), ("int8", "int4")])
+def test_features_that_are_missing_and_asked_for_by_what_they_are_made_of_alone_are_made_as_advised(
+    place: Store, tmp_path: Path, source: FeatureDtype, narrower: FeatureDtype
+) -> None:
+    place.task({"a": 3, "b": 2}, folder=tmp_path / "task")
+    query = Query(tasks=["target"], converted_from=source, pct=0.05)
+    with pytest.raises(GradientsMissing) as missing:
+        place.recipes.resolve(query, path="/select")
+    assert missing.value.body["dtype"] == source
+    assert f'"dtype": "{narrower}"' in str(missing.value)
+    for changes in ({}, {"task": "target", "dataset": None, "kinds": ["sgd"]}):
+        computed(place, source, **changes)
+    convert(place, dataset="pool", dtype=narrower)
+    convert(place, task="target", dtype=narrower)
+    recipe, _ = place.recipes.resolve(query, path="/select")
+    assert (recipe.dtype, recipe.converted_from) == (narrower, source)
+
+
 def test_what_is_attributed_and_validated_is_told_apart_by_what_it_was_converted_from(
     place: Store, tmp_path: Path
 ) -> None:
@@ -317,6 +335,6 @@ def test_unknown_unfinished_and_foreign_sources_are_refused(place: Store, tmp_pa
 
 def test_a_disk_without_room_is_noticed_before_the_job(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     computed(place, "float16")
-    monkeypatch.setattr("datastore.features.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("datastore.usage.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(NotEnoughSpace):
         place.conversions.start(ConversionRequest(dataset="pool", dtype="int8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +17,7 @@ import pytest
 import typer
 from gradstore import cli
 from gradstore.types import AttributionRequest, AttributionResult, JobKind, JobStatus, Problem
-from playwright.sync_api import Browser, Error, Route, expect
+from playwright.sync_api import Browser, Error, Locator, Route, expect
 
 from datastore.attributions import Answered
 from datastore.questions import QuestionFeature
@@ -24,6 +25,7 @@ from service.routes.dashboard import FOLDER, POLICY
 from tests.browser import Visit, chromium, visiting
 from tests.serving import Service, problem_of, serving
 from tests.shown import DIM, ROWS, large, shown
+from tests.stores import Store, numbers, request
 
 pytestmark = pytest.mark.services
 
@@ -174,9 +176,38 @@ PLACES = {
     "scores": ("scores?task=mmlu", "Scores"),
     "selections": ("selections", "Selections"),
     "overlap": ("overlaps", "Overlap"),
+    "comparison": ("comparisons/five%20ways", "five ways"),
+    "comparisons": ("comparisons", "Comparison"),
     "question": ("attributions", "Attribution"),
     "training": ("training", "Training"),
+    "predictors": ("predictors", "Predictors"),
+    "predictor": ("predictors/from%20a%20tenth", "from a tenth"),
+    "levels": ("predictors/three%20levels", "three levels"),
+    "cascade": ("cascades/a%20fifth", "a fifth"),
+    "estimates": ("estimates", "Estimates"),
+    "estimate": ("estimates/sixty%20parts", "sixty parts"),
+    "search": ("estimates/step%20by%20step", "step by step"),
+    "estimate-validation": ("estimate-validations/ten%20trainings", "ten trainings"),
+    "projectors": ("projectors", "Projectors"),
+    "projector": ("projectors/origins%20told", "origins told"),
+    "streams": ("streams", "Streams"),
+    "stream": ("streams/of%20the%20pool", "of the pool"),
+    "annotations": ("annotations", "Annotations"),
+    "annotation": ("annotations/origins", "origins"),
+    "taxonomy": ("taxonomies/cods", "cods"),
 }
+PICTURED = {
+    *("overview", "jobs", "datasets", "dataset", "scores", "selections", "selection", "overlap", "comparison"),
+    *("training", "predictor", "estimate", "estimate-validation", "projector"),
+}
+"""Pages of which docs/dashboard.md has a picture that is taken here."""
+SCROLLED = {
+    "predictor": "Recall of the true best 5 %",
+    "estimate": "Groups",
+    "estimate-validation": "Estimated and trained",
+    "projector": "Capabilities, on held-out rows",
+}
+"""What stands at the top of a picture, where that is not the heading."""
 
 
 def opened(visit: Visit, service: Service, name: str) -> None:
@@ -203,7 +234,9 @@ def test_a_page_has_no_fault_that_axe_knows(browser: Browser, service: Service, 
             visit.page.get_by_role("heading", name="Chosen rows").scroll_into_view_if_needed()
             visit.page.mouse.wheel(0, 700)
             visit.page.wait_for_timeout(300)
-        if name != "question" and (scheme == "light" or name == "scores"):
+        if name in SCROLLED:
+            visit.page.get_by_role("heading", name=SCROLLED[name], exact=True).evaluate("node => node.scrollIntoView()")
+        if name in PICTURED and (scheme == "light" or name in {"comparison", "scores"}):
             visit.picture(name if scheme == "light" else f"{name}-dark")
 
 
@@ -251,7 +284,18 @@ def test_the_keyboard_alone_leads_everywhere(visit: Visit) -> None:
 
 
 def test_an_address_that_leads_nowhere_says_so(visit: Visit) -> None:
-    visit.open("nowhere", title="There is no such page")
+    for place in ("nowhere", "%E0%A4%A"):
+        visit.open(place, title="There is no such page")
+
+
+def test_a_page_that_is_refused_keeps_its_heading(visit: Visit) -> None:
+    for place, title in (("datasets/nothing", "Datasets"), ("jobs?kind=bogus", "Jobs")):
+        visit.open(place, title=title)
+        expect(visit.page.get_by_role("alert")).to_be_visible()
+        visit.complaints.clear()  # what the browser writes of an answer that is none
+    visit.open("datasets/nothing", title="Datasets")
+    expect(visit.page.get_by_role("alert").locator("code")).to_have_text("gradstore datasets list")
+    visit.complaints.clear()
 
 
 def test_the_key_is_asked_for_and_never_shown(browser: Browser, tmp_path: Path) -> None:
@@ -341,6 +385,17 @@ def test_jobs_are_filtered_by_the_server(visit: Visit, service: Service) -> None
     visit.page.reload()
     visit.heading("Jobs")
     expect(rows).to_have_count(1)
+
+
+def test_lists_say_what_their_things_are_of(visit: Visit, service: Service) -> None:
+    job = gradients(service, 5)
+    visit.open("jobs", title="Jobs")
+    expect(visit.page.locator(f"tr[data-job={job['id']}] td").nth(1)).to_have_text("tulu-sample")
+    service.http.post(f"/jobs/{job['id']}/cancel")
+    answer(service, "/select", task="mmlu", method="bm25", pct=0.01, wait=30)
+    visit.open("selections", title="Selections")
+    expect(visit.page.locator("tbody tr").first.locator("td").nth(0)).to_have_text("bm25")
+    expect(visit.page.locator("tbody tr").first.locator("td").nth(2)).to_have_text("tulu-sample")
 
 
 def test_a_job_is_followed_cancelled_and_tried_again(visit: Visit, service: Service) -> None:
@@ -450,6 +505,9 @@ def test_rows_are_searched_and_paged(visit: Visit, service: Service) -> None:
     visit.page.get_by_role("button", name="Search").click()
     found = answer(service, "/datasets/tulu-sample/rows", q="trout", limit=20)["data"]
     expect(titles).to_have_text([f"Row {row['row']}" for row in found[:10]])
+    expect(
+        visit.page.get_by_text(f"10 rows found between row {found[0]['row']} and row {found[9]['row']}")
+    ).to_be_visible()
     visit.page.get_by_role("button", name="Next").click()
     expect(titles).to_have_text([f"Row {row['row']}" for row in found[10:]])
     visit.page.get_by_role("button", name="Previous").click()
@@ -578,6 +636,20 @@ def test_the_cut_is_moved_by_keys_and_by_a_number(visit: Visit, service: Service
     check_cut(visit, service, 125)
 
 
+def test_a_percentage_that_is_none_is_not_asked(visit: Visit, service: Service) -> None:
+    visit.open("scores?task=mmlu&pct=abc", title="Scores")
+    check_cut(visit, service, 50)
+    field = visit.page.get_by_label("Percent of the pool")
+    for said in ("", "0", "101"):
+        field.fill(said)
+        field.press("Enter")
+        expect(field).to_have_value("5")
+    check_cut(visit, service, 50)
+    visit.open("overlaps?pct=abc", title="Overlap")
+    expect(visit.page.get_by_label("Percent of the pool")).to_have_value("5")
+    expect(visit.page.get_by_role("alert")).to_have_count(0)
+
+
 def test_the_cut_is_put_by_touch(browser: Browser, service: Service) -> None:
     with visiting(browser, service.url, has_touch=True) as visit:
         visit.open("scores?task=mmlu", title="Scores")
@@ -587,6 +659,35 @@ def test_the_cut_is_put_by_touch(browser: Browser, service: Service) -> None:
         now = float(visit.page.get_by_role("slider").get_attribute("aria-valuenow") or 0)
         assert now > 5
         check_cut(visit, service, round(10 * now))
+
+
+def test_the_page_of_scores_says_and_changes_what_they_are(visit: Visit, service: Service) -> None:
+    visit.open("scores?task=mmlu&dataset=tulu-sample&method=bm25", title="Scores")
+    score, told = (
+        visit.page.get_by_label("Score", exact=True),
+        visit.page.get_by_role("region", name="Distribution").locator("dl"),
+    )
+    expect(visit.page.get_by_label("Pool", exact=True)).to_have_value("tulu-sample")
+    expect(visit.page.get_by_label("Method")).to_have_value("bm25")
+    expect(score).to_have_value("max")
+    for part in ("pooltulu-sample", "methodwords in common (BM25)", "scorenearest validation row"):
+        expect(told).to_contain_text(part)
+    score.select_option("less")
+    expect(told).to_contain_text("scorebest subtask mean (LESS)")
+    axis = visit.page.locator(".axis")
+    edges = answer(service, "/scores/distribution", task="mmlu", method="bm25", aggregate="less")["edges"]
+    expect(axis).to_contain_text(f"best {edges[-1]:.2f}")
+    visit.page.get_by_label("Method").select_option("random")
+    expect(told).to_contain_text("methoddrawn at random")
+    expect(score).to_have_count(0)
+
+
+def test_missing_gradients_are_told_once_with_their_command(visit: Visit, service: Service) -> None:
+    visit.page.goto(f"{visit.url}/dashboard/#/scores?task=mmlu&dataset=tulu-sample&dim=99")
+    told = visit.page.get_by_role("alert")
+    expect(told.locator("code")).to_have_text(re.compile("^gradstore gradients create --dataset .* --run .* --dim 99"))
+    expect(told).not_to_contain_text("POST /gradients")
+    visit.forgive("409")
 
 
 def test_what_the_cut_takes_is_selected(visit: Visit, service: Service) -> None:
@@ -601,8 +702,10 @@ def test_what_the_cut_takes_is_selected(visit: Visit, service: Service) -> None:
 
 @pytest.fixture
 def unscored(tmp_path: Path) -> Iterator[Service]:
-    """A service over the store of the pictures that leaves the computing of scores to the test."""
-    shown(tmp_path).catalog.close()
+    """A service over the store of the pictures that has no scores yet, and leaves the computing of them to the test."""
+    store = shown(tmp_path)
+    shutil.rmtree(store.settings.scores)
+    store.catalog.close()
     with serving(tmp_path / "store") as running:
         running.backend.scorer.stop()
         yield running
@@ -737,6 +840,41 @@ def test_the_overlap_of_tasks_is_a_table_of_the_apis_numbers(visit: Visit, servi
     expect(visit.page.get_by_text("Choose two tasks or more.")).to_be_visible()
 
 
+def test_a_comparison_is_pictures_and_tables_of_the_apis_numbers(visit: Visit, service: Service) -> None:
+    opened(visit, service, "comparisons")
+    visit.page.get_by_role("link", name="five ways").press("Enter")
+    visit.heading("five ways")
+    found = answer(service, "/comparisons/five%20ways")["result"]
+    for task in found["tasks"]:
+        name, rows = task["task_name"], [row for row in found["rows"] if row["task"] == task["task"]]
+        lines = visit.page.get_by_role("table", name=f"Selections for {name}", exact=True).locator("tbody tr")
+        expect(lines).to_have_count(len(rows))
+        for line, row in zip(lines.all(), rows, strict=True):
+            loss = row["loss"]["value"]
+            expect(line).to_contain_text(row["contestant"])
+            expect(line).to_contain_text(f"{loss:.2f}" if loss >= 1 else f"{loss:.3f}")
+        shared = visit.page.get_by_role("table", name=f"Rows that each two selections for {name} share")
+        pair = next(pair for pair in found["pairs"] if pair["task"] == task["task"])
+        cell = shared.locator("tbody tr").nth(0).locator("td").nth(1)
+        expect(cell).to_contain_text(f"{pair['shared']} rows")
+        losses = visit.page.get_by_role("img", name=f"Loss on {name} after training on each selection")
+        expect(losses.locator("circle")).to_have_count(len(rows))
+    differences = visit.page.get_by_role("img", name="Difference of the loss from that of random")
+    expect(differences.first.locator("rect")).to_have_count(len(rows) - 1)
+    visit.page.get_by_role("link", name=found["rows"][0]["contestant"]).first.press("Enter")
+    visit.heading(found["rows"][0]["selection"])
+
+
+def test_a_comparison_at_work_says_how_far_it_is_until_it_is_cancelled(visit: Visit, service: Service) -> None:
+    asked = {"dataset": "tulu-sample", "tasks": ["mmlu"], "k": 3, "contestants": [{"method": "bm25"}]}
+    job = service.http.post("/comparisons", json=asked).json()
+    visit.open(f"comparisons/{job['id']}", title=job["id"])
+    expect(visit.page.get_by_text("Comparing: 0 of 1 parts")).to_be_visible()
+    service.http.post(f"/jobs/{job['id']}/cancel")
+    expect(visit.page.get_by_text("It was cancelled.")).to_be_visible()
+    service.http.delete(f"/comparisons/{job['id']}")
+
+
 def test_an_answer_that_comes_late_does_not_stand_for_a_newer_question(visit: Visit, service: Service) -> None:
     opened(visit, service, "overlap")
     rows = visit.page.get_by_role("table", name="Shared rows of each pair of tasks").locator("tbody tr")
@@ -797,6 +935,41 @@ def test_a_typed_answer_is_attributed_to_examples(visit: Visit, service: Service
     expect(visit.page.get_by_role("table").locator("tbody tr")).to_contain_text("How many pieces of fruit")
 
 
+@pytest.fixture
+def two_pools(tmp_path: Path) -> Iterator[Service]:
+    """A service with two pools that have features."""
+    store = Store.at(tmp_path / "store")
+    store.checkpoint(0)
+    store.catalog.add_run(id="run_1", checkpoints=["ck_0"], name="warmup")
+    for number, name in enumerate(["tulu", "other"]):
+        store.pool(10 + number, name=name)
+        store.features.start(request(dataset=name, run="warmup", dims=[DIM]))
+        store.work(numbers)
+    store.catalog.close()
+    with serving(tmp_path / "store") as running:
+        yield running
+
+
+def test_what_was_typed_stays_while_the_pool_is_chosen_by_its_name(browser: Browser, two_pools: Service) -> None:
+    with visiting(browser, two_pools.url) as visit:
+        visit.open("attributions", title="Attribution")
+        prompt, said = visit.page.get_by_label("Prompt"), visit.page.get_by_label("Answer of the model")
+        prompt.fill("How many fish?")
+        said.fill("Two.")
+        visit.page.get_by_role("button", name="Find examples").click()
+        told = visit.page.get_by_role("alert")
+        expect(told).to_contain_text("2 sets of features fit: say which one is meant.")
+        expect(told).not_to_contain_text("http://")
+        expect(told.get_by_role("listitem")).to_have_text(["dataset tulu", "dataset other"])
+        told.get_by_role("link", name="dataset other").click()
+        expect(visit.page.get_by_label("Pool")).to_have_value("other")
+        expect(prompt).to_have_value("How many fish?")
+        expect(said).to_have_value("Two.")
+        visit.page.get_by_role("button", name="Find examples").click()
+        expect(visit.page.get_by_text("Waiting for a worker …")).to_be_visible()
+        visit.forgive("409")
+
+
 def test_an_attribution_that_cannot_be_followed_is_told_and_tried_again(visit: Visit, service: Service) -> None:
     asked = {"rows": [{"prompt": "How many fish?", "completion": "Two."}], "k": 3}
     job = service.http.post("/attributions", json=asked).json()
@@ -826,6 +999,192 @@ def test_trainings_and_evaluations_stand_side_by_side(visit: Visit, service: Ser
         tuned = next(row for row in job["result"]["rows"] if row["model"] == "tuned" and row["subtask"] is None)
         cell = metric.locator("tbody tr").first.locator("td").nth(heads.index(job["name"]) - 1)
         expect(cell).to_contain_text(f"{tuned['value']:.3f}")
+
+
+# What is learnt, estimated and placed -------------------------------------------------------------------------------
+
+
+def lines_of(visit: Visit, table: str) -> Locator:
+    """The lines of a table, by its name."""
+    return visit.page.get_by_role("table", name=table, exact=True).locator("tbody tr")
+
+
+def shown_number(number: float | None) -> str:
+    """A number as the pages write it: three digits that count."""
+    if number is None:
+        return "–"
+    size = abs(number)
+    return f"{number:.{3 if size < 1 else 2 if size < 10 else 1}f}"
+
+
+def test_a_predictor_is_pictures_and_tables_of_the_apis_numbers(visit: Visit, service: Service) -> None:
+    opened(visit, service, "predictors")
+    visit.page.get_by_role("link", name="from a tenth").press("Enter")
+    visit.heading("from a tenth")
+    result = answer(service, "/predictors/from%20a%20tenth")["result"]
+    glance = visit.page.get_by_role("region", name="At a glance")
+    for name, number in (("R²", result["report"]["r2"]), ("Spearman", result["report"]["spearman"])):
+        expect(glance.locator("dl > div").filter(has_text=name)).to_have_text(f"{name}{shown_number(number)}")
+    recalls = lines_of(visit, "Recall by budget")
+    expect(recalls).to_have_count(len(result["report"]["recalls"]))
+    for line, each in zip(recalls.all(), result["report"]["recalls"], strict=True):
+        expect(line.locator("th, td").last).to_have_text(f"{100 * each['recall']:.1f} %".replace(".0 %", " %"))
+    curves = visit.page.get_by_role("img", name="Recall of the true best 5 % by budget")
+    expect(curves.locator("path")).to_have_count(2 + len(result["controls"]))
+    calibration = visit.page.get_by_role("img", name="Mean truth by mean prediction")
+    expect(calibration.locator("circle")).to_have_count(len(result["calibration"]))
+    beside = lines_of(visit, "This predictor and its controls")
+    for line, each in zip(beside.all()[1:], result["controls"], strict=True):
+        expect(line.locator("td").first).to_have_text(shown_number(each["report"]["r2"]))
+    visit.page.get_by_role("link", name="tulu-sample").press("Enter")
+    visit.heading("tulu-sample")
+
+
+def test_levels_are_told_with_their_confusion(visit: Visit, service: Service) -> None:
+    opened(visit, service, "levels")
+    counts = answer(service, "/predictors/three%20levels")["result"]["report"]["confusion"]
+    lines = lines_of(visit, "Rows of each true level by predicted level")
+    expect(lines.locator("strong")).to_have_text([str(count) for line in counts for count in line])
+    expect(lines.first).to_contain_text(f"{100 * counts[0][0] / sum(counts[0]):.1f} %")
+
+
+def test_a_cascade_says_what_it_computed_in_which_stage(visit: Visit, service: Service) -> None:
+    opened(visit, service, "cascade")
+    result = answer(service, "/cascades/a%20fifth")["result"]
+    for line, stage in zip(lines_of(visit, "Stages").all(), result["stages"], strict=True):
+        expect(line).to_contain_text(str(stage["rows"]))
+        expect(line.get_by_role("link", name=stage["gradients"])).to_be_visible()
+        expect(line).to_contain_text(shown_number(stage["true"]))
+    expect(visit.page.get_by_role("img", name="random sample 64")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="not computed 512")).to_be_visible()
+
+
+def test_estimates_list_groups_the_best_first_and_subsets_in_pages(visit: Visit, service: Service) -> None:
+    opened(visit, service, "estimates")
+    visit.page.get_by_role("link", name="sixty parts").first.press("Enter")
+    visit.heading("sixty parts")
+    result = answer(service, "/estimates/sixty%20parts")["result"]
+    best = sorted(result["groups"], key=lambda group: -group["score"])
+    groups = lines_of(visit, "Groups, the best first")
+    expect(groups.locator("th")).to_have_text([group["label"] for group in best])
+    expect(groups.first).to_contain_text(shown_number(best[0]["mean"]))
+    expect(visit.page.get_by_role("region", name="At a glance")).to_contain_text(
+        f"{shown_number(result['surrogate']['spearman'])} on {result['surrogate']['held_out']} held-out subsets"
+    )
+    subsets = answer(service, "/estimates/sixty%20parts/subsets", limit=60)
+    whole = next(number for number, target in enumerate(subsets["targets"]) if target["subtask"] is None)
+    lines = lines_of(visit, "Subsets in their order")
+    for count in (20, 40, 60):
+        expect(lines).to_have_count(count)
+        each = subsets["data"][count - 1]
+        expect(lines.last).to_contain_text(shown_number(each["estimates"][whole]["loss"]))
+        if count < 60:
+            visit.page.get_by_role("button", name="Show more").click()
+    expect(visit.page.get_by_role("button", name="Show more")).to_be_hidden()
+
+
+def test_a_search_says_which_groups_it_chose(visit: Visit, service: Service) -> None:
+    opened(visit, service, "search")
+    result = answer(service, "/estimates/step%20by%20step")["result"]
+    labels = [result["groups"][group]["label"] for group in result["chosen"]]
+    chosen = visit.page.get_by_role("region", name="Chosen groups")
+    expect(chosen.locator("strong")).to_have_text(labels)
+    expect(chosen).to_contain_text(f"estimated loss {shown_number(result['chosen_value'])}")
+    assert set(lines_of(visit, "Groups, the best first").locator(".chosen").all_inner_texts()) == {
+        f"✓ {label}" for label in labels
+    }
+    chosen.get_by_text("12 steps").click()
+    expect(lines_of(visit, "Steps of the search").filter(has_text="✓ kept")).to_have_count(len(labels))
+
+
+def test_a_validation_sets_estimates_against_trainings(visit: Visit, service: Service) -> None:
+    opened(visit, service, "estimates")
+    visit.page.get_by_role("link", name="ten trainings").press("Enter")
+    visit.heading("ten trainings")
+    result = answer(service, "/estimates/validations/ten%20trainings")["result"]
+    glance = visit.page.get_by_role("region", name="At a glance")
+    for text in (
+        f"Spearman (95 %){shown_number(result['own']['spearman'])}",
+        shown_number(result["own"]["relative_rss"]),
+    ):
+        expect(glance).to_contain_text(text)
+    points = visit.page.get_by_role("img", name="Loss after training by estimated loss")
+    expect(points.locator("circle")).to_have_count(2 * len(result["subsets"]))
+    for line, each in zip(lines_of(visit, "Subsets that were trained on").all(), result["subsets"], strict=True):
+        cells = [shown_number(each[name]) for name in ("estimate", "calibrated", "loss")]
+        assert line.locator("td").all_inner_texts()[1:4] == cells
+    visit.page.get_by_role("link", name="sixty parts").press("Enter")
+    visit.heading("sixty parts")
+
+
+def test_a_projector_tells_each_capability_and_counts_those_of_a_selection(visit: Visit, service: Service) -> None:
+    chosen = [answer(service, "/select", task=task, pct=0.1, limit=0)["id"] for task in ("mmlu", "gsm8k")]
+    opened(visit, service, "projectors")
+    visit.page.get_by_role("link", name="origins told").press("Enter")
+    visit.heading("origins told")
+    result = answer(service, "/projectors/origins%20told")["result"]
+    lines = lines_of(visit, "Precision, recall and F1 of each capability")
+    for line, each in zip(lines.all(), result["capabilities"], strict=True):
+        expect(line.locator("th")).to_have_text(each["name"])
+        numbers = [shown_number(each[name]) for name in ("precision", "recall", "f1")]
+        expect(line.locator(".cell")).to_have_text(numbers)
+    gram = visit.page.get_by_role("img", name="Gram error by epoch")
+    expect(gram.locator("path")).to_have_count(1)
+    for selection in chosen:
+        visit.page.get_by_label("Selection", exact=True).select_option(selection)
+        found = answer(service, "/projectors/origins%20told/histogram", selection=selection)
+        counted = lines_of(visit, "Capabilities of the pool and of the selection")
+        for number, each in enumerate(found["capabilities"]):
+            expect(counted.nth(number)).to_contain_text(f"{each['selected']} (")
+            expect(counted.nth(number)).to_contain_text(f"{shown_number(each['enrichment'])} ×")
+    assert f"selection={chosen[-1]}" in visit.page.url
+
+
+def test_a_streams_numbers_are_saved_from_its_page(visit: Visit, service: Service, tmp_path: Path) -> None:
+    opened(visit, service, "streams")
+    visit.page.get_by_role("link", name="of the pool").press("Enter")
+    visit.heading("of the pool")
+    expect(visit.page.get_by_role("region", name="At a glance")).to_contain_text(f"{ROWS - 2} of {ROWS}")
+    visit.page.get_by_text("2 absent rows").click()
+    expect(lines_of(visit, "Absent rows").locator("th")).to_have_text(["7", "8"])
+    for ending in ("npy", "safetensors"):
+        with visit.page.expect_download() as download:
+            visit.page.get_by_role("button", name=f"Download as {ending}").click()
+        assert download.value.suggested_filename == f"of the pool.{ending}"
+        download.value.save_as(tmp_path / "saved")
+        sent = service.http.get("/streams/of%20the%20pool/content", params={"format": ending})
+        assert (tmp_path / "saved").read_bytes() == sent.content
+
+
+def test_an_annotation_counts_its_capabilities_and_lists_its_rows(visit: Visit, service: Service) -> None:
+    opened(visit, service, "annotations")
+    visit.page.get_by_role("link", name="origins", exact=True).press("Enter")
+    visit.heading("origins")
+    result = answer(service, "/annotations/origins")["result"]
+    counted = lines_of(visit, "Rows that call for each capability")
+    for line, each in zip(counted.all(), result["capabilities"], strict=True):
+        expect(line.locator("th")).to_have_text(each["name"])
+        expect(line.locator("td").nth(1)).to_have_text(str(each["rows"]))
+    visit.page.get_by_role("button", name="Show more").click()
+    rows = lines_of(visit, "Rows and their labels")
+    expect(rows).to_have_count(40)
+    last = answer(service, "/annotations/origins/rows", after=39, limit=1)["data"][0]
+    expect(rows.last).to_have_text(f"39{last['id']}{last['categories'][0]}")
+    visit.page.get_by_role("link", name="what they are").press("Enter")
+    visit.heading(result["taxonomy"])
+    opened(visit, service, "taxonomy")
+    capabilities = answer(service, "/taxonomies/cods")["capabilities"]
+    expect(lines_of(visit, "Capabilities in their order").locator("td")).to_have_text(
+        [each["definition"] for each in capabilities]
+    )
+
+
+def test_a_jobs_page_leads_to_what_it_made(visit: Visit, service: Service) -> None:
+    opened(visit, service, "projector")
+    visit.page.get_by_role("link", name="request and progress").press("Enter")
+    visit.page.get_by_role("link", name="Look at it").press("Enter")
+    visit.heading("origins told")
+    expect(visit.page).to_have_url(re.compile("#/projectors/"))
 
 
 # Many rows ----------------------------------------------------------------------------------------------------------

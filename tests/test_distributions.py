@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,24 @@ def test_explanations_are_the_influences_on_every_validation_row(
         assert nearest["influence"] == pytest.approx(values[task, place], abs=1e-6)
         text = f"{task} {nearest['subtask']} {place if place < 3 else place - 3}"
         assert nearest["turns"][0]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "within", "over"), [("avg", np.mean, None), ("max", np.max, max), ("min", np.min, min)]
+)
+def test_a_subtasks_score_is_what_the_selections_aggregate_makes_of_its_rows(
+    service: Service, aggregate: str, within: Callable[[Any], float], over: Callable[[Any], float] | None
+) -> None:
+    table = influence(task_numbers)
+    selection = answer(service, "/select", task="one", aggregate=aggregate, k=8)
+    for row in explained(service, selection, limit=100):
+        own = table[row["row"]]
+        scores = {score["subtask"]: score["score"] for score in row["subtasks"]}
+        assert scores == pytest.approx({"first": within(own[:3]), "second": within(own[3:])}, abs=1e-6)
+        expected = own.mean() if over is None else over(scores.values())
+        assert row["score"] == pytest.approx(expected, abs=1e-6)
+        if over is not None:
+            assert row["score"] == pytest.approx(scores[row["subtask"]], abs=1e-6)
 
 
 @pytest.mark.parametrize("origin", [None, "origin1"])

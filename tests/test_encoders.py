@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from datastore import encoders, models
+from datastore.checkpoints import Checkpoints
 from datastore.encoders import Encoder
 from datastore.errors import InvalidInput
 from datastore.rows import Example, Message
@@ -143,6 +144,34 @@ def test_what_is_not_done_here_is_refused(tmp_path: Path, modules: dict[str, Any
     folder = save_tiny_encoder(tmp_path / "encoder", modules=modules)
     with pytest.raises(InvalidInput, match=match):
         described(folder)
+
+
+def test_registering_an_encoder_of_other_modules_is_refused_at_once_in_the_same_words(tmp_path: Path) -> None:
+    folders = {name: save_tiny_encoder(tmp_path / name, modules=MEAN | modules) for name, modules in (
+        ("done", {"Normalize": {}}), ("dense", {"Dense": {}}),
+    )}  # fmt: skip
+    plain = save_tiny_encoder(tmp_path / "plain")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for folder in (folders["done"], plain):
+        assert checkpoints.register_base(str(folder)).method == "none"
+    with pytest.raises(InvalidInput, match="the module Dense") as registered:
+        checkpoints.register_base(str(folders["dense"]))
+    with pytest.raises(InvalidInput) as asked:
+        described(folders["dense"])
+    assert str(registered.value) == str(asked.value)
+    assert [item.pointer for item in registered.value.errors] == ["/model"]
+
+
+def test_registering_an_encoder_of_the_hub_looks_at_what_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+    folder = save_tiny_encoder(tmp_path / "encoder", modules={**MEAN, "Dense": {}})
+    names = ("config.json", "modules.json", "1_Pooling/config.json")
+    commit = hub.publish("org/dense", {name: (folder / name).read_bytes() for name in names})
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.register_base("org/dense").revision == commit
+    with pytest.raises(InvalidInput, match="the module Dense"):
+        encoders.described("org/dense", commit)
+    with pytest.raises(InvalidInput, match="the module Dense"):
+        checkpoints.register_base("org/dense", name="again")
 
 
 def test_a_prompt_that_is_not_pooled_is_refused(tmp_path: Path) -> None:

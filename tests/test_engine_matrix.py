@@ -2,7 +2,8 @@
 
 The engine makes all kinds in one pass over rows of different lengths in several batches. Without a projection its
 features are compared with float64 autograd of one example alone (tests/architectures.py); with one, with the map's
-matrix made number by number from its documentation (tests/bruteforce.py) times those without.
+matrix made number by number from its documentation (tests/bruteforce.py) times those without. `logodds`, which takes a
+pass for itself, is held against float64 autograd here too, and with projections in tests/test_logodds.py.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ import torch
 from numpy.typing import NDArray
 
 from tests import bruteforce
-from tests.architectures import ADAPTERS, EXPERTS, PAD, direction, relative_error, rows, trainable, trained
-from tests.engines import KINDS, only, settled
+from tests.architectures import (
+    ADAPTERS,
+    EXPERTS,
+    PAD,
+    direction,
+    log_odds_of,
+    reference,
+    relative_error,
+    rows,
+    trainable,
+    trained,
+)
+from tests.engines import KINDS, only, run, settled, whole
 from worker.batches import IGNORED
 from worker.directions import Kind
 from worker.features import Features
@@ -94,7 +106,21 @@ def test_without_a_projection_a_feature_is_made_of_the_float64_gradient_of_its_e
 
 
 @everything
-@pytest.mark.parametrize("projection", ["blocks", "sjlt", "fft", "rademacher"])
+def test_log_odds_and_their_gradient_are_those_of_the_float64_model_and_its_example_alone(
+    name: str, precision: str
+) -> None:
+    error = allowed(name, precision)
+    model, _, _ = trained(name, getattr(torch, precision))
+    odds = reference(model, rows(), objective=log_odds_of)
+    found = run(whole(model, Kind("logodds")), rows())
+    assert found.reasons == [None] * len(rows())
+    assert relative_error(only(found), odds.gradients) < error
+    assert found.logodds is not None
+    np.testing.assert_allclose(found.logodds, odds.losses, rtol=error, atol=error)
+
+
+@everything
+@pytest.mark.parametrize("projection", ["blocks", "sjlt", "fft", "rademacher", "reference"])
 def test_with_a_projection_a_feature_is_its_documented_matrix_times_the_one_without(
     name: str, precision: str, projection: ProjectionName
 ) -> None:

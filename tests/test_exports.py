@@ -492,6 +492,14 @@ def test_a_strangers_text_is_only_text_on_the_page(text: str) -> None:
     assert "\n# b" not in page.partition("---\n# ")[2]
 
 
+def test_a_card_says_what_there_is_to_say_and_no_more() -> None:
+    page = card(provenance_of(recipe={"run": None, "weights": [0.1 + 0.2]}, created_at="2026-11-20T14:02:11.123456Z"))
+    assert "chosen by gradstore at 2026-11-20 14:02:11 UTC. This card is of gradstore 0." in page
+    assert "| weights | \\[0.3\\] |" in page
+    assert "| run |" not in page
+    assert not {"## For what", "## By what"} & set(page.splitlines())
+
+
 def test_a_recipe_is_shown_whatever_it_holds() -> None:
     page = card(provenance_of(recipe={"max_length": 8, "strategy": {"name": "balanced", "tau": 0.9}, "method": "bm25"}))
     assert '| strategy | {"name": "balanced", "tau": 0.9} |' in page
@@ -605,9 +613,89 @@ def test_csv_and_jsonl_hold_any_rows(rows: list[dict[str, Any]]) -> None:
         for name, value in row.items():
             cell = got[name]
             if isinstance(value, str):
-                assert cell in {value, f"'{value}"}
+                assert text_of(cell) == value
             else:
                 assert cell == "" if value is None else json.loads(cell) == value
+
+
+def text_of(cell: str) -> str:
+    """The text that a cell of a CSV has, by the rule of docs/exports.md."""
+    return cell[1:] if cell.startswith("'") and calculated(cell.lstrip("'")) else cell
+
+
+def calculated(cell: str) -> bool:
+    """Whether a spreadsheet reads a cell as a formula (OWASP, "CSV Injection")."""
+    return cell.lstrip()[:1] in set("=+-@＝＋－＠") or cell[:1] in {"\t", "\r", "\n"}
+
+
+IDS = [
+    "=1+1",
+    "'=1+1",
+    "''=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\tx",
+    "\r=1",
+    " =1",
+    "＝1+1",
+    "'quoted'",
+    "'",
+    "007",
+    "7",
+    "1e5",
+    "",
+]
+LONG_IDS = [
+    "12345678901234567890123",
+    12345678901234567890123,
+    "9007199254740993",
+    9007199254740993,
+    7,
+    7.0,
+    True,
+    None,
+]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.sampled_from("'=+-@\t\r\n ＝a1"), max_size=5))
+def test_no_text_is_calculated_and_each_has_a_cell_of_its_own(text: str) -> None:
+    cell = exports.uncalculated(text)
+    assert not calculated(cell)
+    assert text_of(cell) == text
+
+
+def test_ids_are_exact_in_every_format() -> None:
+    """The id that gradstore uses stands in a column of its own; the row's field is as it was, or its JSON."""
+    ids = [*IDS, *LONG_IDS]
+    known = [id if id is None or isinstance(id, str) else json.dumps(id) for id in ids]
+
+    def rows() -> Iterator[tuple[SelectedRow, bytes]]:
+        for (place, _), id, name in zip(made([{}] * len(ids))(), ids, known, strict=True):
+            yield place.model_copy(update={"id": name}), compact({"id": id, "prompt": "p", "completion": "c"})
+
+    lines = b"".join(exports.jsonl(rows, scores=True)).decode().split("\n")[:-1]
+    assert [repr(json.loads(line)["id"]) for line in lines] == [repr(id) for id in ids]
+    assert [json.loads(line)["selection_id"] for line in lines] == known
+    table = pq.read_table(io.BytesIO(b"".join(exports.parquet(rows, scores=True, metadata="{}"))))
+    assert table["selection_id"].to_pylist() == known
+    assert [id and repr(json.loads(id)) for id in table["id"].to_pylist()] == [
+        None if id is None else repr(id) for id in ids
+    ]
+    texts = b"".join(exports.table_csv(rows, scores=True)).decode()
+    cells = list(csv.DictReader(io.StringIO(texts, newline="")))
+    for column in ("selection_id", "id"):
+        assert not [cell[column] for cell in cells if calculated(cell[column])]
+        assert [text_of(cell[column]) for cell in cells] == [name or "" for name in known]
+    frame = pd.read_csv(io.StringIO(texts), dtype=str, keep_default_na=False)
+    assert frame["selection_id"].tolist() == [cell["selection_id"] for cell in cells]
+
+
+def test_ids_of_texts_are_the_same_texts_in_parquet() -> None:
+    rows = made([{"id": id} for id in IDS])
+    table = pq.read_table(io.BytesIO(b"".join(exports.parquet(rows, scores=False, metadata="{}"))))
+    assert table["id"].to_pylist() == IDS
 
 
 def test_a_large_export_is_sent_in_pieces_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from gradstore.types import FeatureDtype
+from gradstore.types import FeatureDtype, FeatureKind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -42,12 +42,21 @@ def block_of(rows: int, *, seed: int = 0, dim: int = DIM, size: float = 1.0) -> 
 
 
 def part(block: Block, start: int, stop: int) -> Block:
-    return Block(**{field.name: getattr(block, field.name)[start:stop] for field in fields(Block)})
+    values = {field.name: getattr(block, field.name) for field in fields(Block)}
+    return Block(**{name: None if value is None else value[start:stop] for name, value in values.items()})
 
 
-def fill(store: FeatureStore, segment: str, block: Block, *, dtype: FeatureDtype = "float16", chunks: int = 1) -> None:
+def fill(
+    store: FeatureStore,
+    segment: str,
+    block: Block,
+    *,
+    dtype: FeatureDtype = "float16",
+    kind: FeatureKind = "sgd",
+    chunks: int = 1,
+) -> None:
     rows, dim = block.features.shape
-    store.create(segment, rows=rows, dim=dim, dtype=dtype, attributes={"kind": "sgd"})
+    store.create(segment, rows=rows, dim=dim, dtype=dtype, attributes={"kind": kind})
     for start in range(0, rows, chunks * CHUNK_ROWS):
         piece = part(block, start, start + chunks * CHUNK_ROWS)
         digest = store.write(segment, start=start, attempt=1, block=piece)
@@ -189,6 +198,39 @@ def test_a_group_that_another_tool_has_compressed_reads_the_same(store: FeatureS
     np.testing.assert_array_equal(after.features(0, 1500), features)
     np.testing.assert_array_equal(after.features(1020, 1030), features[1020:1030])
     np.testing.assert_array_equal(after.column("reason"), reason)
+
+
+def test_log_odds_are_a_column_of_their_kind_and_of_no_other(store: FeatureStore) -> None:
+    logodds = np.linspace(-9, 9, 1500).astype(np.float32)
+    block = replace(block_of(1500), logodds=logodds)
+    block.features[7] = 0
+    with pytest.raises(ValueError, match="have logodds, or have none"):
+        fill(store, "seg_a", block)
+    with pytest.raises(ValueError, match="have logodds, or have none"):
+        fill(store, "seg_b", replace(block, logodds=None), kind="logodds")
+    fill(store, "seg_c", block_of(1500))
+    fill(store, "seg_d", part(block, 0, 1200), kind="logodds")
+    fill(store, "seg_e", part(block, 1200, 1500), kind="logodds")
+    assert "logodds" not in store.open("seg_c").columns
+    view = store.view(["seg_d", "seg_e"])
+    wanted = np.where(np.arange(1500) == 7, 0, logodds)
+    np.testing.assert_array_equal(view.logodds, wanted)
+    np.testing.assert_array_equal(view.part("logodds", 1100, 1300), wanted[1100:1300])
+    np.testing.assert_array_equal(zarr.open_group(group_of(store, "seg_d"), mode="r")["logodds"][:], wanted[:1200])
+    more = stored_bytes(1200, dim=DIM, dtype="float16", kind="logodds") - stored_bytes(1200, dim=DIM, dtype="float16")
+    assert more == 4 * 2048 + 2 * 4
+
+
+def test_lost_and_changed_log_odds_are_found_as_damage(store: FeatureStore) -> None:
+    fill(store, SEGMENT, replace(block_of(1500), logodds=np.ones(1500, np.float32)), kind="logodds", chunks=2)
+    ranges = [(0, 1500)]
+    assert not list(store.faults(SEGMENT, ranges, deep=False))
+    chunk = group_of(store) / "logodds" / "c.1"
+    kept = chunk.read_bytes()
+    chunk.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+    assert [found[:2] for found in store.faults(SEGMENT, ranges, deep=False)] == ranges
+    chunk.unlink()
+    assert [found[:2] for found in store.faults(SEGMENT, ranges, deep=False)] == ranges
 
 
 def test_the_stated_bytes_are_the_bytes_on_the_disk(store: FeatureStore) -> None:

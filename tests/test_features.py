@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def test_a_grown_dataset_computes_its_new_rows_only(store: Store) -> None:
     store.features.start(request(dataset="pool"))
     store.work(numbers)
     grown = store.pool(2200)
-    estimate = store.features.estimate(request(dataset=grown.id), tokens_per_row=3, size=None)
+    estimate = store.features.estimate(store.features.plan(request(dataset=grown.id)), tokens_per_row=3, size=None)
     assert (estimate.rows, estimate.reused_rows, estimate.tokens) == (400, 4000, 1200)
     job, _ = store.features.start(request(dataset=grown.id))
     assert job.progress.total == 400
@@ -152,7 +152,8 @@ class Overtaken(Features):
 
 
 def overtaken(store: Store, meanwhile: Callable[[], object]) -> Features:
-    return Overtaken(store.catalog, store.jobs, store.store, store.settings, meanwhile)
+    own = {each.name: getattr(store.features, each.name) for each in fields(Features) if each.init}
+    return Overtaken(**own, meanwhile=meanwhile)
 
 
 def assert_features_of(store: Store, job: str, rows: int) -> None:
@@ -260,7 +261,7 @@ def test_of_more_kinds_only_those_that_are_missing_are_computed(store: Store) ->
     store.features.start(request(dataset="pool"))
     store.work(numbers)
     more = request(dataset="pool", kinds=["sgd", "adam", "sign"], dims=[DIM, 8])
-    estimate = store.features.estimate(more, tokens_per_row=3, size=None)
+    estimate = store.features.estimate(store.features.plan(more), tokens_per_row=3, size=None)
     assert (estimate.rows, estimate.reused_rows) == (2 * 1100, 0)
     job, _ = store.features.start(more)
     outputs = [
@@ -277,7 +278,9 @@ def test_a_job_tells_how_fast_others_of_the_same_weights_are(store: Store) -> No
     store.features.start(request(**asked, weights=["*.q_proj.*", "*.mlp.*"]))
     store.work(numbers)
     again, other = (
-        store.features.estimate(request(**asked, dims=[8], weights=weights), tokens_per_row=3, size=None)
+        store.features.estimate(
+            store.features.plan(request(**asked, dims=[8], weights=weights)), tokens_per_row=3, size=None
+        )
         for weights in (["*.mlp.*", "*.q_proj.*"], ["*.mlp.*"])
     )
     assert (again.basis, other.basis) == ("measured", None)
@@ -289,7 +292,7 @@ def test_rows_of_which_a_part_exists_are_counted_once(store: Store) -> None:
     store.work(numbers)
     grown = store.pool(2200)
     both = request(dataset=grown.id, kinds=["adam", "sgd"])
-    estimate = store.features.estimate(both, tokens_per_row=3, size=None)
+    estimate = store.features.estimate(store.features.plan(both), tokens_per_row=3, size=None)
     assert (estimate.rows, estimate.reused_rows) == (2 * (200 + 2200), 0)
     job, _ = store.features.start(both)
     store.work(numbers)
@@ -308,6 +311,36 @@ def test_hidden_states_are_as_wide_as_the_model_and_the_same_however_they_are_as
     for kind in ("hidden", "rds"):
         alone, started = store.features.start(request(dataset="pool", run="local", kinds=[kind], **other))
         assert (alone.status, started) == ("succeeded", False)
+
+
+def test_the_output_layers_gradient_is_projected_and_depends_on_no_weights_and_no_form_of_adam(store: Store) -> None:
+    store.checkpoint(8, method="full")
+    store.pool(10, name="pool")
+    job, _ = store.features.start(request(dataset="pool", kinds=["output", "sgd"], dims=[8, 4]))
+    store.work(numbers)
+    assert kinds_of(store, job.id) == [("output", None, 8), ("output", None, 4), ("sgd", None, 8), ("sgd", None, 4)] * 2
+    alone, started = store.features.start(request(dataset="pool", kinds=["output"], dims=[4], adam="exact"))
+    assert (alone.status, started) == ("succeeded", False)
+    for other in ({"seed": 3}, {"reduction": "sum"}, {"projection": "sjlt"}):
+        assert store.features.start(request(dataset="pool", kinds=["output"], dims=[4], **other))[1]
+    whole: dict[str, object] = {"dataset": "pool", "run": None, "checkpoints": ["ck_8"], "kinds": ["output"]}
+    first, _ = store.features.start(request(**whole))  # a model without an adapter, of which no weights are named
+    store.work(numbers)
+    again, started = store.features.start(request(**whole, weights=["*"]))
+    assert (again.id, started) == (first.id, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kinds": ["output"], "projection": "none"}, "blocks, sjlt, fft or rademacher"),
+        ({"kinds": ["output"], "projection": "reference"}, "blocks, sjlt, fft or rademacher"),
+        ({"kinds": ["output", "logodds"]}, "in a pass of its own"),
+    ],
+)
+def test_what_the_output_layers_gradient_does_not_go_with_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request(dataset="pool", **changes)
 
 
 @pytest.mark.parametrize("text", [None, "{}", "not JSON"])
@@ -366,7 +399,7 @@ def test_what_cannot_be_computed_is_refused(store: Store, changes: dict[str, obj
 def test_what_cannot_fit_on_the_disk_is_refused_before_it_starts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.pool(10, name="pool")
     usage = shutil.disk_usage(store.settings.data)
-    monkeypatch.setattr("datastore.features.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("datastore.usage.shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(NotEnoughSpace):
         store.features.start(request(dataset="pool"))
     assert store.jobs.page(limit=1).data == []

@@ -31,11 +31,6 @@ ENDLESS = Example(id="endless", origin="pool", prompt="and so on " * 40, complet
 LENGTH = 64  # tokens: enough for all rows but the endless one
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", hidden_size=16, intermediate_size=16)
-
-
 def request(model: Path, **changes: Any) -> FinetuneRequest:
     """Two epochs of three steps, with dropout."""
     values = {

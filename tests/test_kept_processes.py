@@ -14,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from datastore import processes
-from datastore.processes import KeptProcess, environment
+from datastore.processes import USAGE, KeptProcess, environment
 from datastore.settings import Settings
 from tests.conftest import REPOSITORY
 from tests.processes import alive, wait_for
@@ -52,6 +52,18 @@ def test_a_worker_that_keeps_dying_is_started_ever_more_slowly(
     assert [vars(record)["again_in_seconds"] for record in caplog.records][:3] == [0.05, 0.1, 0.2]
 
 
+def test_a_worker_that_cannot_do_what_it_was_told_is_not_started_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = ("http.server", ["--no-such-option"])
+    worker = KeptProcess(*told, name="worker", environment=environment(Settings(data=tmp_path)))
+    worker.start()
+    wait_for(lambda: worker.over)
+    assert worker.status == USAGE
+    (line,) = caplog.messages
+    assert "cannot do what it was told" in line
+
+
 def test_a_worker_is_told_to_stop(worker: KeptProcess) -> None:
     pid = worker.pid
     assert pid is not None
@@ -82,7 +94,7 @@ def test_a_killed_keeper_takes_its_worker_with_it(tmp_path: Path) -> None:
     program = f"""
 import time
 from pathlib import Path
-from datastore.processes import KeptProcess, environment
+from datastore.processes import USAGE, KeptProcess, environment
 from datastore.settings import Settings
 worker = KeptProcess(*{STAND_IN!r}, name="worker", environment=environment(Settings(data=Path({str(tmp_path)!r}))))
 worker.start()

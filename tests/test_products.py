@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import get_args
 
@@ -90,7 +93,7 @@ def test_integer_products_are_off_by_no_more_than_their_two_digits(
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_do_not_overflow(sign: int) -> None:
-    dim = 1 << 14
+    dim = MOST_INTEGER_DIM
     stored = np.full((3, dim), 127, np.int8)
     queries = np.full((2, dim), sign, np.float32)
     np.testing.assert_allclose(IntegerProducts(queries)(stored), sign * 127.0 * dim, rtol=1e-6)
@@ -135,3 +138,21 @@ def test_a_gpu_gives_the_same_products(dtype: FeatureDtype) -> None:
     stored, queries = rows_of(dtype, rows=1100, dim=1500), unit(7, 1500)
     products = TorchKernel(torch.device("cuda")).products(queries, dtype=dtype)
     np.testing.assert_allclose(products(stored), exact(stored, queries, dtype), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not has_integer_products(), reason="this CPU has no 8-bit dot products")
+def test_integer_products_are_not_left_to_the_reference_loop_of_onednn() -> None:
+    program = (
+        "import numpy as np\nfrom worker.products import IntegerProducts\n"
+        "IntegerProducts(np.ones((3, 2048), np.float32))(np.ones((4, 2048), np.int8))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ONEDNN_VERBOSE": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (product,) = (line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line)
+    assert ",ref" not in product

@@ -8,9 +8,12 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import gradstore
 import pytest
+from gradstore._cli.selections import SCORING
+from gradstore.types import SelectionMethod
 
 from datastore.settings import Settings
 from tests.conftest import REPOSITORY
@@ -87,6 +90,19 @@ def test_every_python_block_of_a_page_is_python(page: Path) -> None:
         compile(block, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_option_of_a_pages_commands_exists(page: Path) -> None:
+    known = set(re.findall(r"--[a-z][\w-]*", (REPOSITORY / "docs/cli.md").read_text()))
+    commands = re.findall(
+        r"^    gradstore (?!serve|worker|doctor|gc|keys|audit|backup|restore)(?:.*\\\n)*.*$",
+        page.read_text(),
+        re.MULTILINE,
+    )
+    assert not [
+        option for command in commands for option in re.findall(r" (--[a-z][\w-]*)", command) if option not in known
+    ]
+
+
 def test_every_setting_is_documented_with_its_default() -> None:
     section = (REPOSITORY / "docs/deployment.md").read_text().partition("\n## One process")[0]
     documented = dict(re.findall(r"^\| `(GRADSTORE_\w+)` \| ?(?:`(.*?)`)? ?\|", section, re.MULTILINE))
@@ -104,6 +120,16 @@ def shown(default: object) -> str:
     return "" if default in (None, ()) else str(default)
 
 
+@pytest.mark.parametrize("method", get_args(SelectionMethod))
+def test_every_method_of_select_stands_wherever_methods_are_listed(method: str) -> None:
+    listed = (REPOSITORY / "service/dashboard/pages/scores.js").read_text()
+    assert f'["{method}", ' in listed.partition("METHODS = [")[2].partition("];")[0]
+    assert f"`method={method}`" in (REPOSITORY / "docs/selection.md").read_text()
+    assert method == "influence" or f"({method})" in SCORING["method"]
+    for page in ("api", "glossary"):
+        assert f"`{method}`" in (REPOSITORY / f"docs/{page}.md").read_text() or method == "influence"
+
+
 def test_the_changelog_begins_with_the_version_of_the_package() -> None:
     versions = re.findall(r"^## \[(.+?)\]", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == gradstore.__version__
@@ -116,14 +142,15 @@ def test_the_image_has_the_torch_that_the_installation_has() -> None:
 
 
 def test_the_locks_hold_what_the_project_asks_for_and_agree() -> None:
-    everything, image = (pins(REPOSITORY / f"requirements{name}.lock") for name in ("", "-image"))
-    assert image <= everything
+    everything, image, api = (pins(REPOSITORY / f"requirements{name}.lock") for name in ("", "-image", "-service"))
+    assert api <= image <= everything
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     client = tomllib.loads((REPOSITORY / "client/pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     run = [*project["dependencies"], *client["dependencies"], *client["optional-dependencies"]["cli"]]
-    run += [*extras["service"], *extras["worker"]]
-    for wanted, locked in ((run, image), (run + extras["dev"], everything)):
+    serve = [*run, *extras["service"]]
+    run = [*serve, *extras["worker"]]
+    for wanted, locked in ((serve, api), (run, image), (run + extras["dev"], everything)):
         names = {re.split(r"[\[><=; ]", text)[0] for text in wanted} - {"gradstore", "torch"}
         assert names <= {pin.partition("==")[0] for pin in locked}
 

@@ -6,10 +6,13 @@ import hashlib
 import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
+from datastore.features import LARGEST_REFERENCE
 from worker.projection import PROJECTION_VERSION, Projection, ProjectionName, blocks, make_projection, rademacher, sjlt
+from worker.projection.reference import LARGEST, Reference
 from worker.projection.words import below, random_signs, random_words, stream_key
 
 SHAPES = [("a.lora_A.weight", torch.Size([4, 150])), ("b.bias", torch.Size([7])), ("a.lora_B.weight", torch.Size([64]))]
@@ -337,3 +340,49 @@ def test_a_gpu_draws_the_same_map(name: ProjectionName) -> None:
     on_gpu = project(make_projection(name, dims=[64, 1024], parameters=SHAPES, seed=9, device="cuda"), flat.cuda())
     for dim, image in on_cpu.items():
         assert torch.allclose(on_gpu[dim].cpu(), image, rtol=0, atol=1e-5 * float(flat.norm()))
+
+
+# GradEx's own matrix --------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_begins_with_the_published_signs() -> None:
+    """Seed 0, row by row: −++−+++++++−−+−−."""
+    made = make_projection("reference", dims=[4], parameters=[("a", torch.Size([4]))], seed=0)
+    assert isinstance(made, Reference)
+    drawn = made.matrix("a", 0, 4, 4).flatten().tolist()
+    assert "".join("+" if each > 0 else "−" for each in drawn) == "−++−+++++++−−+−−"
+
+
+@pytest.mark.parametrize("dim", [1, 7, 8, 100, 599])
+@pytest.mark.parametrize("drawn_at_once", [1, 1000, 1 << 22])
+def test_the_reference_is_one_call_of_numpys_legacy_generator_however_it_is_drawn(
+    dim: int, drawn_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.projection.reference.DRAWN", drawn_at_once)
+    monkeypatch.setattr("worker.projection.reference.BLOCK_ELEMENTS", 10 * drawn_at_once)
+    flat = vectors(5)
+    got = project(make_projection("reference", dims=[dim, 3], parameters=SHAPES, seed=7), flat)
+    for each in (dim, 3):
+        signs = 2 * np.random.RandomState(7).randint(2, size=(SIZE, each)) - 1
+        wanted = flat.double() @ torch.from_numpy(signs).double() / math.sqrt(each)
+        assert torch.allclose(got[each].double(), wanted, rtol=0, atol=1e-6 * float(flat.norm(dim=1).max()))
+
+
+def test_a_reference_of_more_signs_than_can_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="projection=rademacher"):
+        make_projection("reference", dims=[1 << 20], parameters=[("a", torch.Size([4097]))], seed=0)
+    assert LARGEST == LARGEST_REFERENCE
+
+
+@pytest.mark.parametrize("name", [*MAPS, "reference", "none"])
+def test_weights_are_lifted_by_the_transpose_of_the_map(name: ProjectionName) -> None:
+    dims = [SIZE] if name == "none" else [8, 40]
+    projection = make_projection(name, dims=dims, parameters=SHAPES, seed=3)
+    for dim in dims:
+        weights = torch.randn(dim, generator=torch.Generator().manual_seed(dim))
+        lifted = torch.cat(list(projection.lift(weights).values()))
+        each = torch.eye(SIZE)
+        sizes = [shape.numel() for _, shape in SHAPES]
+        named = zip((parameter for parameter, _ in SHAPES), each.split(sizes, dim=1), strict=True)
+        matrix = projection.project(named, examples=SIZE)[dim]
+        torch.testing.assert_close(lifted, matrix @ weights, rtol=1e-5, atol=1e-5)

@@ -112,6 +112,7 @@ def test_several_candidates_are_listed_with_urls_that_answer(store: Store, tmp_p
     with pytest.raises(Ambiguous) as caught:
         store.recipes.resolve(Query(tasks=["target"], k=1), path="/select")
     assert len(caught.value.choices) == 2
+    assert all("dataset=pool&" in choice for choice in caught.value.choices), "by names where there are some"
     assert {"kind=adam" in choice for choice in caught.value.choices} == {True, False}
     assert store.recipes.resolve(Query(tasks=["target"], k=1, kind="sgd"), path="/select")[0].kind == "sgd"
 
@@ -346,10 +347,11 @@ def test_rows_are_drawn_without_features_or_a_task(store: Store) -> None:
 
 
 def test_of_several_datasets_the_one_to_draw_from_is_named(store: Store) -> None:
-    pools = [store.pool(rows, name=f"pool-{rows}").id for rows in (5, 7)]
+    for rows in (5, 7):
+        store.pool(rows, name=f"pool-{rows}")
     with pytest.raises(Ambiguous) as caught:
         store.recipes.resolve(Query(method="random", k=3), path="/select")
-    assert [parse_qs(urlsplit(url).query)["dataset"] for url in caught.value.choices] == [[pool] for pool in pools]
+    assert [parse_qs(urlsplit(url).query)["dataset"] for url in caught.value.choices] == [["pool-5"], ["pool-7"]]
     assert select(store, tasks=[], method="random", pct=None, k=3, datasets=["pool-7"]).pool == 7
 
 

@@ -44,6 +44,13 @@ def test_groups_get_their_share_and_what_others_cannot_fill(
                 assert level - step < other + levels[there][1], "no group is a whole row ahead of one with rows left"
 
 
+def test_a_group_whose_rows_are_all_refused_leaves_its_places_though_nothing_was_taken_yet() -> None:
+    picks, given_ = fill(
+        walks_of([0.0] * 4), np.array([0, 0, 1, 0]), [Fraction(1), Fraction(2)], 1, lambda row: row == 3
+    )
+    assert ([row for row, _ in picks], given_) == ([3], [1, 0])
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.integers(-1, 3)), min_size=1, max_size=25),
     st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any),

@@ -65,6 +65,13 @@ def test_a_variable_that_cannot_be_used_is_named(command: str) -> None:
     assert "GRADSTORE_PORT: Input should be a valid integer" in done.stderr
 
 
+def test_an_allowed_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    code, said = refused("--data", str(tmp_path / "store"), "--allow", str(tmp_path / "nope"))
+    assert code == 2
+    assert "nope" in said
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_says_where_it_is_and_stops_when_told(tmp_path: Path, number: signal.Signals) -> None:
     with served("--no-worker", data=tmp_path / "store") as (process, url):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import logging
+import socket
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from gradstore import types
+from gradstore.types import Problem
 
-from tests.serving import Service, form_files, jsonl, peft_files, problem_of
+from service.protocol import MAX_HEAD_BYTES
+from tests.serving import Service, form_files, jsonl, peft_files, problem_of, without_catalog
 
 NOUNS = [
     "datasets",
@@ -24,8 +30,20 @@ NOUNS = [
     "finetunes",
     "evaluations",
     "validations",
+    "predictors",
+    "cascades",
 ]
-POSTS = ["/runs", "/gradients", "/conversions", "/finetunes", "/evaluations", "/validations"]
+POSTS = [
+    "/runs",
+    "/gradients",
+    "/conversions",
+    "/finetunes",
+    "/evaluations",
+    "/validations",
+    "/predictors",
+    "/cascades",
+]
+PREDICTOR: dict[str, Any] = {"dataset": "d", "task": "t"}
 VALIDATION: dict[str, Any] = {"dataset": "d", "task": "t", "model": "o/m"}
 FORMS = ["/datasets", "/tasks", "/checkpoints"]
 
@@ -64,10 +82,23 @@ def test_an_unknown_path_is_not_found(shared_service: Service) -> None:
     assert "GET /openapi.json" in problem_of(shared_service.http.get("/nowhere"), 404).detail
 
 
-def test_a_method_that_a_path_lacks_is_refused(shared_service: Service) -> None:
-    answer = shared_service.http.put("/jobs")
-    assert "it has GET" in problem_of(answer, 405).detail
-    assert answer.headers["allow"] == "GET"
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/jobs", "GET, HEAD"),
+        ("/datasets", "GET, HEAD, POST"),
+        ("/datasets/pool", "DELETE, GET, HEAD, PATCH"),
+        ("/jobs/any/cancel", "POST"),
+        ("/openapi.json", "GET, HEAD"),
+        ("/dashboard/", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_a_path_lacks_is_refused_with_all_that_it_has(
+    shared_service: Service, path: str, methods: str
+) -> None:
+    answer = shared_service.http.put(path)
+    assert f"it has {methods}" in problem_of(answer, 405).detail
+    assert answer.headers["allow"] == methods
 
 
 @pytest.mark.parametrize("path", [*POSTS, *FORMS[1:]])
@@ -136,6 +167,20 @@ def test_a_form_route_asks_for_a_form(shared_service: Service, path: str) -> Non
         ("/validations", VALIDATION | {"kind": "leave-top-k-out"}, ""),
         ("/validations", VALIDATION | {"kind": "leave-top-k-out", "k": 1, "repeats": 1}, ""),
         ("/validations", VALIDATION | {"split": "test"}, ""),
+        ("/predictors", {"dataset": "d"}, "/task"),
+        ("/predictors", PREDICTOR | {"fraction": 10}, "/fraction"),
+        ("/predictors", PREDICTOR | {"fraction": 0.1, "rows": 100}, ""),
+        ("/predictors", PREDICTOR | {"features": []}, "/features"),
+        ("/predictors", PREDICTOR | {"features": ["hidden", "hidden"]}, ""),
+        ("/predictors", PREDICTOR | {"features": ["colour"]}, "/features/0"),
+        ("/predictors", PREDICTOR | {"encoder": "ck"}, ""),
+        ("/predictors", PREDICTOR | {"model": "kernel", "levels": 3}, ""),
+        ("/predictors", PREDICTOR | {"levels": 1}, "/levels"),
+        ("/predictors", PREDICTOR | {"run": "r", "checkpoints": ["c"]}, ""),
+        ("/cascades", PREDICTOR, "/budget"),
+        ("/cascades", PREDICTOR | {"budget": 20}, "/budget"),
+        ("/cascades", PREDICTOR | {"budget": 0.2, "rounds": 0}, "/rounds"),
+        ("/cascades", PREDICTOR | {"budget": 0.2, "levels": 3}, "/levels"),
         ("/tasks", {"name": "t", "kind": 1, "path": "/"}, "/kind"),
         ("/tasks", {"name": "t", "kind": "jsonl"}, "/path"),
         ("/checkpoints", {"path": "/", "learning_rate": 0}, "/learning_rate"),
@@ -243,6 +288,8 @@ def test_gradients_of_nothing_are_not_found(shared_service: Service, body: dict[
         ("/evaluations", {"model": "o/m", "tasks": ["nothing"]}),
         ("/runs", {"checkpoints": ["nothing"]}),
         ("/validations", {"dataset": "nothing", "task": "t", "model": "o/m"}),
+        ("/predictors", {"dataset": "nothing", "task": "t"}),
+        ("/cascades", {"dataset": "nothing", "task": "t", "budget": 0.2}),
     ],
 )
 def test_what_a_request_names_must_exist(shared_service: Service, path: str, body: dict[str, Any]) -> None:
@@ -299,18 +346,10 @@ def test_a_full_disk_is_told(service: Service) -> None:
 
 
 def test_a_catalog_that_does_not_answer_is_told(service: Service) -> None:
-    service.backend.catalog.close()
-    database = service.backend.settings.data / "catalog.sqlite3"
-    for path in database.parent.glob("catalog.sqlite3*"):
-        path.unlink()
-    database.mkdir()
-    answer = service.http.get("/datasets")
-    assert "try again" in problem_of(answer, 503).detail
-    assert answer.headers["retry-after"] == "5"
-    health = service.http.get("/health")
-    assert health.status_code == 503
-    assert health.json()["status"] == "degraded"
-    database.rmdir()
+    with without_catalog(service):
+        answer = service.http.get("/datasets")
+        assert "try again" in problem_of(answer, 503).detail
+        assert answer.headers["retry-after"] == "5"
 
 
 def test_bad_rows_come_with_their_lines(shared_service: Service) -> None:
@@ -356,3 +395,39 @@ def test_what_is_too_long_is_refused(shared_service: Service) -> None:
     for fields in ({"model": long}, {"revision": long}):
         answer = shared_service.http.post("/checkpoints", data=fields, files=form_files(peft_files(0)))
         assert [item.parameter for item in problem_of(answer, 422).errors] == list(fields)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"this is not HTTP\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nno colon here\r\n\r\n",
+        b"GET /health?" + b"a" * MAX_HEAD_BYTES,
+    ],
+)
+def test_what_is_no_http_is_answered_with_a_problem(shared_service: Service, sent: bytes) -> None:
+    address = httpx.URL(shared_service.url)
+    with socket.create_connection((address.host, address.port or 80), timeout=10) as connection:
+        connection.sendall(sent)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        problem = Problem.model_validate_json(answer.read())
+    assert answer.status == problem.status == 400
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-request-id"] == problem.instance
+    assert "several requests" in problem.detail
+
+
+def test_a_query_of_a_thousand_long_names_is_read(shared_service: Service) -> None:
+    query = "&".join(f"checkpoint={number:0>255}" for number in range(1000))  # httpx sends no more than 64 KiB
+    with closing(HTTPConnection(httpx.URL(shared_service.url).netloc.decode(), timeout=30)) as connection:
+        connection.request("GET", f"/scores?task=target&{query}")
+        assert connection.getresponse().status == 404
+
+
+def test_what_concerns_no_parameter_names_none_and_too_few_are_counted(shared_service: Service) -> None:
+    refused = problem_of(shared_service.http.get("/select?task=target"), 422)
+    assert refused.errors[0].parameter is None
+    assert refused.detail.startswith("say how much to select")
+    few = problem_of(shared_service.http.get("/overlaps?task=target&pct=0.1"), 422)
+    assert few.detail == "task: at least 2 needed, and 1 given"

@@ -349,7 +349,7 @@ def test_hidden_states_ask_for_a_model_whose_width_is_known(service: Service) ->
 def test_what_does_not_fit_on_the_disk_is_refused(service: Service) -> None:
     dims = [(1 << 20) - number for number in range(8)]
     row_bytes = 4 * sum(dims)
-    free = service.http.get("/health").json()["free_bytes"]
+    free = service.http.get("/ready").json()["free_bytes"]
     service.pool(free // row_bytes + 100, name="pool")
     body = {"dataset": "pool", "checkpoints": [service.checkpoint()["id"]], "kinds": ["sgd"], "dtype": "float32"}
     answer = service.http.post("/gradients", json=body | {"dims": dims})
@@ -476,6 +476,72 @@ def test_a_validation_can_be_estimated(tmp_path: Path) -> None:
         assert service.http.get("/jobs").json()["data"] == []
         missing = service.http.post("/validations", json=body | {"scores": [{}]})
         assert problem_of(missing, 409).type == "gradients-missing"
+
+
+def test_a_comparison_is_begun_found_again_and_deleted(service: Service) -> None:
+    service.pool(name="pool")
+    service.task("target")
+    body = {"dataset": "pool", "tasks": ["target"], "k": 2, "contestants": [{"method": "random"}, {"method": "bm25"}]}
+    answer = service.http.post("/comparisons", json=body | {"name": "table"})
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert (job["id"].partition("_")[0], job["kind"], answer.headers["Location"]) == (
+        "cmp", "comparison", f"/jobs/{job['id']}",
+    )  # fmt: skip
+    assert service.http.post("/comparisons", json=body).json()["id"] == job["id"]
+    comparisons, backend = service.backend.comparisons, service.backend
+    for _ in range(2):
+        claim = service.claim()
+        recipe = comparisons.recipe(claim.plan, claim.payload)
+        sources = backend.recipes.sources(recipe)
+        if backend.scoring.known(recipe, sources) is None:
+            backend.scoring.methods["bm25"].work(recipe, lambda _: None)
+        scores = backend.scoring.known(recipe, sources)
+        assert scores is not None
+        selection = backend.answers.select(recipe, sources, scores, limit=0)
+        assert comparisons.finish_selection(claim, selection.id, None)
+    result = service.http.get("/comparisons/table").json()["result"]
+    assert [row["contestant"] for row in result["rows"]] == ["random", "bm25"]
+    assert [pair["contestants"] for pair in result["pairs"]] == [["random", "bm25"]]
+    problem_of(service.http.delete(f"/selections/{result['rows'][0]['selection']}"), 409)
+    assert "DELETE /comparisons/" in problem_of(service.http.delete(f"/jobs/{job['id']}"), 409).detail
+    assert service.http.delete("/comparisons/table").status_code == 204
+    assert service.http.delete(f"/selections/{result['rows'][0]['selection']}").status_code == 204
+
+
+def test_a_comparison_that_cannot_be_is_refused_with_what_to_do(service: Service) -> None:
+    service.pool(name="pool")
+    service.task("target")
+    body = {"dataset": "pool", "tasks": ["target"], "k": 2}
+    missing = problem_of(service.http.post("/comparisons", json=body | {"contestants": [{"method": "rds"}]}), 409)
+    assert missing.type == "gradients-missing"
+    assert missing.detail.startswith("contestant 'rds': ")
+    assert "POST /gradients" in missing.detail
+    ways = [{"method": "random"}, {"method": "bm25", "dim": 8}]
+    refused = problem_of(service.http.post("/comparisons", json=body | {"contestants": ways}), 422)
+    assert [(one.pointer, one.detail) for one in refused.errors] == [
+        ("/contestants/1/dim", "method=bm25 does nothing with dim: leave it out")
+    ]
+    problem_of(service.http.post("/comparisons", json=body | {"dataset": "nothing"}), 404)
+    unknown = problem_of(service.http.post("/comparisons", json=body | {"contestants": [{"methods": "rds"}]}), 422)
+    assert unknown.errors[0].pointer == "/contestants/0/methods"
+
+
+def test_a_comparison_can_be_estimated(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    with serving(tmp_path / "store", allowed_roots=(tmp_path,)) as service:
+        service.pool(name="pool")
+        service.task("target")
+        body = {"dataset": "pool", "tasks": ["target"], "k": 2, "train": True, "model": str(model), "repeats": 3}
+        answer = service.http.post("/comparisons", json=body | {"dry_run": True})
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert {"bm25", "random"} <= set(found["contestants"])
+        assert found["trainings"] == 1 + 3 * len(found["contestants"])
+        assert (found["rows"], found["reused_trainings"]) == (2, 0)
+        assert found["tokens"] > 0
+        assert {"influence", "rds", "embedding"} <= {one["method"] for one in found["left_out"]}
+        assert service.http.get("/jobs").json()["data"] == []
 
 
 class _any:  # noqa: N801 - reads as a word in a comparison

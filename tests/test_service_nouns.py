@@ -17,8 +17,8 @@ def make(service: Service, noun: str, number: int, **fields: str) -> dict[str, A
         return service.pool(number + 1, **fields)
     if noun == "tasks":
         return service.task(**{"name": f"task {number}"} | fields)
-    if noun == "checkpoints":
-        return service.checkpoint(number, **fields)
+    if noun in {"checkpoints", "adapters"}:
+        return (service.checkpoint if noun == "checkpoints" else service.adapter)(number, **fields)
     if noun == "runs":
         checkpoint = service.checkpoint(number)["id"]
         made: dict[str, Any] = service.http.post("/runs", json={"checkpoints": [checkpoint]} | fields).json()
@@ -32,7 +32,7 @@ def make(service: Service, noun: str, number: int, **fields: str) -> dict[str, A
     return job
 
 
-NOUNS = ["datasets", "tasks", "checkpoints", "runs", "finetunes", "evaluations"]
+NOUNS = ["datasets", "tasks", "checkpoints", "adapters", "runs", "finetunes", "evaluations"]
 
 
 @pytest.mark.parametrize("noun", NOUNS)
@@ -80,7 +80,7 @@ def test_a_task_keeps_a_name(service: Service) -> None:
     problem_of(service.http.patch("/tasks/target", json={"name": None}), 409)
 
 
-@pytest.mark.parametrize("noun", ["datasets", "tasks", "checkpoints", "runs"])
+@pytest.mark.parametrize("noun", ["datasets", "tasks", "checkpoints", "adapters", "runs"])
 def test_what_nothing_needs_is_deleted(service: Service, noun: str) -> None:
     made = make(service, noun, 0)["id"]
     answer = service.http.delete(f"/{noun}/{made}")
@@ -93,7 +93,8 @@ def test_deleted_rows_leave_no_files(service: Service) -> None:
     service.pool(name="pool")
     service.task("target")
     service.checkpoint(name="mine")
-    for path in ("/datasets/pool", "/tasks/target", "/checkpoints/mine"):
+    service.adapter(1, name="mine")
+    for path in ("/datasets/pool", "/tasks/target", "/checkpoints/mine", "/adapters/mine"):
         assert service.http.delete(path).status_code == 204
     data = service.backend.settings.data
     assert [path for path in data.rglob("*") if path.is_file() and not path.name.startswith("catalog.")] == []
@@ -204,3 +205,28 @@ def test_head_of_a_jobs_events_does_not_wait_for_its_end(service: Service) -> No
     job = service.finetune(dataset="pool")["id"]
     asked = service.http.head(f"/jobs/{job}/events", timeout=5)
     assert (asked.status_code, asked.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+
+
+@pytest.mark.parametrize(
+    ("collection", "noun"),
+    [
+        *[(noun, noun.removesuffix("s")) for noun in (*NOUNS, "selections", "conversions", "imports")],
+        *[(noun, noun.removesuffix("s")) for noun in ("validations", "attributions", "jobs", "workers")],
+        ("gradients", "gradients job"),
+    ],
+)
+def test_what_is_not_there_is_said_to_be_none_of_its_noun_and_where_to_look(
+    service: Service, collection: str, noun: str
+) -> None:
+    detail = problem_of(service.http.get(f"/{collection}/gradients"), 404).detail
+    assert detail == f"no {noun} is called 'gradients'; GET /{collection} lists what there is"
+    assert service.http.get(f"/{collection}").status_code == 200
+
+
+def test_a_name_of_two_nouns_is_looked_for_in_both_and_the_message_says_so(service: Service) -> None:
+    service.pool(3, name="pool")
+    query = {"method": "random", "dataset": "pool", "pct": 1, "exclude": "nothing"}
+    detail = problem_of(service.http.get("/select", params=query), 404).detail
+    assert detail == (
+        "no dataset or selection is called 'nothing'; GET /datasets and GET /selections list what there is"
+    )

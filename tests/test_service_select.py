@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import threading
 from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -82,7 +83,7 @@ def test_rows_are_told_page_by_page_in_every_form_once_they_are_there(ready: Ser
     problem_of(ready.http.get(f"{where}?feature_set=feat_9"), 404)
     page = ready.http.get(f"{urls[1]}&after=38&limit=3").json()
     assert page["feature_set"]["kind"] == "sign"
-    row = {"norm": 1.0, "raw_norm": 2.0, "loss": 1.0, "tokens": 1, "reason": None}
+    row = {"norm": 1.0, "raw_norm": 2.0, "loss": 1.0, "logodds": None, "tokens": 1, "reason": None}
     assert (page["data"], page["has_more"]) == ([{"row": 38, **row}, {"row": 39, **row}], False)
     for after in (40, 10**30):
         assert ready.http.get(f"{urls[1]}&after={after}").json()["data"] == []
@@ -192,8 +193,8 @@ def test_missing_features_are_answered_with_the_post_that_computes_them(service:
     problem = problem_of(service.http.get("/select", params={"task": "target", "pct": 0.5, "dataset": "pool"}), 409)
     assert problem.type == "gradients-missing"
     method, path, body = problem.errors[0].detail.split(" ", 2)
-    assert problem_of(service.http.request(method, path, json=json.loads(body)), 422).errors[0].pointer == "/kinds"
-    assert service.http.request(method, path, json={**json.loads(body), "kinds": ["sgd"], "dims": [DIM]}).is_success
+    assert json.loads(body)["kinds"] == ["sgd"], "the checkpoint has no moments, of which adam would be"
+    assert service.http.request(method, path, json=json.loads(body)).is_success
 
 
 def test_several_candidates_are_listed_with_urls_that_answer(ready: Service) -> None:
@@ -219,6 +220,13 @@ def test_scores_that_are_not_ready_are_a_job_to_follow(ready: Service) -> None:
     ready.backend.scoring.work(claim, lambda _: None)
     assert ready.backend.jobs.succeed(claim)
     assert select(ready, wait=0)["count"] == 2
+
+
+def test_a_server_that_stops_does_not_wait_for_scores(ready: Service) -> None:
+    ready.backend.scorer.stop()  # so that there will be none
+    threading.Timer(0.3, ready.backend.stopping.set).start()
+    params: dict[str, str | float] = {"task": "target", "pct": 0.05, "wait": 30}
+    assert ready.http.get("/select", params=params, timeout=15).status_code == 202
 
 
 def test_scores_that_cannot_be_computed_are_said_and_tried_again(
@@ -331,6 +339,8 @@ def test_a_recipe_alone_gives_its_selection_again(ready: Service) -> None:
         ({"checkpoint_weights": [-1]}, "greater than or equal to 0"),
         ({"checkpoint_weights": [0.5, 0.5]}, "a weight for each"),
         ({"checkpoints": [], "checkpoint_weights": []}, "a recipe has checkpoints"),
+        ({"task_kind": None}, "no features of a task have task_kind=None and task_adam=None"),
+        ({"task_kind": "sgd", "task_adam": "less"}, "no features of a task have task_kind=sgd and task_adam=less"),
         ({"k": 10**20, "pct": None}, "less than or equal"),
         ({"strategy": "clusters", "selection_seed": 0, "among": 10**20}, "less than or equal"),
         ({"dedupe": 0.9}, "dedupe_by is features or text"),
@@ -458,7 +468,7 @@ def test_a_base_model_is_registered_and_selected_from_by_the_gradients_of_its_we
 @pytest.mark.parametrize(
     ("body", "pointer", "words"),
     [
-        ({"checkpoints": ["base"]}, "/weights", "has no adapter: say which"),
+        ({"checkpoints": ["base"]}, "/weights", r'encoder, ask for kinds=\["embedding"\]'),
         ({"checkpoints": ["base"], "weights": ["*.mlp.*"]}, "/kinds", "no Adam moments .* ask for kinds sgd or sign$"),
         ({"checkpoints": ["lora"], "kinds": ["sgd"], "weights": ["*.mlp.*"]}, "/weights", "is a LoRA adapter"),
         ({"checkpoints": ["base"], "kinds": ["sgd"], "weights": []}, "/weights", "at least 1"),

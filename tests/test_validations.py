@@ -320,9 +320,9 @@ def test_trainings_that_no_validation_has_recorded_are_swept_up_in_time(world: W
     plan = world.store.validations.plan(asked).settings
     unrecorded = world.store.validations.training(plan, {"subset": 3, "repeat": 0})
     trainings.put(unrecorded, Measured([1.0], rows=1, tokens=1, seconds=1.0))
-    world.store.validations.sweep(older_than=3600)
+    world.store.trainings.sweep(world.store.catalog, older_than=3600)
     assert len(list(trainings.root.iterdir())) == 4
-    world.store.validations.sweep(older_than=-1)
+    world.store.trainings.sweep(world.store.catalog, older_than=-1)
     assert len(list(trainings.root.iterdir())) == 3
     assert trainings.get(unrecorded.key) is None
 
@@ -388,7 +388,7 @@ def test_a_training_that_was_lost_is_told_of(world: World) -> None:
     for claim, key in zip(claims[:2], keys, strict=False):
         world.store.validations.finish(claim, key)
     world.store.validations.trainings.delete(keys[:1])
-    with pytest.raises(Damaged, match="delete the validation and send it again"):
+    with pytest.raises(Damaged, match="delete the job and send it again"):
         world.store.validations.finish(claims[2], keys[2])
 
 

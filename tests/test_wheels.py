@@ -97,7 +97,9 @@ def test_the_wheels_say_what_they_are(wheels: dict[str, Path]) -> None:
         assert answer["Requires-Python"] == ">=3.11"
         assert answer["Description-Content-Type"] == "text/markdown"
     assert {"cli", "pandas", "datasets"} == set(client.get_all("Provides-Extra", []))
-    assert {"service", "worker", "gpu", "quantised", "dev"} == set(server.get_all("Provides-Extra", []))
+    assert {"service", "worker", "gpu", "quantised", "fuzz", "load", "telemetry", "dev"} == set(
+        server.get_all("Provides-Extra", [])
+    )
 
 
 def test_the_client_alone_works_without_torch_numpy_or_a_web_framework(install: Callable[..., Environment]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from gradstore.types import Checkpoint, EvaluationRequest, FinetuneRequest, GradientsRequest, Problem
+from huggingface_hub import constants
 from numpy.typing import NDArray
 from sqlalchemy import select
 
@@ -27,6 +28,7 @@ from datastore.evaluations import passes
 from datastore.parameters import Query
 from datastore.schema import ChunkRow, JobRow, ShardRow
 from tests import bruteforce
+from tests.hub import Hub
 from tests.processes import wait_for
 from tests.tiny import save_tiny_model
 from tests.workplace import Workplace, numbered, worker_process
@@ -41,11 +43,6 @@ from worker.loop import work_until_left
 from worker.models import DTYPES, load_adapter, load_model, load_tokenizer
 
 ENDLESS = {"prompt": "and so on " * 40, "completion": "The end."}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", hidden_size=16, intermediate_size=16)
 
 
 @pytest.fixture
@@ -363,6 +360,59 @@ def test_what_this_machine_cannot_do_fails_its_job_with_the_reason(
     assert message in error.detail
 
 
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    [
+        ("org/gated", "accept them on its page, and start the server and its workers with a token"),
+        ("org/nowhere", "the hub has no model 'org/nowhere' that this server may see: check its name"),
+        ("org/base", "'org/base' has no branch, tag or commit '1111"),
+        ("org/pickled", "name a revision that has them, or a folder that save_pretrained"),
+    ],
+)
+def test_what_the_hub_refuses_a_worker_is_said_on_its_job_with_what_to_do(
+    place: Workplace, hub: Hub, name: str, detail: str
+) -> None:
+    """The service takes a commit's digits as they are: it is the worker who meets the hub."""
+    hub.publish("org/gated", {"config.json": b"{}"}, gated=True)
+    files = {path.name: path.read_bytes() for path in place.model.iterdir() if path.suffix != ".safetensors"}
+    commit = hub.publish("org/pickled", files | {"pytorch_model.bin": b""})
+    place.task(1)
+    commit = commit if name == "org/pickled" else "1" * 40
+    for asked in (
+        EvaluationRequest(model=name, revision=commit, tasks=["target"]),
+        training(place, model=name, revision=commit),
+    ):
+        job = place.start(asked)
+        assert place.work() == ["failed"]
+        error = failed(place, job.id)
+        assert error.status == 422
+        assert detail in error.detail
+        assert "Traceback" not in error.detail
+        assert "use_safetensors" not in error.detail
+
+
+def test_a_worker_whom_the_hub_does_not_answer_says_so_and_tries_again(
+    place: Workplace, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.publish("org/far", place.model)
+    place.task(1)
+    asked = EvaluationRequest(model="org/far", revision=commit, tasks=["target"], max_new_tokens=2)
+    job = place.start(asked)
+    with hub.answering(0):
+        assert place.work() == ["failed"] * place.context.jobs.max_attempts
+    error = failed(place, job.id)
+    assert error.type == "download-failed"
+    assert "the Hugging Face Hub does not give 'org/far'" in error.detail
+    assert "send the same request again when the hub answers" in error.detail
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        place.start(asked)
+        place.work()
+        assert "(HF_HUB_OFFLINE is set)" in failed(place, job.id).detail
+    place.start(asked)
+    assert place.work() == ["succeeded"]
+
+
 def test_a_failed_job_that_is_asked_for_otherwise_is_done_so(place: Workplace) -> None:
     request = gradients(place, 2, attention="flash_attention_2", token_budget=10**6)
     job = place.start(request)
@@ -458,7 +508,7 @@ def test_a_killed_worker_loses_its_shard_only_and_the_features_are_the_same(
     hurried: Workplace, uninterrupted: NDArray[np.float32]
 ) -> None:
     job = hurried.start(gradients(hurried, 2500, token_budget=512))
-    with worker_process(hurried, "--kind", "gradients") as process:
+    with worker_process(hurried, "--queues", "gradients") as process:
         wait_for(lambda: shards(hurried, job.id)[:2] == ["succeeded", "running"])
         process.kill()
         process.wait()
@@ -689,7 +739,7 @@ def test_what_an_attempt_left_behind_is_removed_after_an_hour(place: Workplace) 
     orphan = folder.with_name(f"{left.start}-{left.attempt + 1}")
     shutil.copytree(folder, orphan)
     for path in (folder, orphan):
-        _age(path, 7200)
+        _age_all(path, 7200)
     tidy(other.context)
     assert [each.attempt for each in other.context.store.attempts()] == [left.attempt]  # that one is committed
     tend(other.context, other.context.jobs.unpublished())
@@ -1039,6 +1089,15 @@ def test_a_selection_is_trained_on_whole(place: Workplace) -> None:
     assert result["rows"] == 5
 
 
+def test_a_training_whose_last_step_leaves_no_numbers_has_diverged(place: Workplace) -> None:
+    """Its last loss was one: nothing but the weights tells."""
+    job = place.start(training(place, epochs=1, batch_size=6, learning_rate=1e308))
+    assert place.work() == ["failed"]
+    error = failed(place, job.id)
+    assert error.type == "diverged"
+    assert error.detail.startswith("after epoch 1 the weights or their moments are not finite: lower learning_rate")
+
+
 def test_an_evaluation_measures_the_base_model_beside_the_tuned_one(place: Workplace) -> None:
     task = place.task(3, name="sums")
     tuned = place.done(training(place, name="tuned", epochs=20, learning_rate=5e-2))
@@ -1059,6 +1118,18 @@ def test_an_evaluation_measures_the_base_model_beside_the_tuned_one(place: Workp
     alone = place.done(EvaluationRequest(checkpoint=tuned["checkpoints"][-1], tasks=[task.id], baseline=False))
     assert [row["model"] for row in alone["rows"]] == ["tuned"] * 3
     assert alone["rows"][2]["loss"] == trained["loss"]
+
+
+def test_what_was_measured_stands_in_the_order_of_the_request(place: Workplace) -> None:
+    """The base model first, then the tuned one; tasks as they were named, subtasks by name, their mean last."""
+    for rows, name in enumerate("bac", 1):
+        place.task(rows, name=name)
+    place.done(training(place, name="tuned", epochs=1))
+    for tasks in (["c", "a", "b"], ["a", "b", "c"]):
+        rows = place.done(EvaluationRequest(finetune="tuned", tasks=tasks, bootstrap_samples=2))["rows"]
+        assert [(row["model"], row["task_name"], row["subtask"]) for row in rows] == [
+            (model, task, subtask) for model in ("base", "tuned") for task in tasks for subtask in ("even", "odd", None)
+        ]
 
 
 def test_a_pattern_that_takes_for_ever_fails_its_evaluation_in_words(place: Workplace) -> None:

@@ -113,7 +113,7 @@ def test_one_command_keeps_a_worker_for_each_process_running_and_they_leave_with
         found = {int(worker.id.rsplit("-", 2)[1]) for worker in place.context.jobs.workers()}
         return {pid for pid in found if alive(pid)}
 
-    with worker_process(place, "--processes", "2") as command:
+    with worker_process(place, "--concurrency", "2") as command:
         wait_for(lambda: len(pids()) == 2)
         before = pids()
         assert command.pid not in before

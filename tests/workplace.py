@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,10 @@ import torch
 from gradstore.types import (
     AnyJob,
     Checkpoint,
+    ComparisonRequest,
     Dataset,
+    EstimatesRequest,
+    EstimateValidationRequest,
     EvaluationRequest,
     FinetuneRequest,
     GradientsRequest,
@@ -33,6 +35,7 @@ from datastore.checkpoints import MOMENTS, Description
 from datastore.leases import Claim
 from datastore.settings import Settings
 from tests.conftest import REPOSITORY
+from tests.processes import end_process
 from tests.tiny import save_tiny_model
 from worker import moments
 from worker.context import Context
@@ -41,7 +44,15 @@ from worker.jobs import KINDS, Outcome, run, tend
 from worker.models import load_model
 
 CPU = torch.device("cpu")
-Requested = GradientsRequest | FinetuneRequest | EvaluationRequest | ValidationRequest
+Requested = (
+    GradientsRequest
+    | FinetuneRequest
+    | EvaluationRequest
+    | ValidationRequest
+    | ComparisonRequest
+    | EstimatesRequest
+    | EstimateValidationRequest
+)
 
 
 def numbered(rows: Iterable[int]) -> list[dict[str, Any]]:
@@ -138,13 +149,18 @@ class Workplace:
 
     def start(self, request: Requested) -> AnyJob:
         """Start a job."""
-        if isinstance(request, ValidationRequest):
-            return self.context.validations.start(request)[0]
-        if isinstance(request, GradientsRequest):
-            return self.context.features.start(request)[0]
-        if isinstance(request, FinetuneRequest):
-            return self.context.finetunes.start(request)[0]
-        return self.context.evaluations.start(request)[0]
+        context = self.context
+        rooms: dict[type[Requested], Any] = {
+            ComparisonRequest: context.comparisons,
+            EstimateValidationRequest: context.estimate_validations,
+            EstimatesRequest: context.estimates,
+            EvaluationRequest: context.evaluations,
+            FinetuneRequest: context.finetunes,
+            GradientsRequest: context.features,
+            ValidationRequest: context.validations,
+        }
+        job: AnyJob = rooms[type(request)].start(request)[0]
+        return job
 
     def claim(self) -> Claim:
         """Take the oldest waiting shard."""
@@ -200,10 +216,4 @@ def worker_process(workplace: Workplace, *arguments: str, **environment: str) ->
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_process(process)

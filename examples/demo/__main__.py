@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from tempfile import mkdtemp
 from typing import Any
 
 from gradstore import GradientStore
@@ -25,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.demo.skills import SKILLS, pool, target
-from examples.server import running
+from examples.server import folder_of, running
 
 TARGET = "mirror"
 POOL_ROWS, VALIDATION_ROWS, TEST_ROWS = 2000, 20, 200
@@ -65,14 +63,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="keep the store in this folder (default: a temporary one)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     arguments = parser.parse_args()
-    folder = arguments.data or Path(mkdtemp(prefix="gradstore-demo-"))
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    try:
-        outcomes = _run(folder.absolute(), arguments.seeds)
-    finally:
-        if arguments.data is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with folder_of(arguments.data, name="demo") as folder:
+        outcomes = _run(folder, arguments.seeds)
     return _report(outcomes, seconds=time.monotonic() - began)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from datastore.rows import Example, Message
 from examples.demo.skills import LETTERS, SKILLS, example
@@ -25,6 +26,7 @@ END, UNKNOWN = "</s>", "<unk>"
 def build(folder: Path, *, seed: int) -> None:
     """Make the tokenizer and the model, and save them as a folder that transformers loads."""
     torch.manual_seed(seed)
+    logging.disable_progress_bar()  # of writing one small file
     tokenizer = _tokenizer()
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from gradstore import GradientStore
 from gradstore.types import Selection
 from rich.console import Console
 
-from examples.server import running
+from examples.server import folder_of, running
 
 TASKS = ("gsm8k", "mmlu", "bbh", "tydiqa")
 PCT = 0.05
@@ -43,14 +41,9 @@ def main() -> None:
     parser.add_argument("shared", metavar="DATA", type=Path)
     parser.add_argument("--data", type=Path, help="keep the store in this folder (default: a temporary one)")
     arguments = parser.parse_args()
-    folder = (arguments.data or Path(mkdtemp(prefix="gradstore-real-"))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    try:
+    with folder_of(arguments.data, name="real") as folder:
         selections = _run(arguments.shared, folder)
-    finally:
-        if arguments.data is None:
-            shutil.rmtree(folder, ignore_errors=True)
     _report(selections, seconds=time.monotonic() - began)
 
 
@@ -60,7 +53,7 @@ def _run(shared: Path, folder: Path) -> dict[str, Selection]:
     if not base.is_dir():
         from examples.real_input import model  # noqa: PLC0415 - torch takes seconds to import
 
-        model.build(base, _texts(pool), seed=0)
+        model.build(base, texts(pool), seed=0)
     with running(folder / "store", allow=folder) as url, GradientStore(url) as store:
         dataset = store.datasets.upload(pool, name="mixed", progress=True)
         console.print(f"warm-up on {PCT:.0%} of {dataset.rows:,} rows")
@@ -77,7 +70,8 @@ def _run(shared: Path, folder: Path) -> dict[str, Selection]:
     return selections
 
 
-def _texts(pool: Path) -> list[str]:
+def texts(pool: Path) -> list[str]:
+    """What the rows of a pool say, each with its roles."""
     rows = [json.loads(line) for line in pool.read_text(encoding="utf-8").split("\n") if line]
     return ["".join(f"<|{turn['role']}|>\n{turn['content']}\n" for turn in row["messages"]) for row in rows]
 

@@ -17,16 +17,18 @@ STEPS, BATCH, LENGTH = 400, 16, 128  # batch in sequences, length in tokens
 LEARNING_RATE = 3e-3
 
 
-def build(folder: Path, texts: Sequence[str], *, seed: int, steps: int = STEPS) -> None:
+def build(
+    folder: Path, texts: Sequence[str], *, seed: int, steps: int = STEPS, width: int = WIDTH, layers: int = LAYERS
+) -> None:
     """Train on `texts` and save a folder that transformers loads."""
     torch.manual_seed(seed)
     tokenizer = _tokenizer(texts)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=3 * WIDTH,
-            num_hidden_layers=LAYERS,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
             max_position_embeddings=4096,
