@@ -382,6 +382,13 @@ class Features:
 
     def _check(self, checkpoint: Checkpoint, *, kinds: Sequence[FeatureKind], request: GradientsRequest) -> None:
         """Refuse what cannot be computed at a checkpoint. Raises `InvalidInput`."""
+        if checkpoint.method == "mixture":
+            raise refusal(
+                f"{checkpoint.id} is a mixture of LoRA experts, of which there are no features: which experts a token "
+                "goes to, and with what weight, changes with what is trained. Take features at the base model or at a "
+                "plain adapter",
+                pointer="/checkpoints",
+            )
         if checkpoint.method == "lora" and request.weights:
             raise refusal(
                 f"{checkpoint.id} is a LoRA adapter, whose gradients are those of its own matrices: leave weights out, "
