@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -58,25 +58,36 @@ def print_table(items: Iterable[Any], columns: Columns) -> None:
     _console().print(table)
 
 
-def print_object(body: BaseModel, *, as_json: bool) -> None:
-    """Print one object: a line of JSON, or a line per field."""
+def print_object(body: BaseModel, *, as_json: bool, without: Collection[str] = ()) -> None:
+    """Print one object: a line of JSON, or a line for each value in it, `without` the fields that others show."""
     if as_json:
         print_json(body)
         return
-    fields = body.model_dump(mode="json")
-    width = max(map(len, fields), default=0)
-    for name, value in fields.items():
-        shown = value if isinstance(value, str) else json.dumps(_rounded(value), ensure_ascii=False)
+    fields = list(_flat(body.model_dump(mode="json", exclude=set(without))))
+    width = max((len(name) for name, _ in fields), default=0)
+    for name, shown in fields:
         typer.echo(f"{name:<{width}}  {shown}")
 
 
-def _rounded(value: Any) -> Any:
-    """A value with floats as people read them: six digits that count."""
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The names and values of what an object holds at any depth: `gradients.rows`, or `inputs.0.rows` in a list."""
+    inner: dict[str, Any] | None = value if isinstance(value, dict) else None
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        inner = {str(number): one for number, one in enumerate(value)}
+    if inner:
+        for each, one in inner.items():
+            yield from _flat(one, f"{name}.{each}" if name else each)
+    elif name:
+        yield name, ", ".join(map(_plain, value)) if isinstance(value, list) and value else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """A value as people read it: text as it is, six digits of a float that count, and a dash for a list of nothing."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | dict) and not value:
+        return "–"
+    return json.dumps(float(f"{value:.6g}") if isinstance(value, float) else value)
 
 
 def print_lines(lines: Iterable[bytes]) -> None:

@@ -13,7 +13,14 @@ from gradstore._cli.options import DryRun, Json, Reference, Wait, takes
 from gradstore._cli.options import given as said
 from gradstore._cli.output import Columns, print_object, print_table, say
 from gradstore._cli.session import session
-from gradstore.types import CascadeRequest, CascadeResult, PredictionReport, PredictorRequest, PredictorResult
+from gradstore.types import (
+    CascadeEstimate,
+    CascadeRequest,
+    CascadeResult,
+    PredictionReport,
+    PredictorRequest,
+    PredictorResult,
+)
 
 TEXTS = {
     "budget": "Part of the pool whose gradients are computed, the sample included: 0.2 is 20 %.",
@@ -48,6 +55,15 @@ STAGES: Columns = {
     "R² out of fold": lambda stage: None if stage.r2 is None else f"{stage.r2:.3f}",
     "predicted": lambda stage: None if stage.predicted is None else f"{stage.predicted:.4f}",
     "true": lambda stage: None if stage.true is None else f"{stage.true:.4f}",
+}
+COSTS: Columns = {
+    "part": lambda part: part[0],
+    "rows": lambda part: part[1].rows,
+    "of them stored": lambda part: part[1].reused_rows,
+    "tokens": lambda part: part[1].tokens,
+    "bytes": lambda part: part[1].bytes,
+    "seconds": lambda part: None if part[1].seconds is None else f"{part[1].seconds:,.1f}",
+    "memory, bytes": lambda part: part[1].memory_bytes,
 }
 
 predictors = group_of("predictors", listed, help="Influence, predicted from a sample.", own_show=True)
@@ -90,7 +106,7 @@ def create_cascade(
     """
     with session(ctx) as store:
         if dry_run:
-            print_object(store.cascades.estimate(**said(fields)), as_json=as_json)
+            print_cascade_cost(store.cascades.estimate(**said(fields)), as_json=as_json)
         else:
             job = store.cascades.create(**said(fields))
             started(store, "cascades", job, wait=wait, as_json=as_json, show=print_cascade)
@@ -109,6 +125,13 @@ def print_predictor(result: PredictorResult) -> None:
     say(f"{result.sample_rows:,} rows learnt from, {result.tested_rows:,} rows {where}")
     rows = [(result.model, result.report), *((each.control, each.report) for each in result.controls)]
     print_table(rows, REPORTED)
+
+
+def print_cascade_cost(cost: CascadeEstimate, *, as_json: bool) -> None:
+    """Print what a cascade would cost, and that of its gradients and of each pass that gives what is predicted from."""
+    print_object(cost, as_json=as_json, without=() if as_json else ("gradients", "inputs"))
+    if not as_json:
+        print_table([("gradients", cost.gradients), *(("inputs", each) for each in cost.inputs)], COSTS)
 
 
 def print_cascade(result: CascadeResult) -> None:
