@@ -7,12 +7,14 @@ or, of a safetensors file, in its metadata under `ids`, as the text of such an a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 
 from datastore.errors import InvalidCheckpoint, InvalidInput
@@ -30,6 +32,8 @@ _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
     "BOOL": "?",
 }  # fmt: skip
+
+_HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,24 @@ def _npy(path: Path) -> NDArray[Any]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise InvalidInput(f"{path.name} is no .npy file of numbers: {error}") from error
+        raise InvalidInput(f"{path.name} {_wrong(path)}") from error
     if not isinstance(array, np.ndarray):
         raise InvalidInput(f"{path.name} is an archive of arrays: save one array with numpy.save")
     return array
+
+
+def _wrong(path: Path) -> str:
+    """Why numpy cannot map a file, and what to send instead: numpy's own words advise to trust a pickle."""
+    nothing = "is no .npy file of numbers: save the rows with numpy.save and allow_pickle=False"
+    with path.open("rb") as file:
+        try:
+            shape, _, dtype = _HEADERS[read_magic(file)](file)
+        except (ValueError, KeyError):
+            return nothing
+        needed, there = math.prod(shape) * dtype.itemsize, path.stat().st_size - file.tell()
+    if dtype.hasobject or there >= needed:
+        return nothing
+    return f"was cut off: it has {there:,} of {needed:,} bytes of numbers; send it again"
 
 
 def _safetensors(path: Path) -> tuple[NDArray[Any], dict[str, str]]:

@@ -177,7 +177,22 @@ def test_an_array_of_objects_is_not_unpickled(workplace: Workplace, tmp_path: Pa
     folder.mkdir()
     np.save(folder / "rows.npy", np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
     (folder / "ids.txt").write_text("row-0\n")
-    with pytest.raises(InvalidInput, match=r"no \.npy file of numbers"):
+    with pytest.raises(InvalidInput, match=r"no \.npy file of numbers") as told:
+        workplace.context.streams.upload(StreamRequest(dataset=pool.id), folder)
+    assert "allow_pickle=False" in str(told.value)
+    assert "trust" not in str(told.value)  # as numpy advises
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(30, "no .npy file of numbers"), (-1, "it has 15 of 16 bytes of numbers; send it again"), (128, "has 0 of 16")],
+)
+def test_an_array_that_was_cut_off_is_told_as_that(workplace: Workplace, tmp_path: Path, kept: int, said: str) -> None:
+    pool = workplace.pool(with_ids(2))
+    folder = sent(tmp_path / "files", np.ones((2, 2), np.float32), ["row-0", "row-1"])
+    [file] = folder.glob("*.npy")
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(InvalidInput, match=said):
         workplace.context.streams.upload(StreamRequest(dataset=pool.id), folder)
 
 
