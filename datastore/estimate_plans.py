@@ -151,6 +151,19 @@ class EstimatePlans:
             )
         return id
 
+    def _labels(self, labels: dict[str, str], dataset: str) -> list[str]:
+        """The labels, in order. Raises `InvalidInput` for one that no row has."""
+        known = set(self.datasets.label_columns(dataset).ids.to_pylist())
+        ids = {label: id for id, label in reversed(labels.items())}
+        unknown = sorted(ids.keys() - {label for id, label in labels.items() if id in known})
+        if unknown:
+            raise refusal(
+                f"no row of {dataset} has the label {unknown[0]!r}: it has no example with the id {ids[unknown[0]]!r}; "
+                "label by the ids that GET /datasets/{id}/rows shows",
+                "/labels",
+            )
+        return sorted(ids)
+
     def _group_names(self, request: EstimatesRequest, dataset: str, rows: int, annotation: str | None) -> list[str]:
         """What the groups are called, in order. Raises `InvalidInput`."""
         if request.group_by == "cluster":
@@ -165,7 +178,7 @@ class EstimatePlans:
             if len(set(names)) < len(names):
                 raise refusal("two sets of labels read alike, joined by +: rename these capabilities", "/annotations")
         elif request.labels is not None:
-            names = sorted(set(request.labels.values()))
+            names = self._labels(request.labels, dataset)
         else:
             names = sorted(self.datasets.label_columns(dataset).origins)
         if len(names) > MAX_GROUPS:

@@ -394,6 +394,11 @@ def test_of_several_feature_sets_one_is_to_be_named(world: World) -> None:
         ({"subsets": [["group0"], ["nothing"]]}, "/subsets/1", "no group is called 'nothing'"),
         ({"subsets": [[]]}, "/subsets/0", "at least one group"),
         ({"labels": {"1": "alone"}}, "/group_by", "one group alone"),
+        (
+            {"labels": {"1": "a", "x": "b", "y": "b"}},
+            "/labels",
+            "has the label 'b': there is no example with the id 'x'",
+        ),
         ({"group_by": "cluster", "labels": None, "clusters": POOL + 1}, "/clusters", "60 rows"),
     ],
 )
