@@ -1140,6 +1140,26 @@ def test_a_projector_tells_each_capability_and_counts_those_of_a_selection(visit
     assert f"selection={chosen[-1]}" in visit.page.url
 
 
+def test_a_projector_at_work_shows_the_epochs_that_have_ended(visit: Visit, service: Service) -> None:
+    trained = answer(service, "/projectors/origins%20told")
+    job = service.http.post("/projectors", json={**trained["request"], "seed": 7, "name": "at work"}).json()
+    visit.open(f"projectors/{job['id']}", title="at work")
+    claim = service.backend.jobs.claim("test", kinds=["projector"], job=job["id"])
+    assert claim is not None
+    epochs = service.backend.projectors.epochs("origins told")
+    for done in (1, 2):
+        assert service.backend.projectors.note(claim, epochs[:done])
+        assert service.backend.jobs.renew(claim, done=done)
+        expect(visit.page.get_by_role("status").filter(has_text=f"Training: {done} of")).to_be_visible()
+        visit.page.get_by_role("region", name="Training so far").get_by_text(f"{done} epoch", exact=False).click()
+        expect(lines_of(visit, "Epochs")).to_have_count(done)
+        last = lines_of(visit, "Epochs").last.locator("td").all_text_contents()
+        assert shown_number(epochs[done - 1].loss) in last
+    service.http.post(f"/jobs/{job['id']}/cancel")
+    expect(visit.page.get_by_text("It was cancelled.")).to_be_visible()
+    expect(lines_of(visit, "Epochs")).to_have_count(0)
+
+
 def test_a_streams_numbers_are_saved_from_its_page(visit: Visit, service: Service, tmp_path: Path) -> None:
     opened(visit, service, "streams")
     visit.page.get_by_role("link", name="of the pool").press("Enter")

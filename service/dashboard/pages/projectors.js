@@ -13,7 +13,7 @@ const STREAMS = ["gradients", "hidden", "routing"];
 /** Fill the page: all projectors, or the one that the address names. */
 export async function show(main, context) {
   if (!context.parts[1]) return showAll(main, context);
-  return showJob(main, "projectors", { back: ["All projectors", "#/projectors"], doing: "Training", shown: (job) => projector(job, context) }, context);
+  return showJob(main, "projectors", { back: ["All projectors", "#/projectors"], doing: "Training", shown: (job) => projector(job, context), meanwhile: soFar(context) }, context);
 }
 
 async function showAll(main, context) {
@@ -39,6 +39,16 @@ const streams = ({ streams: of }) => listed(STREAMS.filter((name) => of[name]).m
 const toAnnotation = (reference) => h("a", { href: `#/annotations/${encodeURIComponent(reference)}` }, reference);
 
 // One projector
+
+/** Shows the epochs that have ended of a projector that is trained now; until another ends, what is open stays open. */
+function soFar({ signal }) {
+  let ended = 0, shown = null;
+  return async ({ id }) => {
+    const { data } = await get(`projectors/${encodeURIComponent(id)}/epochs`, {}, signal);
+    if (data.length !== ended) [ended, shown] = [data.length, panel("Training so far", training(data))];
+    return shown;
+  };
+}
 
 function projector(job, context) {
   const { id, request, result } = job;
