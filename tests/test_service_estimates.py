@@ -219,6 +219,24 @@ def test_the_client_iterates_over_subsets_and_validates(ready: Service, store: G
     store.estimates.delete("mine")
 
 
+def test_a_validation_of_estimates_for_several_tasks_asks_which_one_is_meant(ready: Service) -> None:
+    ready.task("other")
+    body = {"checkpoints": [ready.http.get("/checkpoints").json()["data"][0]["id"]], "kinds": ["logodds"]}
+    body |= {"dims": [DIM], "dtype": "float32", "task": "other"}
+    assert ready.http.post("/gradients", json=body).status_code == 202
+    in_store(ready).work(leading)
+    assert ready.http.post("/estimates", json={**BODY, "tasks": ["target", "other"]}).status_code == 202
+    work(ready)
+    ids = [ready.http.get(f"/tasks/{name}").json()["id"] for name in ("target", "other")]
+    asked = {"estimates": "mine", "model": "org/base", "subsets": 3, "dry_run": True}
+    told = problem_of(ready.http.post("/estimates/validations", json=asked), 409)
+    assert told.type == "ambiguous"
+    assert "2 tasks; say which one is meant (task)" in told.detail
+    assert sorted(each.detail.partition("task=")[2] for each in told.errors) == sorted(ids)
+    for named in (*ids, "other"):
+        assert ready.http.post("/estimates/validations", json={**asked, "task": named}).status_code == 200
+
+
 def test_the_command_line_prints_groups_subsets_and_what_a_search_has_chosen(ready: Service, tmp_path: Path) -> None:
     labels, subsets = tmp_path / "labels.csv", tmp_path / "subsets.json"
     labels.write_text("".join(f"{row},{'abc'[row % 3]}\n" for row in range(ROWS)))
