@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradstore.cli import app
 from gradstore.types import EstimatedSubset, EstimatesRequest, EstimatesResult, GradientsRequest
 from numpy.typing import NDArray
 from peft import PeftModel
@@ -19,10 +20,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from datastore.errors import InvalidInput
 from tests import bruteforce
 from tests.bruteforce import tokens_and_labels
+from tests.serving import serving
 from tests.test_logodds_worker import truth
 from tests.workplace import Workplace, numbered
 from worker import exact_estimates
@@ -168,6 +171,27 @@ def test_adapters_that_are_kept_are_checkpoints_a_step_away(tmp_path: Path, mode
             key = name.replace(".default", "")
             np.testing.assert_allclose((after[key].double() - before[key].double()).numpy().ravel(), moved, atol=2e-6)
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(folder))
+
+
+def test_the_command_line_prints_what_was_measured_of_each_subset(tmp_path: Path, model: Path) -> None:
+    world = World.at(tmp_path, model)
+    _, subsets = world.done(keep_adapters=True)
+    with serving(world.place.context.settings.data) as service:
+
+        def rows(*words: str) -> list[str]:
+            ran = CliRunner().invoke(app, ["estimates", "rows", "mine", *words], env={"GRADSTORE_URL": service.url})
+            assert ran.exit_code == 0, ran.output
+            return ran.stdout.splitlines()
+
+        head, *lines = rows()
+        assert head.split()[-5:] == ["measured", "token", "loss", "value", "checkpoint"]
+        for line, subset in zip(lines, subsets, strict=True):
+            measured = subset.estimates[-1].measured
+            assert measured is not None
+            assert line.split()[-4:] == [f"{measured.loss:.4g}", f"{measured.token_loss:.4g}", "–", subset.checkpoint]
+        assert len({subset.checkpoint for subset in subsets}) == len(SUBSETS)
+        assert [EstimatedSubset.model_validate_json(line) for line in rows("--json")] == subsets
+        assert rows("--limit", "1") == [head, lines[0]]
 
 
 def test_a_metric_of_the_tasks_own_is_measured_and_compared(tmp_path: Path, model: Path) -> None:
