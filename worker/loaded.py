@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore.models import revision_of
+from worker.combinations import Combined, combine
 from worker.encoders import EncoderEngine, load_encoder
 from worker.gradients import GradientEngine
 from worker.models import load_adapter, load_model, load_tokenizer, unload_adapter, use_gradient_checkpointing
@@ -82,6 +83,13 @@ class Loaded:
         key = (base, _files(base.model), adapter)
         if self._adapted is None or self._adapter_key != key:
             self._adapted, self._adapter_key = load_adapter(self.base(base), adapter), key
+        return self._adapted
+
+    def combined(self, base: Base, combined: Combined) -> PeftModel:
+        """The base model with several adapters on it as one. Raises `ModelError`."""
+        key = (base, _files(base.model), combined)
+        if self._adapted is None or self._adapter_key != key:
+            self._adapted, self._adapter_key = combine(self.base(base), combined), key
         return self._adapted
 
     def engine(self, key: Hashable, make: Callable[[], Engine]) -> Engine:
