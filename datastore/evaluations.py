@@ -103,6 +103,10 @@ def is_tuned(plan: Mapping[str, Any]) -> bool:
 
 
 def _plan_of(request: EvaluationRequest, checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.method == "mixture" and request.quantisation is not None:
+        raise refusal(
+            f"{checkpoint.id} is a mixture, trained on a model in its own precision: leave it out", "/quantisation"
+        )
     plan = _plan(request, model=checkpoint.model, revision=checkpoint.revision, checkpoints=[checkpoint])
     return plan | {"checkpoint": checkpoint.id if checkpoint.method != "none" else None}
 
