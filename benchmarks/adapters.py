@@ -1,7 +1,7 @@
 """What choosing and mixing adapters of a bank brings on real rows, beside one adapter, static merges and Arrow.
 
     .venv/bin/python -m benchmarks.adapters DATA              # DATA: the folder of real rows, in LESS's layout
-    .venv/bin/python -m benchmarks.adapters DATA --rows 40 --steps 20 --epochs 1 --test 5   # only to see that it runs
+    .venv/bin/python -m benchmarks.adapters DATA --rows 24 --steps 20 --epochs 1 --test 3   # only to see that it runs
 
 All of it goes through the service: a small model is made and trained on the spot on the text of seven pools, and an
 adapter of it on each pool, for the bank. For each task, adapters are chosen from its shots (ROCKET's algorithm 1), and
@@ -44,7 +44,8 @@ MERGES: dict[str, dict[str, Any]] = {
     "static merge, ties (0.2)": {"combine": "ties", "merge_density": 0.2},
     "Arrow, top 2": {"combine": "arrow", "arrow_top_k": 2},
 }
-LETTERS = re.compile(r"(?:^| |\n)([A-E])\. ")
+LETTERS = re.compile(r"[ \n]([A-E1-5])\. ")
+"""What an option of ARC begins with."""
 
 console = Console(stderr=True, highlight=False)
 
@@ -160,7 +161,7 @@ def _arc(folder: Path, data: Path) -> Target:
     shots = _write(
         folder / "arc-shots.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows[::2]]
     )
-    questions = (row["instruction"].partition("Question: ")[2].partition(" A. ")[0] for row in plain)
+    questions = (LETTERS.split(row["instruction"].partition("Question: ")[2])[0] for row in plain)
     return Target("ARC-Challenge", "jsonl", home, shots, frozenset(map(_bare, questions)))
 
 
