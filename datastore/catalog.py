@@ -653,7 +653,7 @@ def _bridge(session: Session, row: DatasetRow) -> None:
 
 
 USABLE: dict[str, type[Table]] = {
-    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "tax": TaxonomyRow
+    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "tax": TaxonomyRow, "ad": AdapterRow
 }  # fmt: skip
 """What can be needed by something else, by the beginning of its id; all others are jobs."""
 

@@ -9,6 +9,8 @@ name, all of it to select for. JSON arrays and Parquet are read too, gzipped or 
     answers   a text or a list of them; by default the row's own answer (what `pattern` finds in it)
     pattern   regular expression of Python's; its first match (first group, where it has one) in a generated text is
               the answer
+    rationale the answer and, after it, its reasons, as one text: what the perplexity of adapters is measured on when
+              some are chosen for the task, in the place of the row's own answer
 
 A message of an assistant may have a `prefix`: the beginning of its turn that is given to the model and not learnt.
 """
@@ -75,7 +77,7 @@ def _row(row: dict[str, Any], *, file: str, patterns: Patterns) -> TaskExample:
     metric = _metric(row, choices, pattern)
     answer = example.messages[-1].content if example.messages else example.completion or ""
     answers = _answers(row, metric, answer, choices, pattern, patterns)
-    return TaskExample(example, subtask, metric, choices, answers, pattern)
+    return TaskExample(example, subtask, metric, choices, answers, pattern, _rationale(row))
 
 
 def _with_prefixes(example: Example, turns: object) -> Example:
@@ -111,6 +113,13 @@ def _pattern(row: dict[str, Any], patterns: Patterns) -> str | None:
         raise _Wrong(f"pattern must be a text of at most {LONGEST_PATTERN} characters")
     patterns.first(pattern, "")  # raises BadPattern for what is none
     return pattern
+
+
+def _rationale(row: dict[str, Any]) -> str | None:
+    rationale = row.get("rationale")
+    if rationale is not None and (not isinstance(rationale, str) or not rationale.strip()):
+        raise _Wrong("rationale must be a text that is not empty")
+    return rationale
 
 
 def _metric(row: dict[str, Any], choices: tuple[str, ...], pattern: str | None) -> Metric:
