@@ -429,13 +429,15 @@ def _choice(store: Store, task: Task) -> None:
         (files / "adapter_model.safetensors").write_bytes(content)
         row = AdapterRow(
             id=content_id("ad", name), name=None, created_at=utc_now(), checkpoint_id=f"ck_{10 + number}", brought=True,
-            rank=4, alpha=8.0, scaling=2.0, modules=1, sha256=hashlib.sha256(content).hexdigest(), trained_on=f"{name}, rows of its own",
+            rank=4, alpha=8.0, scaling=2.0, modules=1, sha256=hashlib.sha256(content).hexdigest(),
+            trained_on=f"{name}, rows of its own",
         )  # fmt: skip
         ids.append(store.catalog.add_adapter(row, targets=["q_proj"], name=name)[0].id)
     shots = len(store.tasks.validation(task.id))
     plan = {
-        "task": task.id, "rows": None, "shots": shots, "shots_sha256": "0" * 64, "adapters": sorted(ids), "model": MODEL,
-        "revision": None, "candidates": 4, "size": 2, "similarity": "cosine_ab", "template": "tulu", "max_length": 2048,
+        "task": task.id, "rows": None, "shots": shots, "shots_sha256": "0" * 64, "adapters": sorted(ids),
+        "model": MODEL, "revision": None, "candidates": 4, "size": 2,
+         "similarity": "cosine_ab", "template": "tulu", "max_length": 2048,
         "max_new_tokens": 256, "precision": "bfloat16",
     }  # fmt: skip
     asked = {"task": task.id, "candidates": 4, "size": 2, "name": "two of six"}

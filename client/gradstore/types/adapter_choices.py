@@ -46,7 +46,7 @@ class AdapterChoiceRequest(AdaptersWanted):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdapterChoiceRequest:
-        asked = sorted(set(AdaptersWanted.model_fields) & self.model_fields_set)
+        asked = sorted(self.model_dump(include=set(AdaptersWanted.model_fields), exclude_defaults=True))
         if self.adapters is not None and asked:
             raise ValueError(f"adapters are named: leave {', '.join(asked)} out")
         if self.candidates < self.size:
