@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gradstore.types.adapters import AdaptersWanted
-from gradstore.types.base import Basis, Body, Name, Named, Precision, Revision, TemplateName
+from gradstore.types.base import Basis, Body, Name, Named, Precision, Request, Revision, TemplateName
 from gradstore.types.jobs import Job
 
 AdapterSimilarity = Literal["cosine_ab", "cosine_delta"]
@@ -18,7 +18,7 @@ MAX_ADAPTERS = 500
 AdapterCount = Annotated[int, Field(ge=1, le=MAX_ADAPTERS)]
 
 
-class AdapterChoiceRequest(AdaptersWanted):
+class AdapterChoiceRequest(AdaptersWanted, Request):
     """Choose adapters of one base model for a task: those named, or all of the bank that are as is said."""
 
     task: Named

@@ -6,7 +6,7 @@ import unicodedata
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gradstore.types.base import Body, ModelName, Name, Named, Request, Revision, ServerPath, TemplateName
 
@@ -55,7 +55,7 @@ class Adapter(Body):
     created_at: datetime
 
 
-class AdaptersWanted(Request):
+class AdaptersWanted(BaseModel):
     """Which adapters are asked for."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
