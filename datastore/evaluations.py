@@ -83,6 +83,10 @@ class Evaluations:
 def _plan(
     request: EvaluationRequest, *, model: str, revision: str | None, checkpoint: Checkpoint | None = None
 ) -> dict[str, Any]:
+    if checkpoint is not None and checkpoint.method == "mixture" and request.quantisation is not None:
+        raise refusal(
+            f"{checkpoint.id} is a mixture, trained on a model in its own precision: leave it out", "/quantisation"
+        )
     return {
         "model": model,
         "revision": revision,

@@ -80,6 +80,7 @@ from gradstore.types import (
     LogoddsForm,
     LoraSettings,
     Method,
+    MixtureSettings,
     Overlaps,
     Page,
     Precision,
@@ -693,17 +694,19 @@ class Trained(TypedDict, total=False):
 class FinetuneFields(Trained, Training, total=False):
     """The fields of `gradstore.types.FinetuneRequest`, which describes them and has their defaults."""
 
+    mixture: MixtureSettings | Mapping[str, Any] | None
+    experts_from: str | Sequence[str] | None
     name: str | None
 
 
 def finetunes_create(**fields: Unpack[FinetuneFields]) -> Call[FinetuneJob]:
     """Fine-tune a model on a selection, a dataset, or a random part of one; the defaults are LESS's recipe."""
-    return _post("finetunes", FinetuneJob, **fields)
+    return _post("finetunes", FinetuneJob, **_lists(fields))
 
 
 def finetunes_estimate(**fields: Unpack[FinetuneFields]) -> Call[Estimate]:
     """Say what `create` with the same arguments would cost, and start nothing."""
-    return _post("finetunes", Estimate, **fields, dry_run=True)
+    return _post("finetunes", Estimate, **_lists(fields), dry_run=True)
 
 
 # Evaluations ------------------------------------------------------------------------------------------------------
@@ -1298,7 +1301,8 @@ def _many(value: Any) -> list[Any]:
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     several = {
-        *("adapters", "checkpoints", "datasets", "dims", "kinds", "layers", "origins", "target", "tasks", "weights"),
+        *("adapters", "checkpoints", "datasets", "dims", "experts_from", "kinds", "layers", "origins", "target"),
+        *("tasks", "weights"),
     }
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 
