@@ -430,7 +430,7 @@ def test_a_rationale_stands_in_the_place_of_the_answer() -> None:
     turns = (Message("user", "Which?"), Message("assistant", " A", "It is:"))
     plain = TaskExample(Example("1", "t", messages=turns), "s", "choice", (" A", " B"), (" A",))
     assert plain.reasoned is plain.example
-    told = TaskExample(plain.example, "s", "choice", (" A", " B"), (" A",), None, " A, since it is red.")
+    told = TaskExample(plain.example, "s", "choice", (" A", " B"), (" A",), rationale=" A, since it is red.")
     assert told.reasoned.messages == (turns[0], Message("assistant", " A, since it is red.", "It is:"))
     text = TaskExample(Example("1", "t", prompt="Which?", completion="A"), "s", "none", rationale="A, as it is red.")
     assert (text.reasoned.prompt, text.reasoned.completion) == ("Which?", "A, as it is red.")

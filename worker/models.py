@@ -210,13 +210,11 @@ def load_adapter(
     return model
 
 
-@contextmanager
-def several_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator[PeftModel]:
-    """The model with the plain LoRA adapters of these folders on it, by name, for batches whose rows have different
-    ones (PEFT's `adapter_names`); `base` is as it was afterwards.
+def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
+    """Put the plain LoRA adapters in these folders on `base`, under these names; none of them requires gradients.
 
-    Their parameters require no gradients. Raises ModelError as `load_adapter` does, and for one that changes the base
-    weights, which all others would see.
+    `base` is changed in place, as by `load_adapter`, and given back by `unload_adapter`. Raises ModelError as there,
+    and for an adapter that changes the base weights, which all others would see.
     """
     configs = {name: _plain(name, folder) for name, folder in folders.items()}
     (first, folder), *others = folders.items()
@@ -227,7 +225,21 @@ def several_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> Iter
             with _about(name):
                 model.add_adapter(name, configs[name])
                 _fill_adapter(model, folder, name=name)
-        yield _frozen(model)
+    except BaseException:
+        unload_adapter(model)
+        raise
+    frozen: PeftModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+@contextmanager
+def several_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator[PeftModel]:
+    """The model with adapters on it, as by `load_adapters`, for batches whose rows have different ones (PEFT's
+    `adapter_names`); `base` is as it was afterwards.
+    """
+    model = load_adapters(base, folders)
+    try:
+        yield model
     finally:
         unload_adapter(model)
 
@@ -250,11 +262,6 @@ def _about(adapter: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{adapter}: {_mismatch(error)}") from error
-
-
-def _frozen(model: PeftModel) -> PeftModel:
-    frozen: PeftModel = model.requires_grad_(False).eval()
-    return frozen
 
 
 def unload_adapter(model: PeftModel) -> PreTrainedModel:

@@ -171,12 +171,15 @@ def _coverage(subtasks: Sequence[Subtask]) -> list[str]:
 
 
 def lines(rows: Sequence[TaskExample]) -> bytes:
-    """Rows as they are stored, a line each; without a `rationale` where they have none, as before there were any."""
+    """Rows as they are stored, a line each."""
     return b"".join(canonical(_stored(row)) + b"\n" for row in rows)
 
 
 def _stored(row: TaskExample) -> dict[str, Any]:
+    """A row's fields; those that rows did not have at first only where they say something: a task's id is its rows'."""
     value = asdict(row)
+    if row.on_multiple == "first":
+        del value["on_multiple"]
     if row.rationale is None:
         del value["rationale"]
     return value
