@@ -2,9 +2,9 @@
 
 Overlap is counted as in GPT-3 (Brown et al., arXiv 2005.14165, appendix C): runs of 13 words, lower-case and without
 punctuation (datastore/words.py); Tülu 3 (Lambert et al., arXiv 2411.15124) takes 8. One shared run is an overlap. Of a
-task's row with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text: only a
-row that says the same and nothing else overlaps with them, and they are counted as unchecked. A run in more than 10 rows
-of a task is its prompt's template, and no evidence: it is left out, unless that would leave nothing of the task.
+task's row with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text: only
+a row that says the same and nothing else overlaps with them, and they are counted as unchecked. A run in more than 10
+rows of a task is its prompt's template, and no evidence: it is left out, unless that would leave nothing of the task.
 
 Only rows that are chosen, or about to be, are looked at, whatever the size of the pool.
 """

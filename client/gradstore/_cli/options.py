@@ -37,7 +37,6 @@ NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to mak
 AS_TRAINED = {
     "max_length": "Tokens kept of a row; by default as the run was trained.",
     "precision": "Number type of the base model while it computes; by default as the run was trained.",
-    "tau": "shots: pass over rows whose cosine with one taken before exceeds this; by default 0.9.",
     "template": "How a conversation is written as text; by default as the run was trained.",
 }
 
@@ -125,6 +124,7 @@ HELP = {
     "(nearest), to their mean (prototype), or by capabilities.",
     "task": "Task by id or name.",
     "tasks": "Task by id or name; repeat for several.",
+    "tau": "shots: pass over rows whose cosine with one taken before exceeds this; by default 0.9.",
     "template": "How a conversation is written as text.",
     "token_budget": "Tokens per batch, padding included; by default what the worker's device does best.",
     "warmup_fraction": "Fraction of the pool to warm up on.",
