@@ -538,8 +538,9 @@ def _several_bases(checkpoints: Mapping[tuple[str, str | None], str]) -> str:
 
 
 def use(session: Session, *, user: str, used: Iterable[str]) -> None:
-    """Record what a job or a selection depends on, in the transaction that records it. Raises `NotFound` for an id that
-    has been deleted since it was looked up.
+    """Record what a job, a selection or an adapter depends on, in the transaction that records it.
+
+    Raises `NotFound` for an id that has been deleted since it was looked up.
     """
     for id in sorted(set(used)):
         noun = USABLE.get(id.partition("_")[0], JobRow)
@@ -653,7 +654,7 @@ def _bridge(session: Session, row: DatasetRow) -> None:
 
 
 USABLE: dict[str, type[Table]] = {
-    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "tax": TaxonomyRow
+    "ds": DatasetRow, "task": TaskRow, "ck": CheckpointRow, "sel": SelectionRow, "tax": TaxonomyRow, "ad": AdapterRow
 }  # fmt: skip
 """What can be needed by something else, by the beginning of its id; all others are jobs."""
 

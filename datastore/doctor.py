@@ -86,7 +86,7 @@ def _references(store: OpenStore) -> Iterator[Finding]:
         uses = list(session.scalars(select(UseRow)))
         there = {prefix: set(session.scalars(select(noun.id))) for prefix, noun in nouns.items()}
         jobs = set(session.scalars(select(JobRow.id)))
-        users = jobs | there["sel"]
+        users = jobs | there["sel"] | there["ad"]
         sets = list(session.scalars(select(FeatureSetRow)))
         whole = aliased(DatasetRow)
         cut = DatasetRow.prefix.is_not(None) & ~exists().where(whole.id == DatasetRow.prefix)

@@ -18,6 +18,7 @@ from gradstore.types import AnyJob, GradientsRequest
 from sqlalchemy import delete, select, update
 
 from datastore.doctor import examine
+from datastore.errors import InUse
 from datastore.findings import Finding, mended
 from datastore.leftovers import OLD
 from datastore.schema import ChunkRow, DatasetRow, JobRow, SegmentRow, ShardRow, UseRow
@@ -99,6 +100,16 @@ def age(path: Path) -> None:
 
 def test_a_sound_store_has_nothing_to_find(place: Workplace) -> None:
     assert found(place, older_than=0) == []
+
+
+def test_an_adapter_may_need_its_checkpoint(place: Workplace) -> None:
+    adapter, _ = place.context.adapters.add(place.context.catalog.checkpoints(limit=1).data[0].id)
+    assert found(place) == []
+    with place.context.catalog.transaction() as session:
+        session.add(UseRow(user=features_job(place).id, used=adapter.id))
+    assert found(place) == []
+    with pytest.raises(InUse, match=features_job(place).id):
+        place.context.adapters.remove(adapter.id)
 
 
 @pytest.mark.parametrize(
