@@ -29,6 +29,7 @@ from datastore.catalog import Catalog
 from datastore.influence import Mask, masked
 from datastore.prediction_inputs import Gathering
 from datastore.prediction_reports import BEST, best
+from datastore.predictors import stored_kinds
 from datastore.settings import Settings
 from datastore.store import OpenStore, open_store
 from examples.server import folder_of, running
@@ -81,23 +82,24 @@ def _run(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
     first = folder / "pool.jsonl"
     first.write_text("\n".join(pool.read_text(encoding="utf-8").split("\n")[: arguments.rows]), encoding="utf-8")
     with running(folder / "store", allow=folder) as url, GradientStore(url) as store:
-        whole = store.datasets.upload(pool, name="mixed").id
+        whole = store.datasets.upload(pool, name="mixed", replace=True).id
         dataset = store.datasets.upload(first, name="pool", replace=True).id
-        cheap = [kind for kind in ("output", "hidden", "rds") if kind in arguments.features]
+        learnt_from = PredictorRequest(dataset=dataset, task="any", features=arguments.features)
+        cheap = [kind for kind in stored_kinds(learnt_from) if kind != "embedding"]
         console.print(f"warm-up on {WARM_UP:.0%} of the pool, and gradients of {arguments.rows:,} rows of it")
         training = {**TRAINING, "epochs": arguments.epochs}
         warm_up = store.finetunes.create(model=str(base), dataset=whole, fraction=WARM_UP, **training)
         run = store.finetunes.wait(warm_up, progress=True).result.run
         last = {"checkpoints": [store.runs.get(run).checkpoints[-1].id], "kinds": cheap}
+        owners: list[dict[str, Any]] = [{"dataset": dataset}, *({"task": task} for task in arguments.tasks)]
         for wanted in (
             {"dataset": dataset, "run": run, "kinds": ["adam"]},
-            {"dataset": dataset, **last},
             *({"task": _task(store, arguments.shared, task), "run": run, "kinds": ["sgd"]} for task in arguments.tasks),
-            *({"task": task, **last} for task in arguments.tasks),
+            *({**owner, **last} for owner in owners if cheap),
         ):
             store.gradients.wait(store.gradients.create(**wanted, dims=[DIM]), progress=True)
         if arguments.encoder:
-            _embed(store, _within(folder, arguments.encoder), dataset, arguments.tasks)
+            _embed(store, _within(folder, arguments.encoder), owners)
         opened = open_store(settings := Settings(data=folder / "store"), Catalog(settings.catalog_url))
         for task in arguments.tasks:
             for aggregate in arguments.aggregates:
@@ -186,10 +188,9 @@ def _of_replays(found: Sequence[float], budget: float) -> dict[str, Any]:
     return {"what": f"{len(found)} cascades, {budget:.0%}", "r2": None, **middle}
 
 
-def _embed(store: GradientStore, encoder: str, dataset: str, tasks: Sequence[str]) -> None:
+def _embed(store: GradientStore, encoder: str, owners: Sequence[dict[str, Any]]) -> None:
     """Embeddings of the pool and of the tasks."""
     checkpoint = store.checkpoints.register(model=encoder, name="encoder").id
-    owners: list[dict[str, Any]] = [{"dataset": dataset}, *({"task": task} for task in tasks)]
     for owner in owners:
         job = store.gradients.create(**owner, checkpoints=[checkpoint], kinds=["embedding"])
         store.gradients.wait(job, progress=True)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gradstore.types import Adapter, Checkpoint
+from gradstore.types import Adapter, Checkpoint, CheckpointMethod
 
 from datastore import models
 from datastore.catalog import Catalog, utc_now
@@ -31,6 +31,11 @@ PREFIX = "base_model.model."
 """What PEFT's files put before the name of a module of the base model."""
 DEFAULT_RANK = DEFAULT_ALPHA = 8
 """PEFT's, where a configuration leaves them out."""
+_NO_ADAPTER: Mapping[CheckpointMethod, str] = {
+    "none": "a base model as it is",
+    "full": "a model that was trained in full",
+    "mixture": "a mixture of LoRA experts",
+}
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -117,7 +122,7 @@ class Adapters:
         if checkpoint.method != "lora":
             raise InvalidInput(
                 f"{checkpoint.id} is no adapter ("
-                + ("a base model as it is" if checkpoint.method == "none" else "a model that was trained in full")
+                + _NO_ADAPTER[checkpoint.method]
                 + "): name a checkpoint whose method is lora"
             )
         training = self._training(checkpoint, dataset=dataset, trained_on=trained_on)

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from gradstore.types import Checkpoint, FeatureSet, Run, Task
 
 from datastore.catalog import Catalog
-from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing
+from datastore.errors import Ambiguous, ForeignProjection, GradientsMissing, several
 from datastore.features import LIKE_WITH_LIKE, Features
 from datastore.parameters import ASKED, FOREIGN, OWN, OWN_KINDS, SHARED, Fit, Query, said, telling
 from datastore.selection import rules
@@ -124,15 +124,14 @@ def several_datasets(query: Query, datasets: Sequence[str], path: str, *, catalo
     """Say that one of these datasets is to be named; each choice is a URL that does, by its name where it has one."""
     shared = _of_own_scores(query)
     called = [catalog.dataset(id).name or id for id in datasets]
-    choices = [f"{path}?{urlencode(_said_only(shared | {'dataset': one}), doseq=True)}" for one in called]
-    return Ambiguous(f"there are {len(datasets)} datasets; say which one is meant (dataset)", choices=choices)
+    found = f"there are {len(datasets)} datasets"
+    return several(found, called, parameter="dataset", path=path, said=_said_only(shared | {"dataset": None}))
 
 
 def several_sources(query: Query, ids: Sequence[str], path: str, *, noun: str) -> Ambiguous:
     """Say whose scores are to be named, of predictors, cascades, estimates or projectors (`noun`, plural)."""
     shared = _of_own_scores(query)
-    choices = [f"{path}?{urlencode(_said_only(shared | {'by': id}), doseq=True)}" for id in ids]
-    return Ambiguous(f"{len(ids)} {noun} fit; say which is meant (by), for example by={ids[0]}", choices=choices)
+    return several(f"{len(ids)} {noun} fit", ids, parameter="by", path=path, said=_said_only(shared))
 
 
 def told_apart(found: Sequence[Sequence[FeatureSet]], path: str) -> list[str]:

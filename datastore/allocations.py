@@ -143,7 +143,8 @@ def _parameters(
 ) -> MixtureParameters:
     inputs, ends = sum(inputs for inputs, _ in linears), sum(map(sum, linears))
     routers = sum(
-        _router(settings.router, experts=layer.experts, inputs=inputs, modules=len(linears)) for layer in layers
+        router_parameters(settings.router, experts=layer.experts, inputs=inputs, modules=len(linears))
+        for layer in layers
     )
     experts = sum(layer.experts * layer.rank * ends for layer in layers)
     return MixtureParameters(
@@ -155,7 +156,8 @@ def _parameters(
     )
 
 
-def _router(router: RouterSettings, *, experts: int, inputs: int, modules: int) -> int:
+def router_parameters(router: RouterSettings, *, experts: int, inputs: int, modules: int) -> int:
+    """Numbers of the routers of a layer: `inputs` of all its `modules` together."""
     if router.kind == "single":
         return experts * inputs
     main = 0 if router.gate_scope == "fixed" else router.sub_routers * (inputs + modules)

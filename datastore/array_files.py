@@ -62,7 +62,7 @@ def map_array(path: Path, sha256: str) -> NDArray[Any]:
 
 
 class ArrayFiles(KeptFolders):
-    """The arrays of one kind under one folder."""
+    """The arrays of one kind under one folder: a cache, see `KeptFolders`."""
 
     def get(self, key: str) -> Arrays | None:
         """The arrays of this name; None where there are none, or where their bytes are damaged (they are removed)."""

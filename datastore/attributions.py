@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets
-from datastore.errors import InvalidInput
+from datastore.errors import InvalidInput, refusal
 from datastore.features import LIKE_WITH_LIKE, Features
 from datastore.identity import content_id
 from datastore.index import INDEX_ROWS, Index, Indexes, available
@@ -166,7 +166,7 @@ class Attributions:
             detail = (
                 "an attribution is of the model that has answered, and embeddings are another model's: leave kind out"
             )
-            raise InvalidInput(detail, errors=[ProblemItem(pointer="/kind", detail=detail)])
+            raise refusal(detail, "/kind")
         recipe = AttributionRecipe(
             datasets=list(pools.sets),
             checkpoints=list(pools.checkpoints),
@@ -186,7 +186,7 @@ class Attributions:
         for checkpoint in map(self.catalog.checkpoint, recipe.checkpoints):
             if not checkpoint.has_moments:
                 detail = f"{checkpoint.id} has no Adam moments: leave query_kind out, or ask for sgd or sign"
-                raise InvalidInput(detail, errors=[ProblemItem(pointer="/query_kind", detail=detail)])
+                raise refusal(detail, "/query_kind")
 
     def _index(
         self,

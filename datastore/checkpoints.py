@@ -1,7 +1,8 @@
 """Checkpoints on disk: an adapter (or a whole model), Adam's moments by parameter name, and what is known about them.
 
     <root>/<id>/checkpoint.json       what it is, and the sha256 of every file
-    <root>/<id>/adapter/              PEFT's layout: adapter_config.json, adapter_model.safetensors
+    <root>/<id>/adapter/              PEFT's layout: adapter_config.json, adapter_model.safetensors; and of a mixture of
+                                      LoRA experts mixture.json, see datastore/mixture_files.py
     <root>/<id>/model/                instead of an adapter, where the model was trained in full; a base model that is
                                       registered as it is has neither
     <root>/<id>/moments.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter>; metadata: step
@@ -24,7 +25,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,7 @@ from datastore.depot import LOCAL, Depot, evict
 from datastore.durable import copy_file, sweep, sync_folder, unfinished, write_file
 from datastore.errors import InvalidCheckpoint, InvalidInput, NotFound
 from datastore.identity import content_id, sha256_of
+from datastore.mixture_files import MANIFEST, check_mixture, is_router, read_manifest
 from datastore.sizes import bytes_of
 from datastore.tensors import Header, check_finite, length, read_header
 
@@ -48,6 +50,7 @@ OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 TRAINER_STATE = "trainer_state.json"
 DESCRIPTION = "checkpoint.json"
 FORMAT_VERSION = 1
+NO_MIXTURE_MOMENTS = "a mixture's are not kept: gradient features are of plain adapters and whole models"
 
 CONVERSION_TIMEOUT = 1800.0  # seconds for reading an optimizer file, its base model's configuration included
 UNFINISHED_LIFETIME = 86400.0  # seconds
@@ -105,16 +108,18 @@ class Checkpoints:
         description = Description(
             model=model,
             revision=revision,
-            method="lora" if (source / ADAPTER_CONFIG).exists() else "full",
+            method=_method(source),
             precision=precision,
             step=last_step if step is None else step,
             learning_rate=last_rate if learning_rate is None else learning_rate,
         )
         with unfinished(self._unfinished, "register") as partial:
-            if description.method == "lora":
-                description = _take_adapter(source, partial, description)
-            else:
+            if description.method == "full":
                 description = _take_model(source, partial, description)
+            elif description.method == "mixture":
+                description = _take_mixture(source, partial, description)
+            else:
+                description = _take_adapter(source, partial, description)
             return self._place(partial, description, name=name)
 
     def register_base(
@@ -150,9 +155,10 @@ class Checkpoints:
         The files become the checkpoint's without a copy where the file system has hard links: nobody may change them.
         """
         with unfinished(self._unfinished, "add") as partial:
-            if description.method == "lora":
+            if description.method in {"lora", "mixture"}:
                 _write_config(_config(folder / "adapter"), partial / "adapter", description)
-                link(folder / "adapter" / ADAPTER_WEIGHTS, partial / "adapter" / ADAPTER_WEIGHTS)
+                for file in (ADAPTER_WEIGHTS, *([MANIFEST] if description.method == "mixture" else [])):
+                    link(folder / "adapter" / file, partial / "adapter" / file)
             else:
                 for path in _model_files(folder / "model"):
                     link(path, partial / "model" / path.name)
@@ -214,7 +220,7 @@ class Checkpoints:
 
     def _place(self, partial: Path, description: Description, *, name: str | None) -> Checkpoint:
         """Give a finished folder its name, made from all that is in it."""
-        parameters = _check_lora(partial) if description.method == "lora" else _check_model(partial / "model")
+        parameters = _CHECKS[description.method](partial)
         if not (partial / MOMENTS).exists() and description.moments_note is None:
             raise InvalidCheckpoint(f"{MOMENTS} is missing, and nothing says why")
         for path in sorted(partial.rglob("*.safetensors")):
@@ -387,7 +393,15 @@ def _trainer_state(source: Path) -> tuple[int | None, float | None]:
     return step, sum(rates) / len(rates) if rates else None
 
 
-def _take_adapter(source: Path, partial: Path, description: Description) -> Description:
+def _method(source: Path) -> CheckpointMethod:
+    """What a folder holds."""
+    if not (source / ADAPTER_CONFIG).exists():
+        return "full"
+    return "mixture" if (source / MANIFEST).exists() else "lora"
+
+
+def _take_weights(source: Path, partial: Path, description: Description) -> None:
+    """Copy an adapter's configuration and weights."""
     if not (source / ADAPTER_WEIGHTS).is_file():
         beside = " (adapter_model.bin could run code when loaded)" if (source / "adapter_model.bin").exists() else ""
         raise InvalidCheckpoint(
@@ -396,6 +410,16 @@ def _take_adapter(source: Path, partial: Path, description: Description) -> Desc
         )
     _write_config(_config(source), partial / "adapter", description)
     copy_file(source / ADAPTER_WEIGHTS, partial / "adapter" / ADAPTER_WEIGHTS)
+
+
+def _take_mixture(source: Path, partial: Path, description: Description) -> Description:
+    _take_weights(source, partial, description)
+    copy_file(source / MANIFEST, partial / "adapter" / MANIFEST)
+    return replace(description, moments_note=NO_MIXTURE_MOMENTS)
+
+
+def _take_adapter(source: Path, partial: Path, description: Description) -> Description:
+    _take_weights(source, partial, description)
     _adapter_shapes(partial / "adapter")
     if (source / MOMENTS).is_file():
         copy_file(source / MOMENTS, partial / MOMENTS)
@@ -472,10 +496,29 @@ def _check_lora(partial: Path) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+def _check_mixture(partial: Path) -> int:
+    """Hold a mixture's weights against what its manifest says; returns the number of trained parameters."""
+    folder = partial / "adapter"
+    manifest, header = read_manifest(folder), read_header(folder / ADAPTER_WEIGHTS)
+    shapes = _shapes(header, _config(folder))
+    check_mixture(manifest, header)
+    router_only = manifest.settings.router_only
+    return sum(math.prod(shape) for key, shape in shapes.items() if is_router(key) or not router_only)
+
+
 def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained tensors by their names in the adapter's file."""
+    """Shapes of the trained tensors of a plain adapter by their names in its file."""
     header = read_header(folder / ADAPTER_WEIGHTS)
-    keys = trainable(header, _config(folder))
+    if any(is_router(key) for key in header.tensors):
+        raise InvalidCheckpoint(
+            f"{ADAPTER_WEIGHTS} has routers, so it is a mixture of experts, and {MANIFEST} is missing: send the whole "
+            "folder"
+        )
+    return _shapes(header, _config(folder))
+
+
+def _shapes(header: Header, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    keys = trainable(header, config)
     if not keys:
         raise InvalidCheckpoint(f"{ADAPTER_WEIGHTS} holds no LoRA tensor; it has {_first(sorted(header.tensors))}")
     for key in keys:
@@ -525,6 +568,15 @@ def _check_model(folder: Path) -> int:
     return sum(
         tensor.size for path in sorted(folder.glob("*.safetensors")) for tensor in read_header(path).tensors.values()
     )
+
+
+_CHECKS: Mapping[CheckpointMethod, Callable[[Path], int]] = {
+    "lora": _check_lora,
+    "mixture": _check_mixture,
+    "full": lambda partial: _check_model(partial / "model"),
+    "none": lambda _: 0,
+}
+"""By what was trained, the check of a finished folder; it returns the number of trained parameters."""
 
 
 def _first(names: Sequence[str]) -> str:

@@ -32,7 +32,8 @@ Every message says what to do next.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlencode
 
 from gradstore.types import Problem, ProblemItem
 
@@ -214,6 +215,17 @@ class Ambiguous(Conflict):
         if strange := [choice for choice in choices if not choice.startswith("/") or "?" not in choice]:
             raise ValueError(f"{strange[0]!r} is no path with a query")
         self.choices = list(choices)
+
+
+def several(
+    found: str, names: Sequence[str], *, parameter: str, path: str, said: Mapping[str, object] | None = None
+) -> Ambiguous:
+    """What a request is answered with that would take the only one there is, where there are several: `found` says of
+    what, `parameter` tells them apart by their `names`, and what else was `said` stays.
+    """
+    choices = [f"{path}?{urlencode({**(said or {}), parameter: name}, doseq=True)}" for name in names]
+    detail = f"{found}; say which one is meant ({parameter}), for example {parameter}={names[0]}"
+    return Ambiguous(detail, choices=choices)
 
 
 class UnexpectedError(Exception):

@@ -10,14 +10,14 @@ from math import floor
 from typing import Any
 
 import numpy as np
-from gradstore.types import Dataset, EstimatesRequest, FeatureSet, ProblemItem, Task
+from gradstore.types import Dataset, EstimatesRequest, FeatureSet, Task
 from gradstore.types.estimates import MAX_GROUPS
 
 from datastore import advice, exact_estimates
 from datastore.annotations import Annotations
 from datastore.catalog import Catalog
 from datastore.datasets import Datasets
-from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput
+from datastore.errors import Ambiguous, Conflict, GradientsMissing, refusal
 from datastore.estimate_worlds import EstimateWorlds
 from datastore.features import Features
 from datastore.groupings import MAX_CLUSTERED
@@ -57,7 +57,7 @@ class EstimatePlans:
         tasks = [self.catalog.task(reference) for reference in dict.fromkeys(request.tasks)]
         features, of_tasks = self._feature_sets(request, pool.id, tasks)
         if features.dim > MAX_DIM:
-            raise refused("/dim", f"a regression on {features.dim:,} dims takes too long: at most {MAX_DIM}")
+            raise refusal(f"a regression on {features.dim:,} dims takes too long: at most {MAX_DIM}", "/dim")
         for each in (features, *of_tasks):
             if each.excluded >= each.rows:
                 raise Conflict(
@@ -66,7 +66,7 @@ class EstimatePlans:
                 )
         checkpoint = self.catalog.checkpoint(features.checkpoint)
         if checkpoint.method != "lora":
-            raise refused("/checkpoint", f"{checkpoint.id} has no adapter: estimates are of training one further")
+            raise refusal(f"{checkpoint.id} has no adapter: estimates are of training one further", "/checkpoint")
         annotation = self._annotation(request, pool)
         names = self._group_names(request, pool.id, pool.rows, annotation)
         plan: dict[str, Any] = {
@@ -97,10 +97,10 @@ class EstimatePlans:
     def _check_measurable(self, request: EstimatesRequest, features: FeatureSet, tasks: Sequence[Task]) -> None:
         """Raise `InvalidInput` where a step cannot be taken back through the projection, or measured as asked."""
         if features.projection == "foreign":
-            raise refused("/mode", f"{features.id} was imported: its projection cannot be taken back for mode=exact")
+            raise refusal(f"{features.id} was imported: its projection cannot be taken back for mode=exact", "/mode")
         for task in tasks:
             if request.metric == "accuracy" and self.worlds.metric(task.id) == "none":
-                raise refused("/metric", f"the task {task.name} has not one metric to be measured: send metric=loss")
+                raise refusal(f"the task {task.name} has not one metric to be measured: send metric=loss", "/metric")
 
     def _feature_sets(
         self, request: EstimatesRequest, pool: str, tasks: Sequence[Task]
@@ -141,13 +141,13 @@ class EstimatePlans:
         labels, known = self.annotations.labels(id)
         owner = self.jobs.plan(id)["owner"]
         if owner != pool.id:
-            raise refused("/annotations", f"{id} has labels of {owner}, and the pool is {pool.id}: annotate the pool")
+            raise refusal(f"{id} has labels of {owner}, and the pool is {pool.id}: annotate the pool", "/annotations")
         without = np.flatnonzero(~(known & labels.any(axis=1)))
         if len(without):
-            raise refused(
-                "/annotations",
+            raise refusal(
                 f"{id} has no label of {len(without):,} of {pool.rows:,} rows, the first of them row {without[0]}: "
                 "label all rows (POST /annotations), or send group_by=label with the labels that there are",
+                "/annotations",
             )
         return id
 
@@ -156,29 +156,29 @@ class EstimatePlans:
         if request.group_by == "cluster":
             count = request.clusters or 0
             if count > rows:
-                raise refused("/clusters", f"the pool has {rows:,} rows")
+                raise refusal(f"the pool has {rows:,} rows", "/clusters")
             if rows > MAX_CLUSTERED:
-                raise refused("/group_by", f"at most {MAX_CLUSTERED:,} rows are clustered, and the pool has {rows:,}")
+                raise refusal(f"at most {MAX_CLUSTERED:,} rows are clustered, and the pool has {rows:,}", "/group_by")
             names = [str(number) for number in range(count)]
         elif annotation is not None:
             names = self.worlds.annotated(annotation)[1]
             if len(set(names)) < len(names):
-                raise refused("/annotations", "two sets of labels read alike, joined by +: rename these capabilities")
+                raise refusal("two sets of labels read alike, joined by +: rename these capabilities", "/annotations")
         elif request.labels is not None:
             names = sorted(set(request.labels.values()))
         else:
             names = sorted(self.datasets.label_columns(dataset).origins)
         if len(names) > MAX_GROUPS:
-            raise refused("/group_by", f"there are {len(names):,} groups, and at most {MAX_GROUPS:,} are compared")
+            raise refusal(f"there are {len(names):,} groups, and at most {MAX_GROUPS:,} are compared", "/group_by")
         if len(names) < 2:
-            raise refused("/group_by", f"there is one group alone, {names[0]!r}: subsets must differ")
+            raise refusal(f"there is one group alone, {names[0]!r}: subsets must differ", "/group_by")
         subsets = len(request.subsets) if request.subsets is not None else request.drawn
         if request.search not in SEARCHES and subsets * len(names) > MAX_MEMBERSHIPS:
             detail = f"{subsets:,} subsets of {len(names):,} groups: at most {MAX_MEMBERSHIPS:,} of both, multiplied"
-            raise refused("/subsets" if request.subsets is not None else "/count", detail)
+            raise refusal(detail, "/subsets" if request.subsets is not None else "/count")
         if request.search in ("stepwise", "backward") and len(names) > MAX_SEARCHED:
             detail = f"search={request.search} takes at most {MAX_SEARCHED} groups, and there are {len(names):,}"
-            raise refused("/search", detail)
+            raise refusal(detail, "/search")
         return names
 
 
@@ -206,9 +206,9 @@ def _given(subsets: Sequence[Sequence[str]], names: Sequence[str]) -> Iterator[l
         unknown = next((name for name in subset if name not in numbers), None)
         if unknown is not None:
             there = ", ".join(map(repr, names[:20]))
-            raise refused(f"/subsets/{place}", f"no group is called {unknown!r}; there are {there}")
+            raise refusal(f"no group is called {unknown!r}; there are {there}", f"/subsets/{place}")
         if not subset:
-            raise refused(f"/subsets/{place}", "a subset has at least one group")
+            raise refusal("a subset has at least one group", f"/subsets/{place}")
         yield sorted({numbers[name] for name in subset})
 
 
@@ -238,10 +238,3 @@ def _missing(owner: dict[str, str], checkpoint: str | None, named: dict[str, Any
     return GradientsMissing(
         f"{id} has no log-odds features to estimate from: POST /gradients {json.dumps(body)} computes them", body=body
     )
-
-
-def refused(pointer: str, detail: str) -> InvalidInput:
-    """A request that is refused for what stands at `pointer`, or in the parameter of this name."""
-    if not pointer.startswith("/"):
-        return InvalidInput(detail, errors=[ProblemItem(parameter=pointer, detail=detail)])
-    return InvalidInput(f"{pointer}: {detail}", errors=[ProblemItem(pointer=pointer, detail=detail)])

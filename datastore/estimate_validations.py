@@ -30,8 +30,7 @@ from gradstore.types import (
 from datastore import assembly
 from datastore.array_files import Arrays
 from datastore.correlation import interval, resampled, spearman
-from datastore.errors import Conflict
-from datastore.estimate_plans import refused
+from datastore.errors import Conflict, refusal, several
 from datastore.estimate_worlds import World
 from datastore.estimates import Estimates
 from datastore.finetunes import Finetunes
@@ -77,7 +76,7 @@ class EstimateValidations:
         different = _different(self.estimates.members(job.id, self.estimates.arrays(job.id)))
         if request.subsets > len(different):
             same = f", {len(different):,} of them different" if len(different) < result.subsets else ""
-            raise refused("/subsets", f"{job.id} has {result.subsets:,} subsets{same}")
+            raise refusal(f"{job.id} has {result.subsets:,} subsets{same}", "/subsets")
         task = self._task(request, list(of["tasks"]))
         wanted = {name: getattr(request, name) for name in TrainingRecipe.model_fields}
         found = self.finetunes.plan(FinetuneRequest.model_validate({**wanted, "dataset": of["dataset"]}))
@@ -121,12 +120,13 @@ class EstimateValidations:
 
     def _task(self, request: EstimateValidationRequest, known: Sequence[str]) -> str:
         if request.task is None and len(known) > 1:
-            raise refused("/task", f"the estimates are for {len(known)} tasks: name one")
+            found = f"{request.estimates} has estimates for {len(known)} tasks"
+            raise several(found, known, parameter="task", path="/estimates/validations")
         task = self.estimates.catalog.task(request.task or known[0])
         if task.id not in known:
-            raise refused("/task", f"the estimates are not for {task.name}, but for {', '.join(known)}")
+            raise refusal(f"the estimates are not for {task.name}, but for {', '.join(known)}", "/task")
         if request.split == "test" and not task.test:
-            raise refused("/split", f"the task {task.name} has no test rows: upload it again with some")
+            raise refusal(f"the task {task.name} has no test rows: upload it again with some", "/split")
         return task.id
 
     # Workers' side ----------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from datastore.estimate_parts import (
     recorded_parts,
     unpacked,
 )
-from datastore.estimate_plans import EstimatePlans, refused
+from datastore.estimate_plans import EstimatePlans
 from datastore.estimate_results import OnSubsets, array_of, number_of, overall, preferences, result_of, search
 from datastore.estimate_worlds import EstimateWorlds, World
 from datastore.gradex import UNGROUPED, Groups, Members, Numbers
@@ -58,6 +58,7 @@ from datastore.identity import content_id
 from datastore.influence import Mask
 from datastore.leases import Claim, Jobs
 from datastore.schema import JobFeatureRow, JobRow, ShardRow
+from datastore.selection.rules import refused
 from datastore.subset_searches import SEARCHES
 
 

@@ -34,7 +34,7 @@ from datastore.catalog import Catalog, utc_now
 from datastore.checkpoints import Checkpoints
 from datastore.durations import duration
 from datastore.encoders import Encoder
-from datastore.errors import Ambiguous, Conflict, InvalidInput, NotEnoughSpace, NotFound, refusal
+from datastore.errors import Conflict, InvalidInput, NotEnoughSpace, NotFound, refusal, several
 from datastore.gradients import FeatureStore
 from datastore.identity import content_id
 from datastore.index import Indexes
@@ -293,10 +293,7 @@ class Features:
         if feature_set is not None and feature_set not in known:
             raise NotFound("feature set of this job", feature_set, collection=f"{collection(job.kind)}/{job.id}")
         if feature_set is None and len(known) > 1:
-            raise Ambiguous(
-                f"{job.id} has {len(known)} feature sets; say which one of its result is meant (feature_set)",
-                choices=[f"{path}?feature_set={id}" for id in known],
-            )
+            raise several(f"{job.id} has {len(known)} feature sets", known, parameter="feature_set", path=path)
         return self.get(feature_set or known[0])
 
     def all_of_job(self, job: AnyJob) -> list[str]:
@@ -382,6 +379,13 @@ class Features:
 
     def _check(self, checkpoint: Checkpoint, *, kinds: Sequence[FeatureKind], request: GradientsRequest) -> None:
         """Refuse what cannot be computed at a checkpoint. Raises `InvalidInput`."""
+        if checkpoint.method == "mixture":
+            raise refusal(
+                f"{checkpoint.id} is a mixture of LoRA experts, of which there are no features: which experts a token "
+                "goes to, and with what weight, changes with what is trained. Take features at the base model or at a "
+                "plain adapter",
+                pointer="/checkpoints",
+            )
         if checkpoint.method == "lora" and request.weights:
             raise refusal(
                 f"{checkpoint.id} is a LoRA adapter, whose gradients are those of its own matrices: leave weights out, "

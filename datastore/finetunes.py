@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradstore.types import AnyJob, Estimate, FinetuneRequest, Method, Precision
+from gradstore.types import AnyJob, Estimate, FinetuneRequest, Precision
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from datastore import finetune_mixtures as mixtures
 from datastore import models
 from datastore.catalog import Catalog
 from datastore.checkpoints import Checkpoints
@@ -29,7 +30,8 @@ from datastore.settings import Settings
 from datastore.sizes import free_bytes
 
 MOMENTS_BYTES = 8  # of a trainable parameter in a checkpoint: two moments in float32
-STORED_BYTES = 4 + MOMENTS_BYTES  # of an adapter's parameter in a checkpoint: float32, too
+WEIGHT_BYTES = 4  # of a mixture's parameter in a checkpoint: float32, and no moments
+STORED_BYTES = WEIGHT_BYTES + MOMENTS_BYTES  # of an adapter's parameter in a checkpoint: float32, too
 TRAINED_BYTES = 16  # of a trainable parameter in memory: weight, moments and gradient in float32
 
 
@@ -44,6 +46,8 @@ class FinetunePlan:
     selection: str | None
     rows: int
     steps: int
+    experts: Sequence[str] = ()
+    """Adapters of the bank that a mixture's experts begin as."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -54,6 +58,7 @@ class FinetunePlan:
             "dataset": self.dataset,
             "selection": self.selection,
             "row_count": self.rows,
+            **({"experts": list(self.experts)} if self.experts else {}),
         }
 
 
@@ -83,7 +88,7 @@ class Finetunes:
             plan=plan.settings,
             shards=[NewShard(payload={}, units=plan.steps)],
             name=request.name,
-            uses=[name for name in (plan.dataset, plan.selection) if name is not None],
+            uses=[name for name in (plan.dataset, plan.selection, *plan.experts) if name is not None],
         )
 
     def plan(self, request: FinetuneRequest) -> FinetunePlan:
@@ -97,9 +102,11 @@ class Finetunes:
             pool = self.catalog.dataset(request.dataset or "")
             dataset, rows = pool.id, _drawn(request, pool.rows)
         revision = models.revision_of(model, request.revision)  # the hub is asked when all else is well
-        meant = request.model_dump(mode="json", exclude={"name", "dry_run"})
+        experts = self._experts(request, model, revision)
+        plain = set() if request.mixture else {"mixture", "experts_from"}  # ids from before there were mixtures
+        meant = request.model_dump(mode="json", exclude={"name", "dry_run", *plain})
         meant |= {"model": model, "revision": revision, "dataset": dataset, "selection": selection}
-        meant |= {"rows": rows, "fraction": None}
+        meant |= {"rows": rows, "fraction": None, **({"experts_from": experts} if request.mixture else {})}
         return FinetunePlan(
             id=content_id("ft", meant),
             model=model,
@@ -108,7 +115,22 @@ class Finetunes:
             selection=selection,
             rows=rows,
             steps=math.ceil(rows / request.batch_size) * request.epochs,
+            experts=experts,
         )
+
+    def _experts(self, request: FinetuneRequest, model: str, revision: str) -> list[str]:
+        """Adapters that a mixture's experts begin as. Raises `NotFound`, and `InvalidInput` where they do not fit."""
+        if request.mixture is None:
+            return []
+        size = models.described(model, revision)[1]
+        if size is not None:
+            mixtures.refuse_unfit(request.mixture, size)
+        found = [self.catalog.adapter(reference) for reference in request.experts_from or ()]
+        if found:
+            mixtures.refuse_experts(
+                request.mixture, found, model=model, revision=revision, layers=size.layers if size else 0
+            )
+        return [adapter.id for adapter in found]
 
     def estimate(
         self, request: FinetuneRequest, plan: FinetunePlan, *, lengths: models.Lengths, size: models.Size | None
@@ -122,7 +144,7 @@ class Finetunes:
             self.jobs,
             kind="finetune",
             units=tokens * request.epochs,
-            done=lambda job: _trained_tokens(job, plan.model, request.method),
+            done=lambda job: _trained_tokens(job, plan.model, request),
             operations=None if size is None else tokens * request.epochs * _operations(request, size),
             precision=None if request.precision == "auto" else request.precision,
             alone=True,
@@ -157,10 +179,13 @@ class Finetunes:
     def _stored_bytes(self, request: FinetuneRequest, size: models.Size | None) -> int:
         """Bytes of the checkpoints that are kept; 0 where the base model's size is not known.
 
-        Of a LoRA training those of all epochs, of a full one the last model in its precision, and its moments.
+        Of a LoRA training those of all epochs, of a mixture's, too, but without moments; of a full one the last model
+        in its precision, and its moments.
         """
         if size is None:
             return 0
+        if request.mixture is not None:
+            return request.epochs * mixtures.parameters(request.mixture, size) * WEIGHT_BYTES
         if request.method == "lora":
             return request.epochs * size.lora_parameters(request.lora) * STORED_BYTES
         return size.stored_bytes(self._precision(request)) + size.parameters * MOMENTS_BYTES
@@ -169,7 +194,7 @@ class Finetunes:
         precision = self._precision(request)
         lora = request.method == "lora"
         base = size.stored_bytes(request.quantisation or precision) if lora else 0
-        trained = size.lora_parameters(request.lora) if lora else size.parameters
+        trained = _adapter_parameters(request, size) if lora else size.parameters
         activations = size.activation_bytes(
             tokens=min(request.device_batch_size, request.batch_size) * longest,
             item_bytes=models.ITEM_BYTES[precision],
@@ -197,13 +222,24 @@ def _drawn(request: FinetuneRequest, rows: int) -> int:
 def _operations(request: FinetuneRequest, size: models.Size) -> float:
     """Floating-point operations of one token."""
     full = request.method == "full"
-    trained = 0 if full else size.lora_parameters(request.lora)
+    trained = 0 if full else _adapter_parameters(request, size)
     return size.operations(trained, full=full, checkpointing=request.gradient_checkpointing)
 
 
-def _trained_tokens(job: JobRow, model: str, method: Method) -> float:
-    """Tokens that a finished fine-tune trained on in all epochs, 0 where it was of another model or method."""
-    like = job.plan["model"] == model and job.request["method"] == method
+def _adapter_parameters(request: FinetuneRequest, size: models.Size) -> int:
+    """Numbers of the adapter, or of the mixture, that is put on the model."""
+    if request.mixture is not None:
+        return mixtures.parameters(request.mixture, size)
+    return size.lora_parameters(request.lora)
+
+
+def _trained_tokens(job: JobRow, model: str, request: FinetuneRequest) -> float:
+    """Tokens that a finished fine-tune trained on in all epochs, 0 where it was of another model, or trained otherwise.
+
+    A mixture's are those of mixtures alone, which take longer for a token.
+    """
+    like = job.plan["model"] == model and job.request["method"] == request.method
+    like = like and (job.request.get("mixture") is None) == (request.mixture is None)
     return float((job.result or {}).get("tokens", 0) * job.request["epochs"]) if like else 0.0
 
 

@@ -1,6 +1,11 @@
 """Folders of one kind that are kept under names of their own: each whole or absent, and never changed.
 
 What lies in one is its room's business (array_files.py, matrices.py, projector_files.py).
+
+Where one is damaged, what its room does goes by what is lost. A cache (arrays, scores) can be made again from what is
+stored: its `get` removes what is damaged and returns None, as if it had not been made. An original (matrices, which are
+uploaded or computed for a job, and projectors, which are trained) is what a result stands on: reading one raises
+`Damaged`, which says what to delete and make again, and removes nothing.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Matrix:
 
 
 class Matrices(KeptFolders):
-    """The matrices under one folder."""
+    """The matrices under one folder: originals, see `KeptFolders`."""
 
     def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
         super().__init__(root, pattern="matrix_*", depot=depot)

@@ -20,7 +20,7 @@ from gradstore.types import LoraSettings, Precision, ProblemItem, Quantisation
 
 from datastore import hub
 from datastore.archives import allowed_folder, allowed_path
-from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
+from datastore.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed, refusal
 from datastore.identity import DIGITS
 from datastore.rows import Example
 from datastore.tensors import TensorInfo, read_header
@@ -54,7 +54,7 @@ def resolve(model: str, *, roots: Sequence[Path]) -> str:
         raise PathNotAllowed(detail, errors=[ProblemItem(pointer="/model", detail=detail)]) from error
     if not (folder / "config.json").is_file():
         detail = f"{model!r} is no model: the folder has no config.json"
-        raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])
+        raise refusal(detail, "/model")
     try:
         allowed_folder(folder, roots)
         refuse_weights_elsewhere(folder)
@@ -96,19 +96,19 @@ def revision_of(model: str, revision: str | None) -> str:
     if not folder.is_absolute():
         if revision is not None and not REVISION.fullmatch(revision):
             detail = f"{revision[:100]!r} is no branch, tag or commit of a model of the hub"
-            raise InvalidInput(detail, errors=[ProblemItem(pointer="/revision", detail=detail)])
+            raise refusal(detail, "/revision")
         return hub.commit(model, revision)
     if not folder.is_dir():
         detail = f"the base model {model} is not on this machine: put the folder back"
-        raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)])
+        raise refusal(detail, "/model")
     try:
         found = fingerprint(folder)
     except PermissionError as error:
         detail = f"{error.filename} may not be read here: let the user that the service runs as read the model's files"
-        raise InvalidInput(detail, errors=[ProblemItem(pointer="/model", detail=detail)]) from error
+        raise refusal(detail, "/model") from error
     if revision is not None and revision != found:
         detail = f"{model} holds the revision {found} and not {revision}: its files have changed"
-        raise InvalidInput(detail, errors=[ProblemItem(pointer="/revision", detail=detail)])
+        raise refusal(detail, "/revision")
     return found
 
 

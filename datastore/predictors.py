@@ -38,7 +38,7 @@ from datastore.catalog import Catalog
 from datastore.correlation import Numbers
 from datastore.datasets import Datasets
 from datastore.durations import duration
-from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput, refusal
+from datastore.errors import Ambiguous, Conflict, GradientsMissing, InvalidInput, refusal, several
 from datastore.features import Features
 from datastore.identity import content_id
 from datastore.influence import NO_SUBTASK, Floats, Mask, TaskScores, masked
@@ -241,8 +241,8 @@ class Predictors:
                 body=body,
             )
         if len(found) > 1:
-            choices = [f"/predictors?encoder={id}" for id in found]
-            raise Ambiguous(f"{pool.id} has embeddings of {len(found)} encoders; say which (encoder)", choices=choices)
+            several_encoders = f"{pool.id} has embeddings of {len(found)} encoders"
+            raise several(several_encoders, found, parameter="encoder", path="/predictors")
         return found[0]
 
     def _outside(

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 
 
 class ProjectorFiles(KeptFolders):
-    """The projectors under one folder."""
+    """The projectors under one folder: originals, see `KeptFolders`."""
 
     def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
         super().__init__(root, pattern="proj_*", depot=depot)

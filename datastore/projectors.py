@@ -16,7 +16,6 @@ import numpy as np
 from gradstore.types import (
     AnnotationResult,
     AnyJob,
-    ProblemItem,
     ProjectorEpoch,
     ProjectorEstimate,
     ProjectorRequest,
@@ -27,7 +26,7 @@ from sqlalchemy.orm import Session
 
 from datastore.annotations import Annotations
 from datastore.durations import duration
-from datastore.errors import Conflict, Damaged, InvalidInput
+from datastore.errors import Conflict, Damaged, refusal
 from datastore.identity import content_id
 from datastore.leases import Claim, Jobs, NewShard
 from datastore.owners import Owner
@@ -117,7 +116,7 @@ class Projectors:
         owner = self.jobs.plan(annotation.id)["owner"]
         if owner != streams.owner.id:
             detail = f"these are labels of {owner}, and the streams are of {streams.owner.id}"
-            raise InvalidInput(detail, errors=[ProblemItem(pointer="/annotations", detail=detail)])
+            raise refusal(detail, "/annotations")
         labelled = AnnotationResult.model_validate(annotation.result and annotation.result.model_dump()).labelled_rows
         if (usable := min(labelled, self.sets.present_rows(streams))) < LEAST_ROWS:
             raise Conflict(

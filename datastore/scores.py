@@ -368,7 +368,10 @@ def _unit_rows(view: Rows, usable: NDArray[np.bool_]) -> Floats:
 
 
 class ScoreCache:
-    """Scores under the hash of all that they depend on: three .npy files and a manifest each, never a pickle."""
+    """Scores under the hash of all that they depend on: three .npy files and a manifest each, never a pickle.
+
+    A cache in the sense of `KeptFolders`: what is damaged is removed, and made again by whoever asks.
+    """
 
     def __init__(self, root: Path, *, depot: Depot = LOCAL) -> None:
         self.root, self._depot = root, depot

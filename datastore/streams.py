@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradstore.types import AbsentRow, AnyJob, ProblemItem, StreamRequest, StreamResult
+from gradstore.types import AbsentRow, AnyJob, StreamRequest, StreamResult
 from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from datastore import shards
 from datastore.catalog import Catalog
-from datastore.errors import Conflict, Damaged, InvalidInput
+from datastore.errors import Conflict, Damaged, InvalidInput, refusal
 from datastore.feature_files import Numbers, of_features
 from datastore.features import DEFAULT_MAX_LENGTH, Features
 from datastore.identity import content_id
@@ -72,7 +72,7 @@ class Streams:
         """
         if request.kind == "upload":
             detail = "send the rows as a file of a form, or say kind=gradients, hidden or routing"
-            raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/kind")])
+            raise refusal(detail, "/kind")
         return self._of_gradients(request) if request.kind == "gradients" else self._of_states(request)
 
     def upload(self, request: StreamRequest, folder: Path) -> tuple[AnyJob, bool]:

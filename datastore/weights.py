@@ -6,9 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from gradstore.types import ProblemItem
-
-from datastore.errors import InvalidInput
+from datastore.errors import refusal
 
 SHOWN = 15  # names in a refusal: the weights of a layer, of which a model has many, count once
 
@@ -32,5 +30,5 @@ def chosen(patterns: Sequence[str], names: Collection[str]) -> list[str]:
                 f"the model has no parameter {pattern!r}; it has {shown} (a weight that two layers share has the name "
                 "of the first one)"
             )
-            raise InvalidInput(detail, errors=[ProblemItem(detail=detail, pointer="/weights")])
+            raise refusal(detail, "/weights")
     return matching(patterns, names)

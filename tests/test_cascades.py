@@ -186,7 +186,7 @@ def test_select_says_which_cascade_to_send_for_until_it_is_done(cascading: Casca
     recipe, _ = cascading.store.recipes.resolve(query, path="/select")
     assert (recipe.by, recipe.aggregate) == (job.id, "avg")
     cascading.done(budget=0.2)
-    with pytest.raises(Ambiguous, match=r"2 cascades fit; say which is meant \(by\)") as several:
+    with pytest.raises(Ambiguous, match=r"2 cascades fit; say which one is meant \(by\)") as several:
         cascading.select(method="cascade", pct=0.1)
     urls = [urlsplit(url) for url in several.value.choices]
     assert {(url.path, *parse_qs(url.query)["method"]) for url in urls} == {("/select", "cascade")}

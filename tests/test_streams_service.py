@@ -14,6 +14,7 @@ from gradstore.types import Dataset
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from datastore import feature_files
 from datastore.annotations import Reply
 from tests.serving import Service, problem_of, serving
 
@@ -124,6 +125,22 @@ def test_what_is_asked_of_a_streams_rows_is_checked(
     (matrix,) = service.backend.settings.matrices.glob("matrix_*")
     (matrix / "rows.npy").write_bytes(b"damaged")
     assert "delete what it is part of" in problem_of(service.http.get(where), 500).detail
+
+
+def test_ids_that_no_header_of_safetensors_holds_are_refused_and_fewer_rows_or_npy_are_not(
+    service: Service, store: GradientStore, pool: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.streams.upload(folder_of(tmp_path / "mine", ["row-2"]), dataset=pool.id, name="mine")
+    where = f"/streams/{job.id}/content"
+    whole = service.http.get(f"{where}?format=safetensors").content
+    header = int.from_bytes(whole[:8], "little")
+    monkeypatch.setattr(feature_files, "MAX_HEADER", header - 1)
+    told = problem_of(service.http.get(f"{where}?format=safetensors"), 422).detail
+    assert f"at most {header - 1:,} bytes" in told
+    assert service.http.get(f"{where}?format=safetensors&stop=1").is_success
+    assert np.load(io.BytesIO(service.http.get(where).content)).shape == (ROWS, 2)
+    monkeypatch.setattr(feature_files, "MAX_HEADER", header)
+    assert service.http.get(f"{where}?format=safetensors").content == whole
 
 
 def test_labels_go_up_and_come_back_by_row(store: GradientStore, pool: Dataset) -> None:

@@ -39,7 +39,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from gradstore.types import FinetuneRequest, LossPoint, Precision, TrainingRecipe
+from gradstore.types import FinetuneRequest, LossPoint, MixtureSettings, Precision, TrainingRecipe
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -55,13 +55,16 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from datastore.checkpoints import MOMENTS, Description, link
+from datastore.checkpoints import MOMENTS, NO_MIXTURE_MOMENTS, Description, link
 from datastore.durable import sync_folder, write_file
 from datastore.errors import InvalidInput, first_line
 from datastore.rows import Example
 from datastore.selection.top import count
 from worker import moments
 from worker.batches import Encoded, Unsupervised, collate, encode
+from worker.mixtures.folders import save_mixture
+from worker.mixtures.model import has_mixture, make_mixture
+from worker.mixtures.training import BalancedTrainer
 from worker.models import DTYPES, load_model, load_tokenizer, use_gradient_checkpointing
 
 log = logging.getLogger(__name__)
@@ -133,17 +136,20 @@ def finetune(
     *,
     work: Path,
     device: torch.device,
+    experts: Sequence[Path] = (),
     attempt: str = "1",
     on_step: Callable[[int, int], None] = lambda _done, _total: None,
     save_seconds: float = SAVE_SECONDS,
 ) -> Finetuned:
     """Train on `examples` and leave a checkpoint per epoch (of a full fine-tune only the last) in `work`.
 
+    `experts` are the folders of the adapters that the experts of a mixture begin as; without any they are fresh.
     `on_step(done, total)` is called after every forward and backward pass; an exception of its own ends the training,
     and another attempt goes on from what was saved last. Raises `InvalidInput` where nothing can be trained on, the
     model cannot be trained so, or the loss diverges.
     """
-    setup = _Setup.of(examples, request, device)
+    mixture = None if request.mixture is None else _Beginning(request.mixture, experts)
+    setup = _Setup.of(examples, request, device, mixture)
     home = work / attempt
     started = _take_over(work, home)
     keeper = _Keeper(home, request, setup.precision, setup.tokenizer, on_step=on_step, save_seconds=save_seconds)
@@ -194,6 +200,15 @@ def train(
 
 
 @dataclass(frozen=True)
+class _Beginning:
+    """A mixture before its training."""
+
+    settings: MixtureSettings
+    experts: Sequence[Path]
+    """Folders of the adapters that its experts are; none where they are fresh."""
+
+
+@dataclass(frozen=True)
 class _Setup:
     """What a training begins with."""
 
@@ -202,9 +217,16 @@ class _Setup:
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
     rows: _Rows
+    mixture: _Beginning | None
 
     @classmethod
-    def of(cls, examples: Iterable[Example], request: TrainingRecipe, device: torch.device) -> _Setup:
+    def of(
+        cls,
+        examples: Iterable[Example],
+        request: TrainingRecipe,
+        device: torch.device,
+        mixture: _Beginning | None = None,
+    ) -> _Setup:
         precision = chosen_precision(request.precision, device)
         tokenizer = load_tokenizer(request.model, request.revision)
         rows = _Rows.of(examples, request, tokenizer)
@@ -213,16 +235,18 @@ class _Setup:
                 f"none of the {rows.skipped:,} rows leaves a token to learn from; "
                 f"the first one: {rows.first_reason or 'there are no rows'}"
             )
-        return cls(request, device, precision, tokenizer, rows)
+        return cls(request, device, precision, tokenizer, rows, mixture)
 
     def trainer(self, folder: Path, watch: _Watch) -> _Trainer:
         """A Trainer of a new model, with nothing done yet."""
-        trainer = _Trainer(
-            model=_trainable_model(self.request, self.precision, self.device),
+        trainer = (_Trainer if self.mixture is None else _MixtureTrainer)(
+            model=_trainable_model(self.request, self.precision, self.device, self.mixture),
             args=_arguments(self.request, self.precision, folder, self.device),
             train_dataset=self.rows,
             data_collator=_collator(self.tokenizer),
         )
+        if isinstance(trainer, _MixtureTrainer) and self.mixture is not None:
+            trainer.mixture = self.mixture.settings
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         return trainer
@@ -277,7 +301,7 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[dict[str
 
 
 def _trainable_model(
-    request: TrainingRecipe, precision: Precision, device: torch.device
+    request: TrainingRecipe, precision: Precision, device: torch.device, mixture: _Beginning | None
 ) -> PreTrainedModel | PeftModel:
     full = request.method == "full"
     base = load_model(
@@ -292,6 +316,8 @@ def _trainable_model(
         use_gradient_checkpointing(base)
     if full:
         return base.requires_grad_(True)
+    if mixture is not None:
+        return make_mixture(base, mixture.settings, experts=mixture.experts, seed=request.seed)
     alpha = float(request.lora.alpha)
     lora = LoraConfig(
         r=request.lora.r,
@@ -356,7 +382,10 @@ def _arguments(request: TrainingRecipe, precision: Precision, folder: Path, devi
 
 
 def _save_weights(model: PreTrainedModel | PeftModel, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write an adapter, or a whole model in `dtype`, as safetensors."""
+    """Write an adapter, a mixture with its manifest, or a whole model in `dtype`, as safetensors."""
+    if isinstance(model, PeftModel) and has_mixture(model):
+        save_mixture(model, folder)
+        return
     if isinstance(model, PeftModel):
         # "auto" would ask the hub whether the vocabulary has grown; it has not
         model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -381,6 +410,10 @@ class _Trainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights to `output_dir`."""
         _save_weights(cast("PreTrainedModel | PeftModel", self.model), Path(output_dir or str(self.args.output_dir)))
+
+
+class _MixtureTrainer(BalancedTrainer, _Trainer):
+    """The same of a mixture, with its load-balance loss."""
 
 
 class _Watch(TrainerCallback):
@@ -439,17 +472,19 @@ class _Keeper(_Watch):
         full = self._request.method == "full"
         if full and state.global_step < state.max_steps:
             return  # a whole model with its moments per epoch fills disks
+        mixture = isinstance(kept["model"], PeftModel) and has_mixture(kept["model"])
         epoch = round(state.epoch or 0)
         description = Description(
             model=self._request.model,
             revision=self._request.revision,
-            method=self._request.method,
+            method="mixture" if mixture else self._request.method,
             precision=self._precision,
             epoch=epoch,
             step=state.global_step,
             learning_rate=_mean_rate(state.log_history, epoch),
             template=self._request.template,
             max_length=self._request.max_length,
+            moments_note=NO_MIXTURE_MOMENTS if mixture else None,
         )
         target = self._home / "epochs" / str(epoch)
         partial = target.with_name(f"{epoch}.partial")
@@ -460,7 +495,8 @@ class _Keeper(_Watch):
             self._tokenizer.save_pretrained(str(partial / "files" / "model"))
         else:
             _save_weights(kept["model"], partial / "files" / "adapter")
-        moments.write(partial / "files" / MOMENTS, moments.of_optimizer(_bare(kept["optimizer"]), kept["model"]))
+        if not mixture:
+            moments.write(partial / "files" / MOMENTS, moments.of_optimizer(_bare(kept["optimizer"]), kept["model"]))
         write_file(partial / "description.json", json.dumps(asdict(description)).encode())
         _sync(partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -493,12 +529,17 @@ def _mean_rate(history: Sequence[dict[str, float]], epoch: int) -> float:
 def loss_curve(history: Sequence[dict[str, float]]) -> list[LossPoint]:
     """The losses in a Trainer's log, thinned to at most `CURVE_POINTS` means."""
     entries = [entry for entry in history if "loss" in entry]
+
+    def mean(group: Sequence[dict[str, float]], of: str) -> float:
+        return math.fsum(entry[of] for entry in group) / len(group)
+
     width = -(-len(entries) // CURVE_POINTS) if entries else 1
     return [
         LossPoint(
             step=int(group[-1]["step"]),
             epoch=group[-1]["epoch"],
-            loss=math.fsum(entry["loss"] for entry in group) / len(group),
+            loss=mean(group, "loss"),
+            balance=mean(group, "balance") if "balance" in group[-1] else None,
             learning_rate=group[-1]["learning_rate"],
         )
         for group in (entries[start : start + width] for start in range(0, len(entries), width))

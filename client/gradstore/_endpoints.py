@@ -44,6 +44,7 @@ from gradstore.types import (
     CascadeEstimate,
     CascadeJob,
     Checkpoint,
+    Combination,
     Combine,
     ComparisonEstimate,
     Contestant,
@@ -75,6 +76,7 @@ from gradstore.types import (
     LogoddsForm,
     LoraSettings,
     Method,
+    MixtureSettings,
     Overlaps,
     Page,
     Precision,
@@ -648,17 +650,19 @@ class Trained(TypedDict, total=False):
 class FinetuneFields(Trained, Training, total=False):
     """The fields of `gradstore.types.FinetuneRequest`, which describes them and has their defaults."""
 
+    mixture: MixtureSettings | Mapping[str, Any] | None
+    experts_from: str | Sequence[str] | None
     name: str | None
 
 
 def finetunes_create(**fields: Unpack[FinetuneFields]) -> Call[FinetuneJob]:
     """Fine-tune a model on a selection, a dataset, or a random part of one; the defaults are LESS's recipe."""
-    return _post("finetunes", FinetuneJob, **fields)
+    return _post("finetunes", FinetuneJob, **_lists(fields))
 
 
 def finetunes_estimate(**fields: Unpack[FinetuneFields]) -> Call[Estimate]:
     """Say what `create` with the same arguments would cost, and start nothing."""
-    return _post("finetunes", Estimate, **fields, dry_run=True)
+    return _post("finetunes", Estimate, **_lists(fields), dry_run=True)
 
 
 # Evaluations ------------------------------------------------------------------------------------------------------
@@ -669,8 +673,16 @@ class EvaluationFields(TypedDict, total=False):
 
     finetune: str | None
     checkpoint: str | None
+    adapter: str | None
+    adapters: Sequence[str] | None
     model: str | None
     revision: str | None
+    combine: Combination | None
+    merge_weights: Sequence[float] | None
+    merge_rank: int | None
+    merge_density: float | None
+    arrow_top_k: int | None
+    arrow_temperature: float | None
     tasks: Required[str | Sequence[str]]
     baseline: bool | None
     max_rows: int | None
@@ -1252,7 +1264,7 @@ def _many(value: Any) -> list[Any]:
 
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    several = {"checkpoints", "datasets", "dims", "kinds", "layers", "origins", "tasks", "weights"}
+    several = {"checkpoints", "datasets", "dims", "experts_from", "kinds", "layers", "origins", "tasks", "weights"}
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 
 

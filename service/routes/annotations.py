@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Response
 from fastapi.responses import JSONResponse
-from gradstore.types import AnnotatedRows, AnnotationEstimate, AnnotationJob, AnnotationRequest, ProblemItem
+from gradstore.types import AnnotatedRows, AnnotationEstimate, AnnotationJob, AnnotationRequest
 from gradstore.types import Request as RequestBody
 from pydantic import ConfigDict, Field
 
-from datastore.errors import InvalidInput
+from datastore.selection.rules import refused
 from service.dependencies import BackendDep, Reference
 from service.forms import Form, form_or_json
 from service.openapi import starting, upload
@@ -43,7 +43,7 @@ def create_annotation(backend: BackendDep, sent: Sent, response: Response) -> An
     request = sent.read(AnnotationRequest, files=["file"])
     if request.by != "upload" or request.again is not None:
         detail = "a file says the labels itself: send JSON for by=origin, by=labeller and again"
-        raise InvalidInput(detail, errors=[ProblemItem(parameter="by", detail=detail)])
+        raise refused("by", detail)
     job, _ = backend.annotations.upload(request, sent.only_file("file").path)
     return started(backend, job, response, model=AnnotationJob)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Query, Response
-from gradstore.types import Page, ProblemItem, Rename, Run, RunCreate
+from gradstore.types import Page, Rename, Run, RunCreate
 
 from datastore.checkpoints import run_id
-from datastore.errors import InUse, InvalidInput
+from datastore.errors import InUse, refusal
 from datastore.schema import RunRow
 from service.dependencies import BackendDep, Paging, Reference
 from service.routing import noun
@@ -27,7 +27,7 @@ def create_run(backend: BackendDep, body: RunCreate, response: Response) -> Run:
     checkpoints = [backend.catalog.checkpoint(reference).id for reference in body.checkpoints]
     if len(set(checkpoints)) < len(checkpoints):
         detail = "a checkpoint is named twice"
-        raise InvalidInput(detail, errors=[ProblemItem(pointer="/checkpoints", detail=detail)])
+        raise refusal(detail, "/checkpoints")
     id = run_id(checkpoints)
     known = is_recorded(backend.catalog, RunRow, id)
     run = backend.catalog.add_run(id=id, checkpoints=checkpoints, name=body.name)

@@ -6,10 +6,10 @@ import json
 from typing import Annotated
 
 from fastapi import Depends, Query, Request, Response
-from gradstore.types import ProblemItem, StreamJob, StreamRequest
+from gradstore.types import StreamJob, StreamRequest
 
 from datastore import feature_files
-from datastore.errors import InvalidInput
+from datastore.selection.rules import refused
 from service.dependencies import BackendDep, Reference
 from service.files import NPY, SAFETENSORS, ArrayQuery, array, tag
 from service.forms import Form, form_or_json
@@ -41,7 +41,7 @@ def create_stream(backend: BackendDep, sent: Sent, response: Response) -> Stream
     request = sent.read(StreamRequest, files=["files", "file"])
     if request.kind != "upload":
         detail = "files are of kind=upload: send JSON for the other kinds"
-        raise InvalidInput(detail, errors=[ProblemItem(parameter="kind", detail=detail)])
+        raise refused("kind", detail)
     job, _ = backend.streams.upload(request, sent.content())
     return started(backend, job, response, model=StreamJob)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from gradstore.types import Checkpoint, FinetuneRequest, FinetuneResult
 from sqlalchemy.orm import Session
@@ -37,6 +38,7 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
             request,
             work=folder,
             device=context.device,
+            experts=_experts(claim, context),
             attempt=str(claim.token),
             on_step=heartbeat.report,
         )
@@ -84,6 +86,12 @@ def _kept(epoch: Epoch, context: Context, request: FinetuneRequest) -> Checkpoin
     except InvalidCheckpoint as error:
         what = f"after epoch {epoch.description.epoch} the weights or their moments are not finite"
         raise Diverged(what, rate=request.learning_rate, precision=epoch.description.precision) from error
+
+
+def _experts(claim: Claim, context: Context) -> list[Path]:
+    """The files of the adapters that a mixture's experts begin as."""
+    found = (context.catalog.adapter(id) for id in claim.plan.get("experts") or ())
+    return [context.checkpoints.weights(adapter.checkpoint) for adapter in found]
 
 
 def _training_examples(claim: Claim, context: Context, request: FinetuneRequest) -> Iterator[Example]:

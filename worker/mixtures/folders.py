@@ -7,32 +7,17 @@ PEFT by itself refuses such a folder for the shapes of its weights, and so does 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
 
-from gradstore.types import MixtureSettings, Request
 from peft import PeftModel
-from pydantic import Field, ValidationError
 from transformers import PreTrainedModel
 
 from datastore.allocations import expand
 from datastore.durable import write_file
-from datastore.errors import InvalidInput
+from datastore.errors import InvalidCheckpoint, InvalidInput
+from datastore.mixture_files import MANIFEST, Manifest, read_manifest
 from worker.mixtures.layer import Mixture
 from worker.mixtures.model import layers_of, of_model, peft_config, refuse_unknown_modules
 from worker.models import ModelError, load_adapter
-
-MANIFEST = "mixture.json"
-
-
-class Manifest(Request):
-    """What `mixture.json` says."""
-
-    format: Literal["gradstore-mixture-1"] = "gradstore-mixture-1"
-    settings: MixtureSettings
-    layers: int
-    """Of the base model."""
-    alphas: Annotated[list[float], Field(min_length=1)]
-    """Of each expert: its output is multiplied by alpha / rank."""
 
 
 def save_mixture(model: PeftModel, folder: Path) -> None:
@@ -50,7 +35,7 @@ def load_mixture(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises ModelError where there is no manifest, where the base model is another, or where a weight of an expert or a
     router is missing, left over or of another shape; `base` is then as it was.
     """
-    manifest = read_manifest(folder)
+    manifest = _manifest(folder)
     if manifest.layers != layers_of(base):
         raise ModelError(
             f"the mixture is of a model of {manifest.layers} layers, and this one has {layers_of(base)}: "
@@ -67,17 +52,8 @@ def load_mixture(base: PreTrainedModel, folder: Path) -> PeftModel:
     return load_adapter(base, folder, config=peft_config(mixture))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """What the folder says of its mixture. Raises ModelError where it says nothing, or not enough."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ModelError(
-            f"{MANIFEST} is missing: without it nobody knows which mixture the weights are of. Copy the whole folder "
-            "that save_mixture wrote; plain adapters are loaded by load_adapter"
-        )
+def _manifest(folder: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"{MANIFEST} is not what it should be: {where}: {first['msg']}") from error
+        return read_manifest(folder)
+    except InvalidCheckpoint as error:
+        raise ModelError(str(error)) from error

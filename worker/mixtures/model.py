@@ -119,11 +119,20 @@ def peft_config(mixture: Mixture) -> LoraConfig:
 
 def of_model(model: PeftModel) -> Mixture:
     """The mixture on a model. Raises ModelError where there is none."""
-    config = model.peft_config.get(ADAPTER)
-    found = mixture_of(config) if isinstance(config, LoraConfig) else None
+    found = _found(model)
     if found is None:
         raise ModelError("the model has no mixture of experts on it")
     return found
+
+
+def has_mixture(model: PeftModel) -> bool:
+    """Whether what is on a model is a mixture."""
+    return _found(model) is not None
+
+
+def _found(model: PeftModel) -> Mixture | None:
+    config = model.peft_config.get(ADAPTER)
+    return mixture_of(config) if isinstance(config, LoraConfig) else None
 
 
 def refuse_unknown_modules(base: PreTrainedModel, names: Sequence[str]) -> None:

@@ -72,6 +72,7 @@ HELP = {
     "exclude": "Dataset or selection whose examples are left out; repeatable.",
     "exclude_contaminated": "Leave out rows that overlap with a task's validation or test rows.",
     "exclude_ids": "Example that is left out, by its own id; repeatable.",
+    "experts_from": "Adapter of the bank that an expert of the mixture begins as; repeatable.",
     "feature_sets": "Feature set by id; repeat for several.",
     "finetune": "Fine-tune by id or name.",
     "fraction": "Random fraction of the dataset's rows: 0.05 is 5 %.",

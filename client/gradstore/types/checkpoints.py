@@ -39,7 +39,9 @@ class Checkpoint(Body):
     model: str
     revision: str | None
     method: CheckpointMethod
-    """What was trained: an adapter (`lora`), the whole model (`full`) or nothing (`none`: the base model itself)."""
+    """What was trained: an adapter (`lora`), a mixture of LoRA experts (`mixture`), the whole model (`full`) or nothing
+    (`none`: the base model itself).
+    """
     epoch: int | None
     step: int | None
     learning_rate: float | None
@@ -58,7 +60,8 @@ class Checkpoint(Body):
 
 
 class CheckpointRegister(Request):
-    """Register an adapter folder of the server (inside an allowed root): PEFT, HF Trainer or LESS layout.
+    """Register an adapter folder of the server (inside an allowed root): PEFT, HF Trainer or LESS layout; with a
+    `mixture.json` in it, a mixture of LoRA experts.
 
     Without a path: the base model itself, as it is before any training.
     """

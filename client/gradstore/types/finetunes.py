@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,7 @@ from gradstore.types.base import (
 )
 from gradstore.types.checkpoints import LoraSettings
 from gradstore.types.jobs import Job
+from gradstore.types.mixtures import MOST_EXPERTS, MixtureSettings
 
 
 class TrainingSettings(Body):
@@ -72,6 +73,12 @@ class FinetuneRequest(TrainingRecipe, Request):
     """Random fraction of the dataset's rows, drawn with `seed`."""
     rows: int | None = Field(None, ge=1)
     """Random number of the dataset's rows, drawn with `seed`."""
+    mixture: MixtureSettings | None = None
+    """Train a mixture of LoRA experts in place of one adapter; what `lora` says is then said here."""
+    experts_from: Annotated[list[Named], Field(min_length=1, max_length=MOST_EXPERTS)] | None = None
+    """Adapters of the bank that the experts begin as, one for each expert, of the same base model; without them the
+    experts are fresh.
+    """
     name: Name | None = None
     dry_run: bool = False
 
@@ -85,6 +92,24 @@ class FinetuneRequest(TrainingRecipe, Request):
             raise ValueError("fraction and rows draw from a dataset; a selection is taken whole")
         return self
 
+    @model_validator(mode="after")
+    def _of_experts(self) -> Self:
+        if self.mixture is None:
+            if self.experts_from is not None:
+                raise ValueError("experts_from are a mixture's: ask for a mixture, too")
+            return self
+        if self.method == "full" or self.quantisation is not None:
+            raise ValueError(
+                "a mixture is trained on a frozen model in its own precision: leave method and quantisation out"
+            )
+        if self.lora != LoraSettings():
+            raise ValueError(
+                "a mixture has its own rank, alpha, dropout and modules: say them there, and leave lora out"
+            )
+        if self.mixture.router_only and self.experts_from is None:
+            raise ValueError("fresh experts add nothing before they are trained: router_only needs experts_from")
+        return self
+
 
 class LossPoint(Body):
     """A point of the loss curve."""
@@ -92,6 +117,9 @@ class LossPoint(Body):
     step: int
     epoch: float
     loss: float
+    """Mean cross-entropy per supervised token."""
+    balance: float | None = None
+    """Of a mixture: its load-balance loss, without the coefficient; 1 for each layer whose experts all get as much."""
     learning_rate: float
 
 
