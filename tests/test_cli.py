@@ -22,6 +22,7 @@ from gradstore import cli
 from gradstore._cli.jobs import listed
 from gradstore._cli.options import HELP
 from gradstore.types import (
+    AdapterChoiceEstimate,
     AnnotationEstimate,
     CascadeEstimate,
     EmbeddingEstimate,
@@ -103,7 +104,8 @@ def test_the_command_line_has_what_was_promised() -> None:
         "datasets": plain | {"upload", "rows", "lengths", "content"},
         "tasks": plain | {"upload", "register", "download"},
         "checkpoints": plain | {"upload", "register", "download"},
-        "adapters": plain | {"upload", "register", "download"},
+        "adapters": plain | {"upload", "register", "choose", "download"},
+        "adapter-choices": plain | {"rows"},
         "allocations": {"preview"},
         "runs": plain | {"create"},
         "gradients": plain | {"create", "rows", "features"},
@@ -681,6 +683,7 @@ def test_a_dry_run_prints_the_cost(run: Run) -> None:
         ("cascades create --dataset p --task t --budget 0.2", "/cascades", CascadeEstimate),
         ("estimates create --dataset p --task t", "/estimates", EstimatesCost),
         ("estimate-validations create --estimates e --model m", "/estimates/validations", ValidationEstimate),
+        ("adapters choose --task t --base-model m", "/adapters/choices", AdapterChoiceEstimate),
         ("projectors create --gradients g --annotations a", "/projectors", ProjectorEstimate),
         ("embeddings create --projector p --gradients g", "/embeddings", EmbeddingEstimate),
         ("annotations create --dataset p --by origin", "/annotations", AnnotationEstimate),
@@ -716,6 +719,23 @@ def test_an_evaluation_that_is_waited_for_prints_what_was_measured(run: Run) -> 
     assert "1.9 to 2.1" in ran.out
     assert asked_by(run, answer, "evaluations", "show", "eval_1")[0].out == ran.out
     assert asked_by(run, answer, *words)[0].out == "eval_1\n"
+
+
+def test_adapters_are_measured_alone_or_as_one(run: Run) -> None:
+    def asked(*words: str) -> dict[str, Any]:
+        queued = Said(canned.job("queued", kind="evaluation"))
+        found = asked_by(run, queued, "evaluations", "create", "--task", "mmlu", *words)[1][0].json
+        assert isinstance(found, dict)
+        return found
+
+    assert asked("--adapter", "arc") == {"adapter": "arc", "tasks": ["mmlu"]}
+    several = ["--adapter", "arc", "--adapter", "gsm8k"]
+    merged = asked(*several, "--combine", "cat", "--merge-weight", "0.25", "--merge-weight", "0.75")
+    assert merged == {
+        "adapters": ["arc", "gsm8k"], "combine": "cat", "merge_weights": [0.25, 0.75], "tasks": ["mmlu"]
+    }  # fmt: skip
+    routed = asked(*several, "--combine", "arrow", "--arrow-top-k", "1")
+    assert routed["arrow_top_k"] == 1
 
 
 def test_a_validation_says_of_each_of_the_scores_how_well_they_predict(run: Run) -> None:

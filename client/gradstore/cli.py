@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 import gradstore
 from gradstore import recipes
-from gradstore._cli.adapters import adapters
+from gradstore._cli.adapters import adapters, choices
 from gradstore._cli.allocations import allocations
 from gradstore._cli.attributions import attributions, why
 from gradstore._cli.checkpoints import checkpoints, runs
@@ -59,7 +59,7 @@ ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
     *("selections", "why", "attributions", "evaluations", "validations"),
     *("predictors", "cascades", "estimates", "estimate-validations"),
-    *("conversions", "checkpoints", "adapters", "allocations", "runs"),
+    *("conversions", "checkpoints", "adapters", "adapter-choices", "allocations", "runs"),
     *("compare", "comparisons", "streams", "annotations", "taxonomies", "projectors", "embeddings"),
     *("imports", "jobs", "workers", "usage", "health"),
 )
@@ -247,7 +247,7 @@ for noun in (
     *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, validations, conversions),
     *(predictors, cascades, estimates, estimate_validations, comparisons, streams, labels, taxonomies),
     *(projectors, embeddings),
-    *(checkpoints, adapters, allocations, runs, imports, jobs, workers),
+    *(checkpoints, adapters, choices, allocations, runs, imports, jobs, workers),
 ):
     app.add_typer(noun)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from datastore.errors import InvalidDataset, InvalidTask, TooLarge
 from datastore.json_rows import Unreadable
 from datastore.rows import Example, Message
 from datastore.strict_json import NotJson, canonical, parse
+from datastore.tasks.patterns import OnMultiple
 
 SHOWN = 20  # problems listed; the others are counted
 DETAIL = 400  # characters of a problem, which may quote the file
@@ -43,6 +44,21 @@ class TaskExample:
     """Right answers: one of `choices`, or what a generated text is compared with."""
     pattern: str | None = None
     """`exact_match`: the regular expression whose first match (its first group) in a generated text is the answer."""
+    on_multiple: OnMultiple = "first"
+    """`exact_match`: which of several matches is the answer; `fail`: none of them."""
+    rationale: str | None = None
+    """The answer with its reasons, the answer first: what an adapter's perplexity is measured on when some are chosen
+    for a task. Without one that is the answer itself."""
+
+    @property
+    def reasoned(self) -> Example:
+        """The example with its rationale in the place of the answer, where it has one."""
+        if self.rationale is None:
+            return self.example
+        if self.example.messages:
+            *turns, last = self.example.messages
+            return replace(self.example, messages=(*turns, replace(last, content=self.rationale)))
+        return replace(self.example, completion=self.rationale)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 JobKind = Literal[
     "gradients", "conversion", "finetune", "evaluation", "import", "scoring", "validation", "attribution", "comparison",
     "predictor", "cascade", "estimates", "estimate-validation", "annotation", "stream", "projector", "embedding",
+    "adapter-choice",
 ]  # fmt: skip
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 GradientKind = Literal["adam", "sgd", "sign"]
@@ -28,7 +29,7 @@ Quantisation = Literal["int8", "nf4"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 TemplateName = Literal["tulu", "chat"]
 Aggregate = Literal["less", "avg", "max", "min"]
-TaskKind = str  # the server has a reader for each: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl
+TaskKind = str  # the server has a reader for each: mmlu, bbh, tydiqa, gsm8k, scienceqa, scienceqa-written, jsonl
 Metric = Literal["choice", "exact_match", "token_f1", "none"]
 Split = Literal["validation", "test"]
 Method = Literal["lora", "full"]
