@@ -329,6 +329,11 @@ def test_wrong_usage_is_exit_code_2(run: Run, words: tuple[str, ...]) -> None:
     assert ran.err
 
 
+def test_a_choice_that_there_is_not_is_told_without_the_words_of_the_library(run: Run) -> None:
+    ran = run("estimates", "create", "--dataset", "p", "--task", "t", "--search", "forward")
+    assert "for '--search': 'forward' is not one of 'ensemble', 'surrogate', " in " ".join(ran.err.split())
+
+
 @pytest.mark.parametrize(
     ("words", "option"),
     [

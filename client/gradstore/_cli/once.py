@@ -16,7 +16,11 @@ class Once(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line. Ends with a usage error for an option of one value that is given twice."""
         refuse_repeated(self, ctx, args)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's, which typer asks
+            raise
 
 
 def refuse_repeated(command: TyperCommand | TyperGroup, ctx: Any, args: list[str]) -> None:
