@@ -112,7 +112,8 @@ def routing(
         inputs = Inputs.of(batch, pad_id=pad_id, device=_device(model))
         logits = getattr(_forward(model, inputs, output_router_logits=True), "router_logits", None) or ()
         if not logits:
-            raise ModelError(f"{type(_base(model)).__name__} has no routers: it is no mixture of experts")
+            name = type(_base(model)).__name__
+            raise ModelError(f"{name} has no routers, being no mixture of experts: its rows have kind=hidden alone")
         counts[:] = [len(logits)]
         own = _own(batch)
         chances = (layer.float().softmax(-1).reshape(*inputs.input_ids.shape, -1) for layer in logits)

@@ -122,7 +122,7 @@ class ComparisonRequest(TrainingSettings, Request):
             fields = ("model", "split", "repeats", "bootstrap_samples", *TrainingSettings.model_fields)
             idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
             if idle:
-                raise ValueError(f"{' and '.join(idle)} belong to a training: send train=true, or leave them out")
+                raise ValueError(f"only a training takes {' and '.join(idle)}: send train=true, or ask without")
         return self
 
 
