@@ -397,7 +397,7 @@ def test_of_several_feature_sets_one_is_to_be_named(world: World) -> None:
         (
             {"labels": {"1": "a", "x": "b", "y": "b"}},
             "/labels",
-            "has the label 'b': there is no example with the id 'x'",
+            "has the label 'b': it has no example with the id 'x'",
         ),
         ({"group_by": "cluster", "labels": None, "clusters": POOL + 1}, "/clusters", "60 rows"),
     ],
