@@ -64,6 +64,7 @@ _KINDS: dict[JobKind, _Kind] = {
     "stream": _Kind("rows", "streams"),
     "projector": _Kind("steps", "projectors"),
     "embedding": _Kind("rows", "embeddings"),
+    "generation": _Kind("prompts", "generations"),
 }
 ISOLATED: tuple[JobKind, ...] = ("gradients",)
 """Kinds of jobs whose rows go through a model, where one of them may take its worker down."""

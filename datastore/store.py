@@ -36,6 +36,7 @@ from datastore.evaluations import Evaluations
 from datastore.explanations import Explaining
 from datastore.features import Features
 from datastore.finetunes import Finetunes
+from datastore.generations import Generations
 from datastore.gradients import FeatureStore
 from datastore.imports import Imports
 from datastore.index import Indexes
@@ -79,6 +80,7 @@ class OpenStore:
     finetunes: Finetunes
     adapters: Adapters
     evaluations: Evaluations
+    generations: Generations
     imports: Imports
     recipes: Recipes
     scoring: Scoring
@@ -194,6 +196,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         finetunes=finetunes,
         adapters=Adapters(catalog, checkpoints, finetunes),
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
+        generations=Generations(catalog, jobs, finetunes),
         imports=imports,
         recipes=recipes,
         scoring=scoring,

@@ -50,6 +50,7 @@ from worker.kinds import (
     estimates,
     evaluations,
     finetunes,
+    generations,
     gradients,
     imports,
     labelling,
@@ -228,6 +229,7 @@ _WORK: dict[JobKind, Work] = {
     "embedding": embeddings.work,
     "annotation": labelling.work,
     "stream": streams.work,
+    "generation": generations.work,
 }
 
 KINDS: tuple[JobKind, ...] = tuple(_WORK)

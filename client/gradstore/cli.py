@@ -29,6 +29,7 @@ from gradstore._cli.datasets import datasets
 from gradstore._cli.estimates import estimate_validations, estimates
 from gradstore._cli.evaluations import evaluations, print_measured
 from gradstore._cli.finetunes import finetunes
+from gradstore._cli.generations import generations
 from gradstore._cli.gradients import conversions, gradients, imports
 from gradstore._cli.jobs import jobs
 from gradstore._cli.once import App, Once, refuse_repeated
@@ -57,7 +58,7 @@ SERVER_COMMANDS = {
 }
 ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
-    *("selections", "why", "attributions", "evaluations", "validations"),
+    *("selections", "why", "attributions", "evaluations", "generations", "validations"),
     *("predictors", "cascades", "estimates", "estimate-validations"),
     *("conversions", "checkpoints", "adapters", "allocations", "runs"),
     *("compare", "comparisons", "streams", "annotations", "taxonomies", "projectors", "embeddings"),
@@ -244,9 +245,9 @@ def less(
 for command in (select, scores, distribution, overlaps, why, compare):
     app.command()(command)
 for noun in (
-    *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, validations, conversions),
+    *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, generations, validations),
     *(predictors, cascades, estimates, estimate_validations, comparisons, streams, labels, taxonomies),
-    *(projectors, embeddings),
+    *(conversions, projectors, embeddings),
     *(checkpoints, adapters, allocations, runs, imports, jobs, workers),
 ):
     app.add_typer(noun)

@@ -9,6 +9,7 @@ import * as attributions from "./pages/attributions.js";
 import * as comparisons from "./pages/comparisons.js";
 import * as datasets from "./pages/datasets.js";
 import * as estimates from "./pages/estimates.js";
+import * as generations from "./pages/generations.js";
 import * as jobs from "./pages/jobs.js";
 import * as overlaps from "./pages/overlaps.js";
 import * as overview from "./pages/overview.js";
@@ -29,6 +30,7 @@ const PAGES = [
   { path: "comparisons", title: "Comparison", page: comparisons },
   { path: "attributions", title: "Attribution", page: attributions },
   { path: "training", title: "Training", page: training },
+  { path: "generations", title: "Generations", page: generations },
   { path: "predictors", title: "Predictors", page: predictors },
   { path: "cascades", title: "Cascade", page: predictors, within: "predictors" },
   { path: "estimates", title: "Estimates", page: estimates },

@@ -9,6 +9,7 @@
     projectors.py    a network, trained and kept     embeddings.py    rows in its ability space
     comparisons.py   a selection, or a training on one
     streams.py       pooled states of a range        labelling.py     rows that a chat model is asked about
+    generations.py   answers to prompts, and their experts
 
 needed.py does the jobs of other kinds that comparisons and cascades wait for.
 They load, call and record; the arithmetic is in the modules beside this package.
