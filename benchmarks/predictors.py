@@ -82,7 +82,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
     first = folder / "pool.jsonl"
     first.write_text("\n".join(pool.read_text(encoding="utf-8").split("\n")[: arguments.rows]), encoding="utf-8")
     with running(folder / "store", allow=folder) as url, GradientStore(url) as store:
-        whole = store.datasets.upload(pool, name="mixed").id
+        whole = store.datasets.upload(pool, name="mixed", replace=True).id
         dataset = store.datasets.upload(first, name="pool", replace=True).id
         learnt_from = PredictorRequest(dataset=dataset, task="any", features=arguments.features)
         cheap = [kind for kind in stored_kinds(learnt_from) if kind != "embedding"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from gradstore.types import AnyJob, Checkpoint, EvaluationRequest, ProblemItem, Task
+from gradstore.types import Adapter, AnyJob, Checkpoint, EvaluationRequest, ProblemItem, Task
 
 from datastore import models
 from datastore.catalog import Catalog
+from datastore.combinations import combination_of
 from datastore.errors import InvalidInput, refusal
 from datastore.finetunes import Finetunes
 from datastore.identity import content_id
@@ -16,6 +18,11 @@ from datastore.leases import Jobs, NewShard
 from datastore.settings import Settings
 
 DEFAULT_MAX_LENGTH = 2048  # tokens
+OF_ADAPTERS = (
+    *("adapter", "adapters", "combine", "merge_weights", "merge_rank", "merge_density"),
+    *("arrow_top_k", "arrow_temperature"),
+)
+"""What the plan says where adapters are measured. Evaluations of anything else are called as before there were any."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Evaluations:
         tasks = self._tasks(request)
         plan, uses = self._subject(request)
         plan["tasks"] = [task.id for task in tasks]
-        meant = request.model_dump(mode="json", exclude={"name", "finetune"}) | plan
-        subjects = 2 if plan["checkpoint"] is not None and request.baseline else 1
+        meant = request.model_dump(mode="json", exclude={"name", "finetune", *OF_ADAPTERS}) | plan
+        subjects = 2 if is_tuned(plan) and request.baseline else 1
         return self.jobs.create(
             id=content_id("eval", meant),
             kind="evaluation",
@@ -71,30 +78,60 @@ class Evaluations:
             raise refusal("a revision goes with a model; a checkpoint has its own", "/revision")
         if request.checkpoint is not None:
             checkpoint = self.catalog.checkpoint(request.checkpoint)
-            return _plan(request, model=checkpoint.model, revision=checkpoint.revision, checkpoint=checkpoint), [
-                checkpoint.id
-            ]
+            return _plan_of(request, checkpoint), [checkpoint.id]
+        if request.adapter is not None:
+            adapter = self.catalog.adapter(request.adapter)
+            plan = _plan_of(request, self.catalog.checkpoint(adapter.checkpoint))
+            return plan | {"adapters": [adapter.id]}, [adapter.id]
+        if request.adapters is not None:
+            return self._combined(request, [self.catalog.adapter(reference) for reference in request.adapters])
         job = self.jobs.get(request.finetune or "", kind="finetune")
         checkpoint = self.catalog.checkpoint(self.finetunes.last_checkpoint(job.id))
-        plan = _plan(request, model=checkpoint.model, revision=checkpoint.revision, checkpoint=checkpoint)
-        return plan, [job.id, checkpoint.id]
+        return _plan_of(request, checkpoint), [job.id, checkpoint.id]
+
+    def _combined(self, request: EvaluationRequest, adapters: Sequence[Adapter]) -> tuple[dict[str, Any], list[str]]:
+        ids = [adapter.id for adapter in adapters]
+        plan = {"combination": combination_of(request, adapters), "adapters": ids}
+        checkpoints = [self.catalog.checkpoint(adapter.checkpoint) for adapter in adapters]
+        of_base = _plan(request, model=adapters[0].base_model, revision=adapters[0].revision, checkpoints=checkpoints)
+        return of_base | plan, ids
 
 
-def _plan(
-    request: EvaluationRequest, *, model: str, revision: str | None, checkpoint: Checkpoint | None = None
-) -> dict[str, Any]:
-    if checkpoint is not None and checkpoint.method == "mixture" and request.quantisation is not None:
+def is_tuned(plan: Mapping[str, Any]) -> bool:
+    """Whether an evaluation measures more than a base model as it is."""
+    return plan["checkpoint"] is not None or "combination" in plan
+
+
+def _plan_of(request: EvaluationRequest, checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.method == "mixture" and request.quantisation is not None:
         raise refusal(
             f"{checkpoint.id} is a mixture, trained on a model in its own precision: leave it out", "/quantisation"
         )
+    plan = _plan(request, model=checkpoint.model, revision=checkpoint.revision, checkpoints=[checkpoint])
+    return plan | {"checkpoint": checkpoint.id if checkpoint.method != "none" else None}
+
+
+def _plan(
+    request: EvaluationRequest, *, model: str, revision: str | None, checkpoints: Sequence[Checkpoint] = ()
+) -> dict[str, Any]:
+    """How a model is asked: as was said, else as these checkpoints were trained."""
+    longest = max((checkpoint.max_length or 0 for checkpoint in checkpoints), default=0)
     return {
         "model": model,
         "revision": revision,
-        "checkpoint": checkpoint.id if checkpoint and checkpoint.method != "none" else None,
-        "template": request.template or (checkpoint and checkpoint.template) or "tulu",
-        "max_length": request.max_length or (checkpoint and checkpoint.max_length) or DEFAULT_MAX_LENGTH,
-        "precision": request.precision or (checkpoint.precision if checkpoint else "float32"),
+        "checkpoint": None,
+        "template": request.template or _agreed("template", checkpoints) or "tulu",
+        "max_length": request.max_length or longest or DEFAULT_MAX_LENGTH,
+        "precision": request.precision or _agreed("precision", checkpoints) or "float32",
     }
+
+
+def _agreed(field: Literal["template", "precision"], checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What the checkpoints that say it were trained with. Raises `InvalidInput` where they differ."""
+    said = sorted({value for each in checkpoints if (value := getattr(each, field)) is not None})
+    if len(said) > 1:
+        raise refusal(f"the adapters were trained with {' and '.join(said)}: say which is meant", f"/{field}")
+    return said[0] if said else None
 
 
 def passes(task: Task, at_most: int | None) -> int:

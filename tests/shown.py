@@ -74,6 +74,7 @@ def shown(folder: Path) -> Store:
     for seed, name in enumerate(["selected 5 %", "random 5 %"]):
         _finetune(store, name, dataset=pool.id, rows=32, start=2.4 + 0.2 * seed, seed=2 + seed)
         _evaluation(store, name, tasks[0], better=0.06 * (1 - seed))
+    _merge(store, tasks[0])
     _comparison(store)
     _generation(store)
     _predictors(store)
@@ -211,7 +212,7 @@ def _gradients(store: Store, numbers: Numbers, **what: object) -> None:
     assert result.status == "succeeded"
 
 
-def _done(store: Store, kind: Any, name: str, asked: dict[str, Any], units: int, result: dict[str, Any]) -> str:
+def _done(store: Store, kind: Any, name: str | None, asked: dict[str, Any], units: int, result: dict[str, Any]) -> str:
     id = content_id(PREFIXES[kind], asked)
     store.jobs.create(id=id, kind=kind, name=name, request=asked, plan={}, shards=[NewShard(payload={}, units=units)])
     claim = store.jobs.claim("test", kinds=[kind])
@@ -235,6 +236,18 @@ def _finetune(store: Store, name: str, *, start: float, seed: int, **what: Any) 
 
 
 def _evaluation(store: Store, name: str, task: Task, *, better: float) -> None:
+    asked = {"finetune": name, "tasks": [task.name], "name": name}
+    _measured(store, name, asked, task, better=better)
+
+
+def _merge(store: Store, task: Task) -> None:
+    asked = {"adapters": ["arc", "gsm8k"], "combine": "cat", "tasks": [task.name]}
+    _measured(store, None, asked, task, better=0.01, unparsed=2)
+
+
+def _measured(
+    store: Store, name: str | None, asked: dict[str, Any], task: Task, *, better: float, unparsed: int = 0
+) -> None:
     rows = []
     for model, gain in (("base", 0.0), ("tuned", 0.03 + better)):
         for number, subtask in enumerate([None, *(subtask.name for subtask in task.subtasks)]):
@@ -246,10 +259,10 @@ def _evaluation(store: Store, name: str, task: Task, *, better: float) -> None:
                 "subtask": subtask,
                 "metric": "choice",
             }
-            row |= {"examples": 4 if number else 16, "unparsed": 0, "loss": loss, "value": value}
+            row |= {"examples": 4 if number else 16, "loss": loss, "value": value}
+            row |= {"unparsed": 0 if model == "base" else unparsed}
             row |= {"loss_interval": around(loss, 0.06), "interval": around(value, 0.04)}
             rows.append(row)
-    asked = {"finetune": name, "tasks": [task.name], "name": name}
     _done(store, "evaluation", name, asked, 2 * len(rows), {"rows": rows, "seconds": 12.4})
 
 

@@ -686,6 +686,23 @@ def test_an_evaluation_that_is_waited_for_prints_what_was_measured(run: Run) -> 
     assert asked_by(run, answer, *words)[0].out == "eval_1\n"
 
 
+def test_adapters_are_measured_alone_or_as_one(run: Run) -> None:
+    def asked(*words: str) -> dict[str, Any]:
+        queued = Said(canned.job("queued", kind="evaluation"))
+        found = asked_by(run, queued, "evaluations", "create", "--task", "mmlu", *words)[1][0].json
+        assert isinstance(found, dict)
+        return found
+
+    assert asked("--adapter", "arc") == {"adapter": "arc", "tasks": ["mmlu"]}
+    several = ["--adapter", "arc", "--adapter", "gsm8k"]
+    merged = asked(*several, "--combine", "cat", "--merge-weight", "0.25", "--merge-weight", "0.75")
+    assert merged == {
+        "adapters": ["arc", "gsm8k"], "combine": "cat", "merge_weights": [0.25, 0.75], "tasks": ["mmlu"]
+    }  # fmt: skip
+    routed = asked(*several, "--combine", "arrow", "--arrow-top-k", "1")
+    assert routed["arrow_top_k"] == 1
+
+
 def test_a_validation_says_of_each_of_the_scores_how_well_they_predict(run: Run) -> None:
     def answer(asked: Asked) -> Said:
         return Said(canned.job("queued" if asked.method == "POST" else "succeeded", kind="validation"))

@@ -996,8 +996,11 @@ def test_trainings_and_evaluations_stand_side_by_side(visit: Visit, service: Ser
     expect(curves).to_have_count(len(finetunes) - 1)
     metric = visit.page.get_by_role("table", name="Metric of each model")
     heads = metric.locator("thead th").all_inner_texts()
-    assert heads == ["task", "base", "random 5 %", "selected 5 %"]
+    assert heads == ["task", "base", "cat of arc, gsm8k", "random 5 %", "selected 5 %"]
+    expect(metric.locator("tbody tr").first.locator("td").nth(1)).to_contain_text("2 unparsed")
     for job in answer(service, "/evaluations")["data"]:
+        if job["name"] is None:
+            continue
         tuned = next(row for row in job["result"]["rows"] if row["model"] == "tuned" and row["subtask"] is None)
         cell = metric.locator("tbody tr").first.locator("td").nth(heads.index(job["name"]) - 1)
         expect(cell).to_contain_text(f"{tuned['value']:.3f}")

@@ -141,10 +141,23 @@ def test_written_answers_are_those_of_greedy_decoding_without_padding() -> None:
 def test_answers_in_which_nothing_is_found_are_counted() -> None:
     texts = [greedy(ids(HEAD.format(example.example.messages[0].content.strip(), "")), 12) for example in WRITTEN]
     with Patterns() as patterns:
-        found = [t if e.pattern is None else patterns.first(e.pattern, t) for t, e in zip(texts, WRITTEN, strict=True)]
+        found = [t if e.pattern is None else patterns.find(e.pattern, t) for t, e in zip(texts, WRITTEN, strict=True)]
     parsed = [exact_match(one, e.answers)[1] for one, e in zip(found, WRITTEN, strict=True)]
     assert 0 < sum(parsed) < len(parsed)
     assert measure(WRITTEN)[0].unparsed == len(parsed) - sum(parsed)
+
+
+def test_a_text_that_says_its_answer_twice_may_have_failed() -> None:
+    texts = [greedy(ids(HEAD.format(example.example.messages[0].content.strip(), "")), 12) for example in WRITTEN]
+    rows = [
+        replace(example, pattern="(?s)(.)", answers=(text[-1],)) for text, example in zip(texts, WRITTEN, strict=True)
+    ]
+    by_mode = {mode: measure([replace(row, on_multiple=mode) for row in rows])[0] for mode in ("first", "last", "fail")}
+    assert all(len(text) > 1 and text[-1].strip(". ") for text in texts)
+    assert (by_mode["last"].value, by_mode["last"].unparsed) == (1.0, 0)
+    first = [exact_match(text[0], [text[-1]]) for text in texts]
+    assert by_mode["first"].value == np.mean([right for right, _ in first]) < 1
+    assert (by_mode["fail"].value, by_mode["fail"].unparsed) == (0.0, len(rows))
 
 
 def test_a_pattern_that_takes_for_ever_ends_in_words() -> None:
@@ -275,9 +288,12 @@ def test_training_mode_and_dropout_do_not_reach_the_numbers() -> None:
     assert measure(CHOICES, model=model)[0].loss == pytest.approx(measure(CHOICES)[0].loss)
 
 
-@pytest.mark.parametrize("kind", ["mmlu", "bbh", "tydiqa", "gsm8k"])
+FOLDERS = {"scienceqa": "raw/scienceqa", "scienceqa-written": "raw/scienceqa"}
+
+
+@pytest.mark.parametrize("kind", ["mmlu", "bbh", "tydiqa", "gsm8k", "scienceqa", "scienceqa-written"])
 def test_real_tasks_are_measured_in_every_subtask(kind: str, shared_data: Path) -> None:
-    test = first_rows(readers()[kind].read(shared_data / "eval" / kind).test, 2)
+    test = first_rows(readers()[kind].read(shared_data / FOLDERS.get(kind, f"eval/{kind}")).test, 2)
     *parts, whole = measure(test, max_length=16_384, max_new_tokens=4, token_budget=16_384)
     assert [row.subtask for row in parts] == sorted({row.subtask for row in test})
     assert [row.examples for row in parts] == [2] * len(parts)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from datastore.tasks.bbh import PATTERN as BBH
 from datastore.tasks.gsm8k import PATTERN as GSM8K
-from datastore.tasks.patterns import Patterns
+from datastore.tasks.patterns import OnMultiple, Patterns
+from datastore.tasks.scienceqa import WRITTEN
 from worker.metrics import best_choice, bootstrap_interval, exact_match, subtask_mean, token_f1
 
 RIGHT, WRONG, UNPARSED = (True, True), (False, True), (False, False)
 
 
-def judge(text: str, answer: str, pattern: str) -> tuple[bool, bool]:
+def judge(text: str, answer: str, pattern: str, on_multiple: OnMultiple = "first") -> tuple[bool, bool]:
     """Judge what a pattern finds in a text."""
     with Patterns() as patterns:
-        return exact_match(patterns.first(pattern, text), [answer])
+        return exact_match(patterns.find(pattern, text, on_multiple=on_multiple), [answer])
 
 
 def test_the_most_probable_choice_wins_and_the_first_of_equals() -> None:
@@ -43,6 +45,34 @@ def test_the_most_probable_choice_wins_and_the_first_of_equals() -> None:
 )
 def test_gsm8k_answers(text: str, answer: str, judged: tuple[bool, bool]) -> None:
     assert judge(text, answer, GSM8K) == judged
+
+
+@pytest.mark.parametrize(
+    ("text", "fail", "first", "last"),
+    [
+        ("Answer: The answer is B.", RIGHT, RIGHT, RIGHT),
+        ("Reasons first. The answer is B.\n", RIGHT, RIGHT, RIGHT),
+        ("The answer is C.", WRONG, WRONG, WRONG),
+        ("The answer is B. So the answer is B.", RIGHT, RIGHT, RIGHT),  # a small letter is no match
+        ("The answer is B. The answer is B.", UNPARSED, RIGHT, RIGHT),
+        ("The answer is B. No: The answer is C.", UNPARSED, RIGHT, WRONG),
+        ("The answer is C. The answer is A. The answer is B.", UNPARSED, WRONG, RIGHT),
+        ("The answer is B, for sure", RIGHT, RIGHT, RIGHT),  # the full stop is any character
+        ("The answer is Boston.", RIGHT, RIGHT, RIGHT),
+        ("The answer is B", UNPARSED, UNPARSED, UNPARSED),
+        ("The answer is B\n", UNPARSED, UNPARSED, UNPARSED),  # but no line break
+        ("The answer is (B).", UNPARSED, UNPARSED, UNPARSED),
+        ("B", UNPARSED, UNPARSED, UNPARSED),
+        ("", UNPARSED, UNPARSED, UNPARSED),
+    ],
+)
+def test_written_scienceqa_answers(
+    text: str, fail: tuple[bool, bool], first: tuple[bool, bool], last: tuple[bool, bool]
+) -> None:
+    assert judge(text, "B", WRITTEN, "fail") == fail
+    assert judge(text, "B", WRITTEN, "first") == first
+    assert judge(text, "B", WRITTEN, "last") == last
+    assert fail == (judge(text, "B", WRITTEN) if len(re.findall(WRITTEN, text)) == 1 else UNPARSED)  # as MoLA counts
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from datastore.archives import unpack
 from datastore.errors import Damaged, InvalidTask, NotFound, TooLarge
 from datastore.rows import Message
 from datastore.tasks import TaskExample, Tasks, readers
+from datastore.tasks.patterns import Patterns
 
 
 def write(folder: Path, files: dict[str, object]) -> Path:
@@ -383,6 +384,33 @@ def test_real_scienceqa_reads_alike_from_both_layouts(shared_data: Path, tmp_pat
         assert [turns(row)[1] + turns(row)[2] for row in rows] == [row["output"] for row in known]
 
 
+def test_written_scienceqa_asks_for_a_text_that_says_its_answer_once(tmp_path: Path) -> None:
+    splits = {"val": ["1"], "test": ["1"]}
+    folder = write(tmp_path / "files", {"problems.json": {"1": PROBLEM}, "pid_splits.json": splits})
+    (row,) = readers()["scienceqa-written"].read(folder).test
+    (chosen,) = readers()["scienceqa"].read(folder).test
+    assert turns(row) == (turns(chosen)[0], "", "Answer: The answer is C.")
+    assert (row.subtask, row.metric, row.choices, row.answers) == ("natural science", "exact_match", (), ("C",))
+    assert (row.pattern, row.on_multiple) == (r"The answer is ([A-Z]).", "fail")
+    store = Tasks(tmp_path / "store")
+    assert store.test(store.store("scienceqa-written", folder).id) == [row]
+
+
+def test_real_written_scienceqa_judges_molas_outputs_right(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "raw" / "scienceqa"
+    for split in ("validation", "test"):
+        (tmp_path / f"mola_{split}.jsonl").symlink_to(folder / f"mola_{split}.jsonl")
+    validation, test = read("scienceqa-written", tmp_path)
+    assert (len(validation), len(test)) == (140, 148)
+    known = [json.loads(line) for line in (folder / "mola_test.jsonl").read_text("utf-8").split("\n")[:-1]]
+    with Patterns() as patterns:
+        for row, mola in zip(test, known, strict=True):
+            assert turns(row)[0] == mola["instruction"].strip()
+            assert row.pattern is not None
+            found = patterns.find(row.pattern, mola["output"], on_multiple=row.on_multiple)
+            assert [found] == [mola["answer"]] == list(row.answers)
+
+
 # JSONL ---------------------------------------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "The answer is 4."}]}
@@ -404,6 +432,17 @@ def test_jsonl_takes_any_shape_with_subtask_and_metric(tmp_path: Path) -> None:
     ]
     assert (validation[1].example.prompt, validation[1].example.completion) == ("Q", "yes")
     assert len(test) == 1
+
+
+def test_jsonl_says_which_of_several_matches_is_the_answer_and_else_nothing_is_stored_of_it(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "completion": "1, 2 or 3", "pattern": r"\d"}
+    rows = [row, row | {"on_multiple": "first"}, row | {"on_multiple": "last"}]
+    tasks = Tasks(tmp_path / "store")
+    ids = [tasks.store("jsonl", write(tmp_path / str(n), {"a.jsonl": lines(each)})).id for n, each in enumerate(rows)]
+    assert ids[0] == ids[1] != ids[2]
+    first, last = (tasks.validation(id)[0] for id in ids[1:])
+    assert (first.answers, first.on_multiple, last.answers, last.on_multiple) == (("1",), "first", ("3",), "last")
+    assert "on_multiple" not in (tmp_path / "store" / ids[0] / "validation.jsonl").read_text()
 
 
 def test_one_jsonl_file_of_any_name_is_validation(tmp_path: Path) -> None:
@@ -435,6 +474,9 @@ def test_jsonl_keeps_a_prefix_of_an_assistants_turn(tmp_path: Path) -> None:
         ({"pattern": "a" * 501}, "at most 500 characters"),
         ({"pattern": "a{99999999999}"}, "pattern is no regular expression"),
         ({"pattern": 4}, "pattern must be a text of at most 500"),
+        ({"pattern": "a", "on_multiple": "both"}, "on_multiple 'both' is none of first, last, fail"),
+        ({"on_multiple": "last"}, "only a row with a pattern has on_multiple"),
+        ({"pattern": "e", "on_multiple": "fail"}, "finds nothing in the row's own answer"),
         ({"pattern": "zebra"}, "finds nothing in the row's own answer"),
         ({"messages": [*CHAT["messages"], {"role": "user", "content": "And?"}]}, "the last message must be"),
         ({"messages": [{"role": "user", "content": "Q", "prefix": "x"}, CHAT["messages"][1]]}, "only an assistant's"),
@@ -481,7 +523,7 @@ def test_a_pattern_as_large_as_the_memory_is_refused(tmp_path: Path) -> None:
 
 def test_a_null_field_of_a_jsonl_row_is_a_missing_one(tmp_path: Path) -> None:
     """As in rows that a data frame has written."""
-    nothing = dict.fromkeys(["subtask", "metric", "choices", "answers", "pattern"])
+    nothing = dict.fromkeys(["subtask", "metric", "choices", "answers", "pattern", "on_multiple"])
     messages = [CHAT["messages"][0] | {"prefix": None}, CHAT["messages"][1] | {"prefix": None}]
     with_nulls, _ = read("jsonl", write(tmp_path / "a", {"a.jsonl": lines({"messages": messages, **nothing})}))
     without, _ = read("jsonl", write(tmp_path / "b", {"a.jsonl": lines({"messages": CHAT["messages"]})}))
@@ -593,7 +635,7 @@ def test_files_that_were_not_read_are_mentioned(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["mmlu", "bbh", "tydiqa", "gsm8k", "scienceqa", "jsonl"])
+@pytest.mark.parametrize("kind", ["mmlu", "bbh", "tydiqa", "gsm8k", "scienceqa", "scienceqa-written", "jsonl"])
 def test_files_of_another_kind_are_refused_with_what_is_needed(kind: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidTask, match=rf"a {kind} task needs .*; the upload holds notes\.md"):
         Tasks(tmp_path / "store").store(kind, write(tmp_path / "files", {"notes.md": ""}))
@@ -668,5 +710,5 @@ READER = Riddles()
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(InvalidTask, match="there are bbh, gsm8k, jsonl, mmlu, scienceqa, tydiqa"):
+    with pytest.raises(InvalidTask, match="there are bbh, gsm8k, jsonl, mmlu, scienceqa, scienceqa-written, tydiqa"):
         Tasks(tmp_path).store("squad", tmp_path)

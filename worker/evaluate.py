@@ -252,7 +252,7 @@ class _Judge:
                 if example.metric == "token_f1":
                     values[position] = token_f1(text, example.answers)
                 else:
-                    right, found = exact_match(_answer_in(text, example.pattern, patterns), example.answers)
+                    right, found = exact_match(_answer_in(text, example, patterns), example.answers)
                     values[position], unparsed[position] = float(right), not found
         return values, unparsed
 
@@ -413,12 +413,14 @@ def _greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_ne
     )
 
 
-def _answer_in(text: str, pattern: str | None, patterns: Patterns) -> str | None:
-    """The first match of a pattern, since models go on to invent another question; without one, the whole text."""
-    if pattern is None:
+def _answer_in(text: str, example: TaskExample, patterns: Patterns) -> str | None:
+    """What the example's pattern finds: its first match unless told otherwise, since models go on to invent another
+    question; without a pattern, the whole text.
+    """
+    if example.pattern is None:
         return text
     try:
-        return patterns.first(pattern, text)
+        return patterns.find(example.pattern, text, on_multiple=example.on_multiple)
     except BadPattern as error:
         raise InvalidTask(str(error)) from error
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore.mixture_files import MANIFEST
 from datastore.models import revision_of
+from worker.combinations import Combined, combine
 from worker.encoders import EncoderEngine, load_encoder
 from worker.gradients import GradientEngine
 from worker.mixtures.folders import load_mixture
@@ -85,6 +86,13 @@ class Loaded:
         if self._adapted is None or self._adapter_key != key:
             put_on = load_mixture if (adapter / MANIFEST).exists() else load_adapter
             self._adapted, self._adapter_key = put_on(self.base(base), adapter), key
+        return self._adapted
+
+    def combined(self, base: Base, combined: Combined) -> PeftModel:
+        """The base model with several adapters on it as one. Raises `ModelError`."""
+        key = (base, _files(base.model), combined)
+        if self._adapted is None or self._adapter_key != key:
+            self._adapted, self._adapter_key = combine(self.base(base), combined), key
         return self._adapted
 
     def engine(self, key: Hashable, make: Callable[[], Engine]) -> Engine:

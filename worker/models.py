@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,12 +178,15 @@ def load_model(
     return frozen
 
 
-def load_adapter(base: PreTrainedModel, folder: Path, *, config: LoraConfig | None = None) -> PeftModel:
+def load_adapter(
+    base: PreTrainedModel, folder: Path, *, config: LoraConfig | None = None, name: str = "default"
+) -> PeftModel:
     """Put the LoRA adapter in `folder` (PEFT's layout, safetensors) on `base`, its parameters requiring gradients.
 
     `base` is changed in place; `unload_adapter` gives it back, so that several checkpoints share one base model. A
-    `config` is what the adapter is made by instead of what the folder says. Raises ModelError where the folder is no
-    LoRA adapter of a causal language model, or does not fit `base`, which is then as it was.
+    `config` is what the adapter is made by instead of what the folder says, and `name` what PEFT calls it. Raises
+    ModelError where the folder is no LoRA adapter of a causal language model, or does not fit `base`, which is then as
+    it was.
     """
     own = lora_config(folder)
     config = own if config is None else config
@@ -191,13 +194,13 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, config: LoraConfig | No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters in them is refused below
         try:
-            model = get_peft_model(base, config)
+            model = get_peft_model(base, config, adapter_name=name)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             before.restore(base)
             raise ModelError(f"the adapter does not fit its base model: {_first_line(error)}") from error
         _before[base] = before
         try:
-            _fill_adapter(model, folder)
+            _fill_adapter(model, folder, name=name)
         except BaseException:
             unload_adapter(model)
             raise
@@ -205,6 +208,48 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, config: LoraConfig | No
     base.disable_input_require_grads()  # type: ignore[no-untyped-call]  # transformers'
     model.eval()
     return model
+
+
+def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
+    """Put the plain LoRA adapters in these folders on `base`, under these names; none of them requires gradients.
+
+    `base` is changed in place, as by `load_adapter`, and given back by `unload_adapter`. Raises ModelError as there,
+    and for an adapter that changes the base weights, which all others would see.
+    """
+    configs = {name: _plain(name, folder) for name, folder in folders.items()}
+    (first, folder), *others = folders.items()
+    with _about(first):
+        model = load_adapter(base, folder, config=configs[first], name=first)
+    try:
+        for name, folder in others:
+            with _about(name):
+                model.add_adapter(name, configs[name])
+                _fill_adapter(model, folder, name=name)
+    except BaseException:
+        unload_adapter(model)
+        raise
+    frozen: PeftModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def _plain(name: str, folder: Path) -> LoraConfig:
+    with _about(name):
+        config = lora_config(folder)
+        if str(config.init_lora_weights).lower().startswith(CHANGES_BASE):
+            raise ModelError(
+                f"it began with a part of the base weights ({config.init_lora_weights}), which is taken off them: "
+                "convert it to a plain LoRA (PEFT's path_initial_model_for_weight_conversion)"
+            )
+        return config
+
+
+@contextmanager
+def _about(adapter: str) -> Iterator[None]:
+    """Say of what goes wrong which adapter it is."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{adapter}: {_mismatch(error)}") from error
 
 
 def unload_adapter(model: PeftModel) -> PreTrainedModel:
@@ -358,11 +403,11 @@ def _weights_at_risk(base: PreTrainedModel, folder: Path, config: LoraConfig) ->
     return kept
 
 
-def _fill_adapter(model: PeftModel, folder: Path) -> None:
+def _fill_adapter(model: PeftModel, folder: Path, *, name: str) -> None:
     """Read the adapter's weights into their places; raises ModelError where weights and places differ."""
     renamed = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {})
     try:
-        result = model.load_adapter(str(folder), "default", is_trainable=True, torch_device="cpu", key_mapping=renamed)
+        result = model.load_adapter(str(folder), name, is_trainable=True, torch_device="cpu", key_mapping=renamed)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"the adapter does not fit its base model: {_mismatch(error)}") from error
     for keys, fault in (

@@ -44,6 +44,7 @@ from gradstore.types import (
     CascadeEstimate,
     CascadeJob,
     Checkpoint,
+    Combination,
     Combine,
     ComparisonEstimate,
     Contestant,
@@ -669,8 +670,16 @@ class EvaluationFields(TypedDict, total=False):
 
     finetune: str | None
     checkpoint: str | None
+    adapter: str | None
+    adapters: Sequence[str] | None
     model: str | None
     revision: str | None
+    combine: Combination | None
+    merge_weights: Sequence[float] | None
+    merge_rank: int | None
+    merge_density: float | None
+    arrow_top_k: int | None
+    arrow_temperature: float | None
     tasks: Required[str | Sequence[str]]
     baseline: bool | None
     max_rows: int | None

@@ -171,7 +171,15 @@ def _coverage(subtasks: Sequence[Subtask]) -> list[str]:
 
 
 def _lines(rows: Sequence[TaskExample]) -> bytes:
-    return b"".join(canonical(asdict(row)) + b"\n" for row in rows)
+    return b"".join(canonical(_stored(row)) + b"\n" for row in rows)
+
+
+def _stored(row: TaskExample) -> dict[str, Any]:
+    """A row's fields; those that rows did not have at first only where they say something: a task's id is its rows'."""
+    value = asdict(row)
+    if row.on_multiple == "first":
+        del value["on_multiple"]
+    return value
 
 
 def _task_example(value: dict[str, Any]) -> TaskExample:

@@ -9,6 +9,7 @@ name, all of it to select for. JSON arrays and Parquet are read too, gzipped or 
     answers   a text or a list of them; by default the row's own answer (what `pattern` finds in it)
     pattern   regular expression of Python's; its first match (first group, where it has one) in a generated text is
               the answer
+    on_multiple  which of several matches is the answer: first, last, or none of them (fail)
 
 A message of an assistant may have a `prefix`: the beginning of its turn that is given to the model and not learnt.
 """
@@ -24,7 +25,7 @@ from gradstore.types import Metric
 
 from datastore import shapes
 from datastore.rows import Example
-from datastore.tasks.patterns import BadPattern, Patterns, SlowPattern
+from datastore.tasks.patterns import BadPattern, OnMultiple, Patterns, SlowPattern
 from datastore.tasks.reading import TaskExample, TaskFolder, TaskRows
 
 LONGEST_PATTERN = 500  # characters
@@ -72,10 +73,13 @@ def _row(row: dict[str, Any], *, file: str, patterns: Patterns) -> TaskExample:
     if not isinstance(subtask, str) or not subtask.strip():
         raise _Wrong("subtask must be a text that is not empty")
     choices, pattern = _choices(row), _pattern(row, patterns)
+    on_multiple = _on_multiple(row, pattern)
     metric = _metric(row, choices, pattern)
     answer = example.messages[-1].content if example.messages else example.completion or ""
-    answers = _answers(row, metric, answer, choices, pattern, patterns)
-    return TaskExample(example, subtask, metric, choices, answers, pattern)
+    if metric == "exact_match" and pattern is not None and row.get("answers") is None:
+        answer = _found(answer, pattern, on_multiple, patterns)
+    answers = _answers(row, metric, answer, choices)
+    return TaskExample(example, subtask, metric, choices, answers, pattern, on_multiple)
 
 
 def _with_prefixes(example: Example, turns: object) -> Example:
@@ -109,8 +113,19 @@ def _pattern(row: dict[str, Any], patterns: Patterns) -> str | None:
         return None
     if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
         raise _Wrong(f"pattern must be a text of at most {LONGEST_PATTERN} characters")
-    patterns.first(pattern, "")  # raises BadPattern for what is none
+    patterns.find(pattern, "")  # raises BadPattern for what is none
     return pattern
+
+
+def _on_multiple(row: dict[str, Any], pattern: str | None) -> OnMultiple:
+    said: OnMultiple | None = row.get("on_multiple")
+    if said is None:
+        return "first"
+    if said not in get_args(OnMultiple):
+        raise _Wrong(f"on_multiple {said!r} is none of {', '.join(get_args(OnMultiple))}")
+    if pattern is None:
+        raise _Wrong("only a row with a pattern has on_multiple")
+    return said
 
 
 def _metric(row: dict[str, Any], choices: tuple[str, ...], pattern: str | None) -> Metric:
@@ -128,19 +143,12 @@ def _metric(row: dict[str, Any], choices: tuple[str, ...], pattern: str | None) 
     return metric
 
 
-def _answers(
-    row: dict[str, Any],
-    metric: Metric,
-    answer: str,
-    choices: tuple[str, ...],
-    pattern: str | None,
-    patterns: Patterns,
-) -> tuple[str, ...]:
+def _answers(row: dict[str, Any], metric: Metric, answer: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     given = row.get("answers")
     if metric == "none":
         return ()
     if given is None:
-        given = [_own_answer(metric, answer, pattern, patterns)]
+        given = [answer]
     elif isinstance(given, str):
         given = [given]
     if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
@@ -150,10 +158,9 @@ def _answers(
     return tuple(given)
 
 
-def _own_answer(metric: Metric, answer: str, pattern: str | None, patterns: Patterns) -> str:
-    if metric != "exact_match" or pattern is None:
-        return answer
-    found = patterns.first(pattern, answer)
+def _found(answer: str, pattern: str, on_multiple: OnMultiple, patterns: Patterns) -> str:
+    """What the pattern finds in the row's own answer."""
+    found = patterns.find(pattern, answer, on_multiple=on_multiple)
     if found is None:
         raise _Wrong("pattern finds nothing in the row's own answer, and there are no answers")
     return found

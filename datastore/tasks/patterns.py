@@ -14,9 +14,13 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
-from typing import IO, NoReturn, cast
+from typing import IO, Literal, NoReturn, cast
 
+OnMultiple = Literal["first", "last", "fail"]
+"""Which of several places in a text counts, or that none of them does."""
 SECONDS = 1.0  # of processor time, for reading an expression and searching for it in one text
 MEMORY = 1 << 30  # bytes
 
@@ -35,12 +39,17 @@ class Patterns:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def first(self, pattern: str, text: str) -> str | None:
-        """What the expression finds first in the text: its first group, where it has one. None: it finds nothing.
+    def find(self, pattern: str, text: str, *, on_multiple: OnMultiple = "first") -> str | None:
+        """What the expression finds in the text, of several places the one meant: its first group, where it has one.
 
-        Raises `BadPattern` for what is no expression, and `SlowPattern`.
+        None: it finds nothing, or, where that is to `fail`, something in several places. Raises `BadPattern` for what
+        is no expression, and `SlowPattern`.
+
+        >>> with Patterns() as patterns:
+        ...     [patterns.find("is (.)", "is A is A", on_multiple=each) for each in ("first", "last", "fail")]
+        ['A', 'A', None]
         """
-        answer = self._ask([pattern, text])
+        answer = self._ask([pattern, text, on_multiple])
         if "wrong" in answer:
             raise BadPattern(f"pattern is no regular expression: {answer['wrong']}")
         if "slow" in answer:
@@ -50,7 +59,7 @@ class Patterns:
             )
         return answer["found"]
 
-    def _ask(self, question: list[str]) -> dict[str, str | None]:
+    def _ask(self, question: Sequence[str]) -> dict[str, str | None]:
         if self._process is None:
             self._process = subprocess.Popen(  # noqa: S603 - this file
                 [sys.executable, "-I", "-S", "-W", "ignore", __file__],
@@ -79,23 +88,28 @@ class Patterns:
 
 
 def _serve() -> None:
-    """Answer each line of stdin, `[pattern, text]`, with one of `{"found": …}`, `{"wrong": …}` and `{"slow": …}`."""
+    """Answer each line of stdin, the arguments of `find`, with one of `{"found": …}`, `{"wrong": …}`, `{"slow": …}`."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, _interrupt)  # `re` looks for signals while it searches
     for line in sys.stdin:
-        pattern, text = json.loads(line)
+        pattern, text, on_multiple = json.loads(line)
         try:
-            answer = _answer(pattern, text)
+            answer = _answer(pattern, text, on_multiple)
         except TimeoutError:  # the signal came when the search was over and its timer not yet off
             answer = {"slow": "long"}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def _answer(pattern: str, text: str) -> dict[str, str | None]:
+def _answer(pattern: str, text: str, on_multiple: OnMultiple) -> dict[str, str | None]:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        match = re.search(pattern, text)
+        matches = re.finditer(pattern, text)
+        match = next(matches, None)
+        if on_multiple == "last":
+            match = next(iter(deque(matches, maxlen=1)), match)
+        elif on_multiple == "fail" and next(matches, None) is not None:
+            match = None
         return {"found": match[1 if match.re.groups else 0] if match else None}
     except (re.error, OverflowError, RecursionError) as error:
         return {"wrong": str(error)}

@@ -22,6 +22,7 @@ from datastore.errors import InvalidDataset, InvalidTask, TooLarge
 from datastore.json_rows import Unreadable
 from datastore.rows import Example, Message
 from datastore.strict_json import NotJson, canonical, parse
+from datastore.tasks.patterns import OnMultiple
 
 SHOWN = 20  # problems listed; the others are counted
 DETAIL = 400  # characters of a problem, which may quote the file
@@ -43,6 +44,8 @@ class TaskExample:
     """Right answers: one of `choices`, or what a generated text is compared with."""
     pattern: str | None = None
     """`exact_match`: the regular expression whose first match (its first group) in a generated text is the answer."""
+    on_multiple: OnMultiple = "first"
+    """`exact_match`: which of several matches is the answer; `fail`: none of them."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ rows as MoLA keeps them: `*validation*.jsonl` (or `*train*.jsonl`) and `*test*.j
 out.
 
 The user turn is MoLA's (context, question, options); the assistant's begins "Answer: The answer is", and what is learnt
-is " X.".
+is " X.". As `scienceqa-written` the same questions are answered by a text of the model's own, judged as MoLA does:
+one that says "The answer is X." more than once has failed, also where it says the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, TypeGuard
 from datastore.tasks.reading import LETTERS, TaskExample, TaskFolder, TaskRows, question
 
 PREFIX = "Answer: The answer is"
+WRITTEN = r"The answer is ([A-Z])."
+"""MoLA's to the letter: its full stop stands for any character, so an answer at a text's very end is not found."""
 
 _Item = tuple[str, int | None, Any]
 """Id, line where there is one, and content of a question."""
@@ -26,7 +29,9 @@ _Item = tuple[str, int | None, Any]
 class ScienceQa:
     """Reads `problems.json` with `pid_splits.json`, or MoLA's rows."""
 
-    kind = "scienceqa"
+    def __init__(self, *, written: bool = False) -> None:
+        self.kind = "scienceqa-written" if written else "scienceqa"
+        self._written = written
 
     def read(self, folder: Path) -> TaskRows:
         """Read the questions in `folder`; the subjects are the subtasks."""
@@ -44,7 +49,7 @@ class ScienceQa:
                 "validation": list(_lines(task, found)),
                 "test": list(_lines(task, task.find("*test*.jsonl*"))),
             }
-        return _finish(task, rows)
+        return _finish(task, rows, written=self._written)
 
 
 def _problems(task: TaskFolder, path: Path) -> dict[str, list[_Item]]:
@@ -73,18 +78,20 @@ def _lines(task: TaskFolder, paths: Iterable[Path]) -> Iterator[tuple[Path, _Ite
             yield path, (f"{path.name.split('.')[0]}_{line}", line, row)
 
 
-def _finish(task: TaskFolder, rows: dict[str, list[tuple[Path, _Item]]]) -> TaskRows:
+def _finish(task: TaskFolder, rows: dict[str, list[tuple[Path, _Item]]], *, written: bool) -> TaskRows:
     kept = {split: [(path, item) for path, item in items if not item[2].get("image")] for split, items in rows.items()}
     dropped = sum(len(rows[split]) - len(kept[split]) for split in rows)
     read = {
-        split: [row for path, item in items if (row := _row(task, path, *item)) is not None]
+        split: [row for path, item in items if (row := _row(task, path, *item, written=written)) is not None]
         for split, items in kept.items()
     }
     notes = [f"{dropped:,} questions with an image were left out"] if dropped else []
     return task.finish(TaskRows(read["validation"], read["test"], notes))
 
 
-def _row(task: TaskFolder, path: Path, number: str, line: int | None, item: dict[str, Any]) -> TaskExample | None:
+def _row(
+    task: TaskFolder, path: Path, number: str, line: int | None, item: dict[str, Any], *, written: bool
+) -> TaskExample | None:
     choices, answer = item.get("choices"), item.get("answer")
     fields = task.texts(path, item, "question", "subject", line=line)
     if fields is None:
@@ -99,6 +106,15 @@ def _row(task: TaskFolder, path: Path, number: str, line: int | None, item: dict
         return None
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
     text = f"Context: {item.get('hint') or 'N/A'}\nQuestion: {fields[0]}\nOptions: {options}"
+    if written:
+        return TaskExample(
+            example=question("scienceqa", number, text, f"{PREFIX} {letters[position]}."),
+            subtask=fields[1],
+            metric="exact_match",
+            answers=(letters[position],),
+            pattern=WRITTEN,
+            on_multiple="fail",
+        )
     return TaskExample(
         example=question("scienceqa", number, text, f" {letters[position]}.", prefix=PREFIX),
         subtask=fields[1],

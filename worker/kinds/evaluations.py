@@ -11,8 +11,10 @@ from gradstore.types import EvaluationRequest, EvaluationResult, EvaluationRow, 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datastore.evaluations import is_tuned
 from datastore.leases import Claim
 from datastore.tasks import TaskExample
+from worker.combinations import Combined
 from worker.context import Context
 from worker.engines import load, within_memory
 from worker.evaluate import LEAST_TOKENS, TOKENS, Measured, evaluate, first_rows
@@ -31,8 +33,8 @@ def work(claim: Claim, context: Context, heartbeat: Heartbeat) -> Commit:
     request = EvaluationRequest.model_validate(claim.request)
     tasks = {task: first_rows(context.tasks.test(task), request.max_rows) for task in claim.plan["tasks"]}
     names = {task: context.catalog.task(task).name for task in tasks}
-    subjects: list[Subject] = ["base"] if claim.plan["checkpoint"] is None or request.baseline else []
-    subjects += ["tuned"] if claim.plan["checkpoint"] is not None else []
+    subjects: list[Subject] = ["base"] if request.baseline or not is_tuned(claim.plan) else []
+    subjects += ["tuned"] if is_tuned(claim.plan) else []
     before = 0
     rows: list[EvaluationRow] = []
     for subject in subjects:
@@ -80,15 +82,26 @@ def _measure(
 def _subject(
     context: Context, plan: dict[str, Any], request: EvaluationRequest, subject: Subject
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, or the checkpoint's: an adapter on it, or a model of its own."""
+    """The base model, or what was named: an adapter on it, several as one, or a model of its own."""
     tokenizer = context.loaded.tokenizer(plan["model"], plan["revision"])
     base = Base(plan["model"], plan["revision"], precision=plan["precision"], quantisation=request.quantisation)
     if subject == "base":
         return context.loaded.base(base), tokenizer
-    model = load(context, base, context.catalog.checkpoint(plan["checkpoint"]))
+    if "combination" in plan:
+        model: PreTrainedModel | PeftModel = context.loaded.combined(base, _combined(context, plan, request))
+    else:
+        model = load(context, base, context.catalog.checkpoint(plan["checkpoint"]))
     if isinstance(model, PeftModel):
         return cast("PreTrainedModel", model.get_base_model()), tokenizer  # the adapter is inside its layers
     return model, tokenizer
+
+
+def _combined(context: Context, plan: dict[str, Any], request: EvaluationRequest) -> Combined:
+    adapters = [context.catalog.adapter(id) for id in plan["adapters"]]
+    folders = tuple(context.checkpoints.weights(adapter.checkpoint) for adapter in adapters)
+    settings = {**plan["combination"]}
+    settings["weights"] = tuple(settings.get("weights", ()))
+    return Combined(folders, **settings, seed=request.seed)
 
 
 def _row(subject: Subject, task: str, name: str, measured: Measured) -> EvaluationRow:

@@ -34,6 +34,8 @@ OF = (
     "selection",
     "finetune",
     "checkpoint",
+    "adapter",
+    "adapters",
     "gradients",
     "model",
     "projector",

@@ -7,7 +7,7 @@ import { ago, bytes, called, decimal, duration, percent, whole } from "../format
 import { LISTED, moreButton } from "../lists.js";
 import { badge, choice, empty, facts, failure, heading, named, panel, scrolling, table } from "../parts.js";
 
-const OF = ["dataset", "datasets", "task", "tasks", "selection", "finetune", "checkpoint", "gradients", "model"]; // what a request says a job is about
+const OF = ["dataset", "datasets", "task", "tasks", "selection", "finetune", "checkpoint", "adapter", "adapters", "gradients", "model"]; // what a request says a job is about
 const PAGES = {
   annotation: "annotations",
   attribution: "attributions",

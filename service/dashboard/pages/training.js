@@ -22,7 +22,7 @@ function chooser(title, things, onChange) {
   const boxes = things.map((thing) => {
     const id = fresh("chosen");
     const box = h("input", { type: "checkbox", id, checked: chosen.has(thing.id), onchange: () => (box.checked ? chosen.add(thing.id) : chosen.delete(thing.id), change()) });
-    return h("span", { class: "check" }, box, h("label", { for: id }, called(thing)));
+    return h("span", { class: "check" }, box, h("label", { for: id }, titled(thing)));
   });
   const change = () => onChange(things.filter(({ id }) => chosen.has(id)));
   change();
@@ -67,12 +67,12 @@ function measurements(jobs) {
   const models = columnsOf(jobs);
   const lines = new Map();
   for (const { rows } of models) for (const row of rows) lines.set(keyOf(row), row);
-  const numbers = (title, value, interval) => table(title, [
+  const numbers = (title, value, interval, more) => table(title, [
     { title: "task", cell: ({ task_name: task, subtask }) => (subtask === null ? h("strong", {}, task) : h("span", { class: "under" }, subtask)) },
-    ...models.map(({ name, rows }) => ({ title: name, number: true, cell: (line) => measured(rows.find((row) => keyOf(row) === keyOf(line)), value, interval) })),
+    ...models.map(({ name, rows }) => ({ title: name, number: true, cell: (line) => measured(rows.find((row) => keyOf(row) === keyOf(line)), value, interval, more) })),
   ], [...lines.values()]);
   return h("div", {},
-    h("h3", {}, "Metric, more is better"), numbers("Metric of each model", ({ value }) => value, ({ interval }) => interval),
+    h("h3", {}, "Metric, more is better"), numbers("Metric of each model", ({ value }) => value, ({ interval }) => interval, ({ unparsed }) => unparsed > 0 && `, ${whole(unparsed)} unparsed`),
     h("h3", { class: "later" }, "Loss, less is better"), numbers("Loss of each model", ({ loss }) => loss, ({ loss_interval: interval }) => interval),
     h("p", { class: "note" }, "In brackets: bootstrap intervals of 95 %."));
 }
@@ -86,15 +86,18 @@ function columnsOf(jobs) {
     const base = job.result.rows.filter(({ model }) => model === "base");
     const tuned = job.result.rows.filter(({ model }) => model === "tuned");
     const same = JSON.stringify(base);
-    if (base.length && !bases.has(same)) found.unshift({ name: bases.size ? `base of ${called(job)}` : "base", rows: base });
+    if (base.length && !bases.has(same)) found.unshift({ name: bases.size ? `base of ${titled(job)}` : "base", rows: base });
     bases.add(same);
-    if (tuned.length) found.push({ name: called(job), rows: tuned });
+    if (tuned.length) found.push({ name: titled(job), rows: tuned });
   }
   return found;
 }
 
-function measured(row, value, interval) {
+/** A job's name; of an evaluation of adapters without one what it measured, in words: "cat of gsm8k, arc". */
+const titled = ({ name, id, request }) => name ?? (request.adapters ? `${request.combine} of ${request.adapters.join(", ")}` : (request.adapter ?? id));
+
+function measured(row, value, interval, more = () => false) {
   if (!row || value(row) === null) return "–";
   const range = interval(row);
-  return h("span", {}, decimal(value(row)), range && h("span", { class: "note" }, ` (${decimal(range.low)} – ${decimal(range.high)})`));
+  return h("span", {}, decimal(value(row)), range && h("span", { class: "note" }, ` (${decimal(range.low)} – ${decimal(range.high)})`), more(row));
 }
