@@ -29,7 +29,8 @@ from datastore.schema import SelectionRow
 from datastore.scoring import Scoring
 from datastore.selection.choose import Chosen, Lengths, Material, choose, chosen_from
 from datastore.selection.contamination import DEFAULT_NGRAM, Contamination, NgramIndex, Overlap
-from datastore.selection.features import PoolFeatures
+from datastore.selection.diversity import Reader
+from datastore.selection.features import NearestShots, PoolFeatures
 from datastore.selection.make_up import Labelled, left_out, locate
 from datastore.selection.rules import needs_features, needs_task, refused
 from datastore.selection.tasks import CombinedScores, combine
@@ -43,6 +44,8 @@ LONGEST_WAIT = 30.0  # seconds for the selection before, where rows are compared
 PAGE, PAGES = 100, 256  # rows of a page, and such pages, that are remembered: some 10 MB
 REPORTED = 20
 """Overlaps with tasks' rows that an answer tells."""
+REPORTED_TWINS = 100
+"""Rows like others, which were passed over, that an answer tells."""
 _Names = Sequence[tuple[str | None, tuple[str, ...]]]
 
 
@@ -68,6 +71,19 @@ class PoolLabels:
     def ids(self) -> pa.ChunkedArray:
         """Own id of every row, or null."""
         return pa.chunked_array([labels.ids for labels in self.labels], pa.string())
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Which shots rows are nearest to."""
+
+    shots: int
+    chosen: NDArray[np.int64]
+    """Of each chosen row (k,)."""
+    passed: Chosen
+    """The first rows that were passed over."""
+    shot: NDArray[np.int64]
+    """Of each of these."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,9 @@ class Answers:
             k = wanted(valid, excluded, pct=recipe.pct, k=recipe.k if k is None else k)
             chosen = choose(scores, recipe, among, k, material)
             contamination = self._contamination(recipe, pool, chosen, material.contamination)
+            near = None
+            if recipe.strategy == "shots":
+                near = self._near(recipe, sources, chosen, vector(scores, recipe), material.features)
         summary = {
             "count": len(chosen.rows),
             "pool": len(valid) if excluded is None else int((~excluded).sum()),
@@ -153,6 +172,7 @@ class Answers:
             "origins": pool.origins.counts(chosen.rows),
             "pool_origins": pool.origins.counts(),
             "contamination": None if contamination is None else contamination.model_dump(mode="json"),
+            "shots": None if near is None else self._report(recipe, pool, chosen, near, k).model_dump(mode="json"),
             "notes": [
                 *self.scoring.notes(recipe, sources),
                 *self._unknown_ids(recipe, pool),
@@ -161,7 +181,10 @@ class Answers:
             ],
         }
         id = selection_id(recipe)
-        self.files.write(id, _table(pool, chosen, self._names(recipe, sources)))
+        table = _table(pool, chosen, self._names(recipe, sources))
+        if near is not None:
+            table = table.append_column("shot", pa.array(near.chosen))
+        self.files.write(id, table)
         row = self.catalog.add_selection(id=id, recipe=recipe.model_dump(mode="json"), summary=summary)
         return self._answer(row, limit=limit, after=after)
 
@@ -348,6 +371,48 @@ class Answers:
             split=overlap.split,
             task_row=overlap.row,
             text=overlap.text,
+        )
+
+    def _near(
+        self, recipe: SelectionRecipe, sources: Sources, chosen: Chosen, scores: CombinedScores, features: Reader
+    ) -> _Near:
+        """The nearest shots of the rows that were chosen, and of the first that were passed over."""
+        passed = np.array(list(chosen.passed_over)[:REPORTED_TWINS], np.int64)
+        shots = NearestShots(self.scoring.shots(sources), recipe.checkpoint_weights)
+        return _Near(
+            shots=shots.count,
+            chosen=shots.of(features, chosen.rows, chosen.task),
+            passed=chosen_from(scores, passed),
+            shot=shots.of(features, passed, scores.task[passed]),
+        )
+
+    def _report(
+        self, recipe: SelectionRecipe, pool: PoolLabels, chosen: Chosen, near: _Near, budget: int
+    ) -> types.ShotsReport:
+        """What strategy=shots looked at."""
+        ranks = {row: rank for rank, row in enumerate(chosen.rows.tolist(), 1)}
+        rows = near.passed.rows.tolist()
+        places = locate(rows, pool.sizes)
+        passed = zip(
+            rows, places, near.passed.score.tolist(), near.passed.task.tolist(), near.shot.tolist(), strict=True
+        )
+        return types.ShotsReport(
+            shots=near.shots,
+            budget=budget,
+            near=len(ranks) + len(chosen.passed_over),
+            passed_over=len(chosen.passed_over),
+            rows=[
+                types.PassedOver(
+                    dataset=pool.datasets[number],
+                    row=place,
+                    id=pool.ids[row].as_py(),
+                    score=score,
+                    task=recipe.tasks[task],
+                    shot=shot,
+                    like=ranks[chosen.passed_over[row]],
+                )
+                for row, (number, place), score, task, shot in passed
+            ],
         )
 
     def _lengths(self, recipe: SelectionRecipe) -> Lengths | None:

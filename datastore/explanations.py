@@ -29,11 +29,11 @@ from datastore.answers import Answers
 from datastore.browsing import look_through, number_of, turns
 from datastore.errors import Conflict
 from datastore.features import Features
-from datastore.influence import Floats, everywhere, normalise
+from datastore.influence import Floats, everywhere
 from datastore.recipes import Recipes, Sources
 from datastore.rows import Example
 from datastore.segments import Rows
-from datastore.selection.features import PoolFeatures
+from datastore.selection.features import PoolFeatures, influences
 from datastore.tasks import Tasks
 from datastore.tasks.reading import TaskExample
 
@@ -134,22 +134,6 @@ class Explaining:
         usable = np.flatnonzero(everywhere([view.valid for view in views])).tolist()
         validation = self.tasks.validation(task)
         return _Target(task, usable, [validation[row] for row in usable], views)
-
-
-def influences(train: Floats, target: Sequence[Rows], weights: Sequence[float]) -> Floats:
-    """Influence of each training row on each target row (n, m), the checkpoints' cosines weighted (LESS, eq. 3).
-
-    `train` is as `PoolFeatures.unit` has it: the checkpoints side by side, each times the root of its weight. A target
-    row without a feature has no influence. Raises `Damaged`.
-    """
-    total = np.zeros((len(train), target[0].rows), np.float32)
-    first = 0
-    for view, weight in zip(target, weights, strict=True):
-        own = train[:, first : first + view.dim] * np.float32(np.sqrt(weight))
-        for start, rows in view.decoded_blocks(check=True):
-            total[:, start : start + len(rows)] += own @ normalise(rows).T
-        first += view.dim
-    return total
 
 
 def _scores(target: _Target, row: Floats, how: Aggregate | None) -> Iterator[SubtaskScore]:

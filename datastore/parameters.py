@@ -25,6 +25,7 @@ from gradstore.types import (
     Reduction,
     Run,
     SelectionMethod,
+    ShotNearness,
     StoredProjection,
     Strategy,
     TemplateName,
@@ -78,6 +79,12 @@ _OF_SOME: dict[str, tuple[SelectionMethod, ...]] = {
 """Parameters that only these methods have."""
 NEIGHBOURS = 5
 """References that give a row's score in an ability space."""
+BANDWIDTH = 10.0
+"""γ of the Gaussians around shots: the paper's best (ROCKET, arXiv 2408.15915)."""
+TAU = 0.9
+"""The cosine from which on rows like shots are too much like each other: it keeps some 90 % of them there."""
+OF_NEARNESS: dict[ShotNearness, Aggregate | None] = {"max_cosine": "max", "centroid": "avg", "kde": None, "hull": None}
+"""The aggregate that a nearness to shots is, where it is one."""
 
 
 _AGGREGATES: dict[SelectionMethod, Aggregate | None] = {"influence": "less", "gradex": None}
@@ -123,6 +130,9 @@ class Query:
     strategy: Strategy | None = None
     among: int | None = None
     clusters: int | None = None
+    nearness: ShotNearness | None = None
+    bandwidth: float | None = None
+    tau: float | None = None
     quota: Sequence[str] = ()
     dedupe: float | None = None
     dedupe_by: DedupeBy | None = None
@@ -163,6 +173,8 @@ def with_method(query: Query) -> Query:
         raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="method")])
     if method in ("random", *LEARNED):
         return replace(query, method=method)
+    if query.strategy == "shots":
+        return _like_shots(replace(query, method=method, kind=own or query.kind))
     several = len(set(query.tasks)) > 1 and method != "influence"
     if method == "cods":
         return _in_an_ability_space(query, combine="round-robin" if several else "max")
@@ -172,6 +184,22 @@ def with_method(query: Query) -> Query:
         kind=own or query.kind,
         aggregate=query.aggregate or _AGGREGATES.get(method, "max"),
         combine=query.combine or ("round-robin" if several else "max"),
+    )
+
+
+def _like_shots(query: Query) -> Query:
+    """The defaults of strategy=shots. Raises `InvalidInput` where the aggregate is named otherwise."""
+    nearness = query.nearness or "max_cosine"
+    if query.aggregate is not None:
+        detail = "strategy=shots takes a task's rows together by their nearness: leave aggregate out, and say nearness"
+        raise InvalidInput(detail, errors=[ProblemItem(detail=detail, parameter="aggregate")])
+    return replace(
+        query,
+        nearness=nearness,
+        aggregate=OF_NEARNESS[nearness],
+        bandwidth=BANDWIDTH if query.bandwidth is None and nearness == "kde" else query.bandwidth,
+        tau=TAU if query.tau is None else query.tau,
+        combine=query.combine or "max",
     )
 
 

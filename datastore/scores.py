@@ -5,7 +5,7 @@ multiplied in one product, and a block of rows is decoded, multiplied and droppe
 (datastore/products.py). Scores are kept in pieces of the pool's segments: workers share a large pool's pieces, and a
 grown pool scores its new segment only.
 Memory beside the mapped files, with c checkpoints, m reference rows, q queries (subtasks for `less`, one a task for
-`avg`, reference rows for `max` and `min`) and n rows in the piece, at most 65,536, in bytes:
+`avg`, reference rows for the others) and n rows in the piece, at most 65,536, in bytes:
 
     12·c·q·dim + 4·m·dim + threads · (8 MiB·c + 12·1,024·q) + (16·c + 14·tasks)·n
 
@@ -49,6 +49,7 @@ from datastore.influence import (
     reduce,
     usable_rows,
 )
+from datastore.nearness import Around, Doubles
 from datastore.products import NUMPY, Kernel, Products
 from datastore.segments import VALID, Rows, ranges
 from datastore.shards import CHUNK_ROWS
@@ -62,6 +63,8 @@ PIECE_ROWS = 64 * CHUNK_ROWS
 AHEAD = 4
 """Blocks that wait for each thread: with one, a thread that is done waits until somebody looks at its result."""
 _ARRAYS = ("score", "subtask", "valid")
+How = Aggregate | Around
+"""How a row's cosines with a task's rows become its score: by an aggregate, or a rule that looks at all at once."""
 
 
 class Target:
@@ -76,15 +79,16 @@ class Target:
         numbers = {name: number for number, name in enumerate(self.subtasks)}
         self._labels: Subtasks = np.array([numbers[name] for name in subtasks], np.int16)
         self.key = content_id("target", {"rows": [view.names for view in views], "subtasks": list(subtasks)})
-        self._queries: dict[Aggregate, tuple[list[Floats], Subtasks]] = {}
+        self._queries: dict[How, tuple[list[Floats], Subtasks]] = {}
         self._usable, self.notes = usable_rows([view.valid for view in views], self._labels, self.subtasks)
         """`notes` say which rows and subtasks are left out, and why."""
 
-    def queries(self, how: Aggregate) -> tuple[list[Floats], Subtasks]:
+    def queries(self, how: How) -> tuple[list[Floats], Subtasks]:
         """What a pool's rows are multiplied with at each checkpoint, (q, dim) each, and the queries' subtasks (q,)."""
         if how not in self._queries:
             labels = self._labels[self._usable]
-            folded = [queries(_unit_rows(view, self._usable), labels, how) for view in self.views]
+            kept: Aggregate = "max" if isinstance(how, Around) else how
+            folded = [queries(_unit_rows(view, self._usable), labels, kept) for view in self.views]
             self._queries[how] = [rows for rows, _ in folded], folded[0][1]
         return self._queries[how]
 
@@ -94,7 +98,7 @@ def score(
     targets: Sequence[Target],
     *,
     weights: Sequence[float],
-    aggregate: Aggregate,
+    aggregate: How,
     cache: ScoreCache,
     kernel: Kernel = NUMPY,
     on_rows: Callable[[int], None] | None = None,
@@ -116,7 +120,7 @@ def score_piece(
     piece: tuple[int, int],
     *,
     weights: Sequence[float],
-    aggregate: Aggregate,
+    aggregate: How,
     cache: ScoreCache,
     kernel: Kernel = NUMPY,
     on_rows: Callable[[int], None] | None = None,
@@ -131,7 +135,7 @@ def missing_pieces(
     targets: Sequence[Target],
     *,
     weights: Sequence[float],
-    aggregate: Aggregate,
+    aggregate: How,
     cache: ScoreCache,
 ) -> list[tuple[int, int]]:
     """The ranges of rows whose scores are not all in the cache: each can be computed by another worker."""
@@ -148,7 +152,7 @@ def cached(
     targets: Sequence[Target],
     *,
     weights: Sequence[float],
-    aggregate: Aggregate,
+    aggregate: How,
     cache: ScoreCache,
 ) -> list[TaskScores] | None:
     """What `score` would answer, if all of it is in the cache; else None, without reading a feature."""
@@ -175,7 +179,7 @@ class _Plan:
     pool: Sequence[Rows]
     targets: Sequence[Target]
     weights: Sequence[float]
-    aggregate: Aggregate
+    aggregate: How
 
     def __post_init__(self) -> None:
         views = [*self.pool, *(view for target in self.targets for view in target.views)]
@@ -213,7 +217,7 @@ class _Plan:
             "target": target.key,
             "target_segments": [name for view in target.views for name, _ in view.names],
             "weights": list(self.weights),
-            "aggregate": self.aggregate,
+            "aggregate": self.aggregate.said() if isinstance(self.aggregate, Around) else self.aggregate,
         }
 
     def key(self, target: Target, start: int, stop: int) -> str:
@@ -231,9 +235,9 @@ class _Plan:
         def reach(edges: tuple[int, int]) -> int:
             """Score the rows between two edges; results of different threads lie beside each other."""
             block, rows = influences.of(*edges), slice(edges[0] - start, edges[1] - start)
-            parts = zip(results, question.labels, pairwise(question.ends), strict=True)
-            for (scores, subtasks), labels, (low, high) in parts:
-                scores[rows], subtasks[rows] = reduce(block[:, low:high], labels, self.aggregate)
+            parts = zip(results, question.labels, pairwise(question.ends), question.grams, strict=True)
+            for (scores, subtasks), labels, (low, high), gram in parts:
+                scores[rows], subtasks[rows] = _reduced(block[:, low:high], labels, self.aggregate, gram)
             return edges[1]
 
         for reached in _in_threads(reach, influences.blocks, question.kernel):
@@ -255,6 +259,8 @@ class _Question:
     """Where each target's queries begin and end, from 0 on."""
     products: Sequence[Products]
     """One per checkpoint, whose weight is in the queries."""
+    grams: Sequence[Doubles]
+    """Of each target, the cosines of its queries with each other, which `Around` looks at (q, q)."""
 
 
 class _Questions:
@@ -281,7 +287,18 @@ class _Questions:
         ]
         labels = [labels for _, labels in asked]
         ends = np.cumsum([0, *map(len, labels)]).tolist()
-        return _Question(self._kernel, labels, ends, products)
+        grams = [
+            self._gram(rows) if isinstance(self._plan.aggregate, Around) else np.empty((0, 0)) for rows, _ in asked
+        ]
+        return _Question(self._kernel, labels, ends, products, grams)
+
+    def _gram(self, rows: Sequence[Floats]) -> Doubles:
+        """The cosines of a target's rows with each other (q, q), weighted over the checkpoints."""
+        found = np.zeros((len(rows[0]), len(rows[0])))
+        for unit, weight in zip(rows, self._plan.weights, strict=True):
+            exact = unit.astype(np.float64)
+            found += weight * (exact @ exact.T)
+        return found
 
 
 class _Influences:
@@ -306,6 +323,13 @@ class _Influences:
             found *= factors[rows, None]
             total += found
         return total
+
+
+def _reduced(cosines: Floats, labels: Subtasks, how: How, gram: Doubles) -> tuple[Floats, Subtasks]:
+    """One score per row of a block, and the subtask that gave it: of `Around` that of the nearest row."""
+    if isinstance(how, Around):
+        return how.score(cosines, gram).astype(np.float32), labels[cosines.argmax(axis=1)]
+    return reduce(cosines, labels, how)
 
 
 def _reciprocals(lengths: Floats, valid: Mask) -> Floats:

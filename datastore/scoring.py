@@ -23,11 +23,12 @@ from datastore.features import Features
 from datastore.identity import content_id
 from datastore.influence import TaskScores
 from datastore.leases import Claim, Jobs, NewShard
+from datastore.nearness import Around
 from datastore.own_scores import Methods, Placing
 from datastore.products import NUMPY, Kernel
 from datastore.recipes import Sources
 from datastore.schema import JobRow, ShardRow
-from datastore.scores import ScoreCache, Target
+from datastore.scores import How, ScoreCache, Target
 from datastore.segments import FeatureView
 from datastore.selection.abilities import References
 from datastore.selection.draws import draw
@@ -66,7 +67,7 @@ class Scoring:
                 self._views(sets),
                 targets,
                 weights=recipe.checkpoint_weights,
-                aggregate=recipe.aggregate or "less",
+                aggregate=_how(recipe),
                 cache=self.cache,
             )
             if pool is None:
@@ -87,7 +88,7 @@ class Scoring:
             "datasets": {id: [feature.id for feature in found] for id, found in sources.datasets.items()},
             "tasks": {id: [feature.id for feature in found] for id, found in sources.tasks.items()},
             "weights": recipe.checkpoint_weights,
-            "aggregate": recipe.aggregate or "less",
+            "aggregate": how.said() if isinstance(how := _how(recipe), Around) else how,
             "rows": sum(sets[0].rows for sets in sources.datasets.values()),
         }
         return self._started(scored, plan, list(self._shards(recipe, sources)))
@@ -120,7 +121,7 @@ class Scoring:
                 self._views(sets),
                 targets,
                 weights=recipe.checkpoint_weights,
-                aggregate=recipe.aggregate or "less",
+                aggregate=_how(recipe),
                 cache=self.cache,
             )
             for start, stop in missing:
@@ -143,7 +144,7 @@ class Scoring:
             self._targets(self._sources(plan)),
             (start, payload["stop"]),
             weights=plan["weights"],
-            aggregate=plan["aggregate"],
+            aggregate=Around(**plan["aggregate"]) if isinstance(plan["aggregate"], dict) else plan["aggregate"],
             cache=self.cache,
             kernel=kernel,
             on_rows=lambda reached: on_rows((reached - start) * len(views)),
@@ -187,6 +188,10 @@ class Scoring:
         """The rows that are scored: of each pool a view for each checkpoint."""
         return [self._views(sets) for sets in sources.datasets.values()]
 
+    def shots(self, sources: Sources) -> list[list[FeatureView]]:
+        """The tasks' rows that these are compared with: of each task a view for each checkpoint."""
+        return [self._views(sets) for sets in sources.tasks.values()]
+
     def _sources(self, plan: dict[str, Any]) -> Sources:
         """The feature sets of a job's plan."""
         return Sources(
@@ -209,6 +214,13 @@ class Scoring:
     def _read_subtasks(self, task: str) -> list[str]:
         """The subtask of each validation row, which an id names for ever."""
         return [row.subtask for row in self.tasks.validation(task)]
+
+
+def _how(recipe: SelectionRecipe) -> How:
+    """How a recipe's scores come from cosines."""
+    if recipe.nearness == "kde" or recipe.nearness == "hull":  # noqa: PLR1714  # mypy narrows the type by ==
+        return Around(recipe.nearness, recipe.bandwidth)
+    return recipe.aggregate or "less"
 
 
 def _scored(recipe: SelectionRecipe) -> dict[str, Any]:

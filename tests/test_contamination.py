@@ -44,6 +44,8 @@ def test_a_row_overlaps_where_any_run_of_words_is_a_tasks(rows: list[str], text:
         theirs = row.split()
         size = min(n, len(theirs))
         if size < min(8, n):
+            if theirs and theirs == mine:
+                expected[number] = (0, size)  # it can stand in any text: the same text and no other is an overlap
             continue
         have = {tuple(theirs[place : place + size]) for place in range(len(theirs) - size + 1)}
         places = [place for place in range(len(mine) - size + 1) if tuple(mine[place : place + size]) in have]

@@ -308,7 +308,8 @@ def test_every_folder_of_a_trainer_is_loaded_by_datasets_and_has_its_card(
     assert configs.keys() == {"messages", "prompt_completion"}
     assert front["size_categories"] == ["n<1K"]
     assert "flan" in text
-    assert pq.read_table(io.BytesIO(found["selection.parquet"])).to_pylist() == chosen["data"]
+    rows = pq.read_table(io.BytesIO(found["selection.parquet"])).to_pylist()
+    assert [SelectedRow.model_validate(row).model_dump() for row in rows] == chosen["data"]
     rows = {
         name: len(load_dataset(str(tmp_path / "folder"), name, split="train", cache_dir=str(tmp_path / "cache")))
         for name in configs

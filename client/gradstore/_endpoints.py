@@ -101,6 +101,7 @@ from gradstore.types import (
     Search,
     SelectionMethod,
     SelectionRecipe,
+    ShotNearness,
     Split,
     StoredProjection,
     Strategy,
@@ -495,6 +496,8 @@ class Question(TypedDict, total=False):
     neighbours: int | None
     beta: float | None
     capabilities: str | Sequence[str] | None
+    nearness: ShotNearness | None
+    bandwidth: float | None
     selection_seed: int | None
 
 
@@ -507,6 +510,7 @@ class Choice(TypedDict, total=False):
     exclude_ids: str | Sequence[str] | None
     among: int | None
     clusters: int | None
+    tau: float | None
     quota: str | Sequence[str] | Mapping[str, float] | None
     dedupe: float | None
     dedupe_by: DedupeBy | None

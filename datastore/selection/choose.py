@@ -2,14 +2,15 @@
 
 Rows are met in the order in which the tasks want them (tasks.py). One that overlaps with a task's row, or is too much
 like one taken before, is passed over; quotas and clusters say how many are taken from where; k-center takes the best
-rows apart from each other. Where nothing is passed over the best rows are found without a walk.
+rows apart from each other; of those nearest to shots, others are not put in the place of what is passed over. Where
+nothing is passed over the best rows are found without a walk.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
 from math import ceil, sqrt
@@ -28,6 +29,7 @@ from datastore.selection.draws import matched
 from datastore.selection.duplicates import SAMPLE, FeatureDuplicates, TextDuplicates
 from datastore.selection.make_up import Labelled
 from datastore.selection.rules import dedupe_by, refused
+from datastore.selection.shots import nearest, unlike_each_other
 from datastore.selection.tasks import CombinedScores, Filter, Pick, Walks, accepted
 from datastore.selection.top import Selected, ranking, top
 
@@ -49,6 +51,8 @@ class Chosen:
     """Number of that task's subtask (k,)."""
     notes: list[str] = field(default_factory=list)
     """What did not go as asked."""
+    passed_over: dict[int, int] = field(default_factory=dict)
+    """`strategy=shots`: near rows that were passed over, best first, and the chosen row that each is most like."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Lengths:
 
 def choose(scores: Sequence[TaskScores], recipe: SelectionRecipe, among: Mask, k: int, material: Material) -> Chosen:
     """The rows that a recipe chooses of the candidates, at most `k`. Raises `Conflict` where there is none."""
-    chosen = _choose(recipe, Walks(scores, recipe.combine or "max", among), k, material)
+    walks = Walks(scores, recipe.combine or "max", among)
+    choice = _like_shots if recipe.strategy == "shots" else _choose
+    chosen = choice(recipe, walks, k, material)
     if not len(chosen.rows):
         raise Conflict("no row can be chosen: all candidates overlap with a task's rows, or have no share in the quota")
     return chosen
@@ -156,6 +162,28 @@ def _matched(
     missed = (Counter(lengths.wanted.tolist()) - Counter(lengths.known[rows].tolist())).total()
     notes = [f"{missed:,} of {len(lengths.wanted):,} rows could not be matched: no row of their length was left"]
     return _of_combined(drawn, rows, notes if missed else [])
+
+
+def _like_shots(recipe: SelectionRecipe, walks: Walks, k: int, material: Material) -> Chosen:
+    """The `k` rows nearest to the shots less those too much like one before, in whose place nothing is put."""
+    scores, among = _one_score(walks), walks.among
+    by, seed = recipe.nearness or "max_cosine", recipe.selection_seed or 0
+    rows = nearest(scores.score, among, k, by=by, seed=seed)
+    while recipe.exclude_contaminated:
+        overlaps = material.contamination.of_all(rows.tolist())
+        unwanted = rows[[overlap is not None for overlap in overlaps]]
+        if not len(unwanted):
+            break
+        among = among.copy()
+        among[unwanted] = False
+        rows = nearest(scores.score, among, k, by=by, seed=seed)
+    found = unlike_each_other(material.features, rows.tolist(), 1.0 if recipe.tau is None else recipe.tau)
+    notes = [f"{len(rows):,} rows instead of {k:,}: of the others none could be taken"] if len(rows) < k else []
+    if found.twins:
+        alike = f"{len(found.twins):,} of the nearest have a cosine over {recipe.tau:g} with one taken before"
+        notes.append(f"{len(found.rows):,} rows instead of {k:,}: {alike}, and nothing is put in their place")
+    taken = _of_combined(scores, np.array(found.rows, np.int64), notes)
+    return replace(taken, passed_over=found.twins)
 
 
 def _everything(row: int) -> bool:  # noqa: ARG001 - a filter

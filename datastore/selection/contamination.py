@@ -2,9 +2,9 @@
 
 Overlap is counted as in GPT-3 (Brown et al., arXiv 2005.14165, appendix C): runs of 13 words, lower-case and without
 punctuation (datastore/words.py); Tülu 3 (Lambert et al., arXiv 2411.15124) takes 8. One shared run is an overlap. Of a
-task's row with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text, and
-are counted as unchecked. A run in more than 10 rows of a task is its prompt's template, and no evidence: it is left
-out, unless that would leave nothing of the task.
+task's row with fewer than n words, and at least 8, the whole text is the run; shorter ones can stand in any text: only
+a row that says the same and nothing else overlaps with them, and they are counted as unchecked. A run in more than 10
+rows of a task is its prompt's template, and no evidence: it is left out, unless that would leave nothing of the task.
 
 Only rows that are chosen, or about to be, are looked at, whatever the size of the pool.
 """
@@ -30,12 +30,13 @@ from datastore.tasks import Tasks
 from datastore.words import words
 
 DEFAULT_NGRAM = 13  # words
-VERSION = 2
+VERSION = 3
 """Counted up when words or runs are found otherwise."""
 _SUFFIX = f"-v{VERSION}.npz"
 SHORTEST = 8  # words of a task's row that can be told from chance
 TEMPLATE_ROWS = 10  # rows of a task that may share a run before it counts as the prompt's template
 WORDS_AT_ONCE = 1 << 15  # words of rows that are looked up together: some 2 MB of runs
+_ARRAYS = ("hashes", "owners", "wholes", "whole_owners")
 SPLITS: tuple[Split, Split] = ("validation", "test")
 
 
@@ -65,14 +66,18 @@ class TaskNgrams:
     validation: int
     """Number of validation rows."""
     unchecked: int
-    """Rows with fewer than 8 words, none of which can be found."""
+    """Rows with fewer than 8 words, which cannot be found in others."""
+    wholes: Hashes
+    """Of the texts of these that have any words, sorted, each once (w,)."""
+    whole_owners: NDArray[np.int64]
+    """The first row with each of these texts (w,), counted as `owners`."""
 
     def overlaps(self, texts: Sequence[Sequence[str]], runs: Mapping[int, Ngrams]) -> dict[int, Overlap]:
         """The first run that each of some texts shares with the task, by the text's number; none of a text without one.
 
         `texts` are words, and `runs` theirs (`ngrams_in`) of all the task's sizes.
         """
-        first: dict[int, tuple[int, int, int]] = {}
+        first = self._same(texts)
         for size in self.sizes:
             for text, place, owner in self._shared(runs[size]):
                 first[text] = min(first.get(text, (place, size, owner)), (place, size, owner))
@@ -90,6 +95,16 @@ class TaskNgrams:
         texts, first = np.unique(runs.text[shared], return_index=True)
         shared = shared[first]
         yield from zip(texts.tolist(), runs.place[shared].tolist(), self.owners[near[shared]].tolist(), strict=True)
+
+    def _same(self, texts: Sequence[Sequence[str]]) -> dict[int, tuple[int, int, int]]:
+        """The short texts that a row of the task has, too, by number: place 0, words, and the task's row."""
+        short = [number for number, text in enumerate(texts) if 0 < len(text) < SHORTEST]
+        if not short or not len(self.wholes):
+            return {}
+        hashes = np.concatenate([ngrams(texts[number], len(texts[number])) for number in short])
+        near = np.minimum(np.searchsorted(self.wholes, hashes), len(self.wholes) - 1)
+        found = np.flatnonzero(self.wholes[near] == hashes).tolist()
+        return {short[at]: (0, len(texts[short[at]]), int(self.whole_owners[near[at]])) for at in found}
 
     def _overlap(self, run: Sequence[str], owner: int) -> Overlap:
         split: Literal[0, 1] = 1 if owner >= self.validation else 0
@@ -113,7 +128,8 @@ class NgramIndex:
         with np.load(path, allow_pickle=False) as kept:
             about = json.loads(kept["about"].tobytes())
             sizes = tuple(about.pop("sizes"))
-            return TaskNgrams(task=task, sizes=sizes, hashes=kept["hashes"], owners=kept["owners"], **about)
+            arrays = {name: kept[name] for name in _ARRAYS}
+            return TaskNgrams(task=task, sizes=sizes, **arrays, **about)
 
     def delete(self, task: str) -> None:
         """Remove all that is kept of a task's runs."""
@@ -144,6 +160,9 @@ def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) 
     owners = np.repeat(np.array(checked, np.int64), [len(part) for part in parts])
     every = np.concatenate(parts) if parts else np.empty(0, np.uint64)
     hashes, first, counts = np.unique(every, return_index=True, return_counts=True)
+    short = [row for row, text in enumerate(texts) if 0 < len(text) < min(SHORTEST, n)]
+    texts_of_short = [ngrams(texts[row], len(texts[row])) for row in short]
+    wholes, first_whole = np.unique(np.concatenate([*texts_of_short, np.empty(0, np.uint64)]), return_index=True)
     telling = counts <= TEMPLATE_ROWS
     if not telling.any():
         telling[:] = True
@@ -154,6 +173,8 @@ def runs_of(task: str, examples: Sequence[Example], n: int, *, validation: int) 
         owners=owners[first[telling]],
         validation=validation,
         unchecked=len(examples) - len(checked),
+        wholes=wholes,
+        whole_owners=np.array(short, np.int64)[first_whole],
     )
 
 
@@ -211,6 +232,6 @@ def _save(path: Path, runs: TaskNgrams) -> None:
     buffer = io.BytesIO()
     about = {"sizes": runs.sizes, "validation": runs.validation, "unchecked": runs.unchecked}
     kept = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez(buffer, about=kept, hashes=runs.hashes, owners=runs.owners)
+    np.savez(buffer, about=kept, **{name: getattr(runs, name) for name in _ARRAYS})
     with replacing(path) as partial:
         write_file(partial, buffer.getvalue())

@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import ceil
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datastore.errors import InvalidInput
 from datastore.influence import Floats
 from datastore.selection.rules import refused
 from datastore.selection.words import Hashes, ngrams
@@ -103,9 +105,16 @@ class FeatureDuplicates:
     """
 
     def __init__(
-        self, features: Callable[[Sequence[int]], Floats], tau: float, ahead: Iterator[int], rows: int
+        self,
+        features: Callable[[Sequence[int]], Floats],
+        tau: float,
+        ahead: Iterator[int],
+        rows: int,
+        *,
+        parameter: Literal["dedupe", "tau"] = "dedupe",
     ) -> None:
         self._features = features
+        self._parameter = parameter  # which says the threshold
         self._tau = tau
         self._ahead = ahead
         self._wanted = rows
@@ -147,7 +156,7 @@ class FeatureDuplicates:
             self._most = self._size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dim)))
             self._step = _step(self._tau, kept=4 * self._wanted * dim)
             kept = -(-dim // self._step)
-            _check(self._wanted, kept)
+            self._check(kept)
             self._heads = np.empty((self._wanted, kept), np.float32)  # of which the system gives what is written to
         elif self._block.asked < len(self._block.rows) // 2:  # a walk that passes over what it was thought to meet
             self._size = max(1, 2 * self._block.asked)
@@ -175,23 +184,26 @@ class FeatureDuplicates:
             detail = (
                 f"of {len(self._met):,} rows met {len(self._taken):,} could be taken, and {self._wanted:,} are wanted"
             )
-            raise refused(
-                "dedupe", f"{detail}: ask for fewer (k, pct), for a dedupe nearer to 1, or for dedupe_by=text"
-            )
+            raise self._refused(detail)
+
+    def _check(self, kept: int) -> None:
+        """Refuse to compare so many rows, of which so many numbers each are kept."""
+        most = min(MOST_BYTES // (4 * kept), int((2 * MOST_PRODUCTS / kept) ** 0.5))
+        if self._wanted > most:
+            asked = f"and {self._wanted:,} are asked for"
+            raise self._refused(f"at most {most:,} rows of these features are compared with each other, {asked}")
+
+    def _refused(self, detail: str) -> InvalidInput:
+        others = ", or for dedupe_by=text" if self._parameter == "dedupe" else ", or for tau=1, which compares none"
+        return refused(
+            self._parameter, f"{detail}: ask for fewer (k, pct), for a {self._parameter} nearer to 1{others}"
+        )
 
 
 def _step(tau: float, *, kept: int) -> int:
     """Every how many numbers are kept of rows that take so many bytes."""
     enough = [step for step in (1, 2, 4, 8) if step == 1 or step <= SPARING / max(1 - tau, 1e-9)]
     return next((step for step in enough if kept <= KEPT_BYTES * step), enough[-1])
-
-
-def _check(rows: int, kept: int) -> None:
-    """Refuse to compare so many rows, of which so many numbers each are kept."""
-    most = min(MOST_BYTES // (4 * kept), int((2 * MOST_PRODUCTS / kept) ** 0.5))
-    if rows > most:
-        detail = f"at most {most:,} rows of these features are compared with each other, and {rows:,} are asked for"
-        raise refused("dedupe", f"{detail}: ask for fewer (k, pct), for a dedupe nearer to 1, or for dedupe_by=text")
 
 
 class _Block:

@@ -9,7 +9,7 @@ from typing import get_args
 from gradstore.types import AbilityStrategy, DedupeBy, ProblemItem, Quota, SelectionMethod, SelectionRecipe, Strategy
 
 from datastore.errors import InvalidInput
-from datastore.parameters import Query
+from datastore.parameters import OF_NEARNESS, Query
 from datastore.selection.diversity import MAX_CENTERS_AMONG
 
 WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset(get_args(SelectionMethod)) - {"influence", "rds", "embedding"}
@@ -17,10 +17,13 @@ WITHOUT_FEATURES: frozenset[SelectionMethod] = frozenset(get_args(SelectionMetho
 PLACING: frozenset[SelectionMethod] = frozenset({"cods"})
 """Those of them that have places for rows, which are compared as features are."""
 OF_THE_CHOICE = frozenset({
-    "pct", "k", "exclude", "exclude_ids", "selection_seed", "strategy", "among", "clusters", "quota", "dedupe",
+    "pct", "k", "exclude", "exclude_ids", "selection_seed", "strategy", "among", "clusters", "tau", "quota", "dedupe",
     "dedupe_by", "match", "ngram", "decontaminate", "exclude_contaminated",
 })  # fmt: skip
 """What of a query or recipe changes which rows are chosen, and no score."""
+
+
+_UNDRAWN = "belongs to method=random, strategy=clusters, and nearness=kde and hull: nothing else is drawn"
 
 
 def check(query: Query | SelectionRecipe) -> None:
@@ -37,8 +40,12 @@ def check(query: Query | SelectionRecipe) -> None:
         _refuse(query, ("quota",), f"and strategy={strategy} both say where rows come from: leave one out")
     if strategy == "k-center":
         _with_k_center(query)
+    if strategy == "shots":
+        _with_shots(query)
+    else:
+        _refuse(query, ("nearness", "bandwidth", "tau"), "belongs to strategy=shots")
     if not is_drawn(query):
-        _refuse(query, ("selection_seed",), "belongs to method=random and to strategy=clusters: nothing else is drawn")
+        _refuse(query, ("selection_seed",), _UNDRAWN)
     if query.dedupe is None:
         _refuse(query, ("dedupe_by",), "says how rows are compared, and dedupe from which likeness on: give it, too")
     if dedupe_by(query) == "features" and query.dedupe is not None and query.dedupe >= 1:
@@ -56,14 +63,14 @@ def needs_task(query: Query | SelectionRecipe) -> bool:
 
 def needs_features(query: Query | SelectionRecipe) -> str | None:
     """The parameter for which rows are compared by their features, where there is one."""
-    if query.strategy in ("k-center", "clusters"):
+    if query.strategy in ("k-center", "clusters", "shots"):
         return "strategy"
     return "dedupe_by" if dedupe_by(query) == "features" else None
 
 
 def is_drawn(query: Query | SelectionRecipe) -> bool:
     """Whether a seed decides anything."""
-    return query.method == "random" or query.strategy == "clusters"
+    return query.method == "random" or query.strategy == "clusters" or query.nearness in ("kde", "hull")
 
 
 def dedupe_by(query: Query | SelectionRecipe) -> DedupeBy | None:
@@ -152,6 +159,27 @@ def _with_k_center(query: Query | SelectionRecipe) -> None:
         if (getattr(query, name) or 0) > MAX_CENTERS_AMONG:
             most = f"k-center compares all candidates with each other, at most {MAX_CENTERS_AMONG:,}"
             raise refused(name, f"{most}: ask for fewer, or take strategy=clusters")
+
+
+def _with_shots(query: Query | SelectionRecipe) -> None:
+    if query.method in PLACING:
+        raise refused(
+            "strategy", f"strategy=shots compares features: method={query.method} has strategy=nearest for it"
+        )
+    if query.method in WITHOUT_FEATURES:
+        raise refused("strategy", f"method={query.method} reads no features to compare rows by: leave strategy out")
+    _refuse(query, ("quota",), "says where rows come from, and so does strategy=shots: leave one out")
+    _refuse(query, ("dedupe",), "does nothing with strategy=shots, which passes over what is alike: say tau")
+    if query.nearness is None or query.tau is None:
+        raise refused(
+            "nearness" if query.nearness is None else "tau", "a recipe of strategy=shots has nearness and tau"
+        )
+    if query.aggregate != OF_NEARNESS[query.nearness]:
+        raise refused("aggregate", f"nearness={query.nearness} goes with aggregate={OF_NEARNESS[query.nearness]}")
+    if query.combine not in ("max", "mean"):
+        raise refused("combine", "strategy=shots orders rows by one score: ask for max or mean, or for each task alone")
+    if (query.bandwidth is None) == (query.nearness == "kde"):
+        raise refused("bandwidth", "bandwidth belongs to nearness=kde, which has one")
 
 
 def _refuse(query: Query | SelectionRecipe, names: Sequence[str], why: str) -> None:

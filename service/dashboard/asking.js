@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 
-const NAMES = ["task", "dataset", "run", "checkpoint", "weights", "kind", "adam", "logodds_form", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "seed", "template", "max_length", "precision", "quantisation", "method", "by", "budget", "neighbours", "beta", "capabilities", "aggregate", "combine", "selection_seed"];
+const NAMES = ["task", "dataset", "run", "checkpoint", "weights", "kind", "adam", "logodds_form", "reduction", "dim", "dtype", "converted_from", "projection", "projection_id", "seed", "template", "max_length", "precision", "quantisation", "method", "by", "budget", "neighbours", "beta", "capabilities", "strategy", "nearness", "bandwidth", "aggregate", "combine", "selection_seed"];
 
 /** What the address says about the scores wanted. */
 export function question(params) {

@@ -29,6 +29,7 @@ from gradstore.types import (
     SelectionMethod,
     SelectionRecipe,
     Share,
+    ShotNearness,
     StoredProjection,
     Strategy,
 )
@@ -81,16 +82,22 @@ class ScoresAsked(FeatureChoice, RequestBody):
     """How several tasks choose: by the largest (influence's default) or the mean score, in turns (the other methods'
     default), or the least served first."""
     strategy: Strategy | None = None
-    """How rows are chosen by their scores: the best (`top`, the default), those farthest from each other (`k-center`)
-    or the best of each cluster (`clusters`). With `method=cods` how they are scored, too: by the `nearest` of the
-    task's rows (the default), which then take rows in turns, by their mean (`prototype`), or by `capabilities`
-    (`capability`)."""
+    """How rows are chosen by their scores: the best (`top`, the default), those farthest from each other (`k-center`),
+    the best of each cluster (`clusters`), or those like the task's validation rows, its shots, and unlike each other
+    (`shots`, as ROCKET chooses). With `method=cods` how they are scored, too: by the `nearest` of the task's rows (the
+    default), which then take rows in turns, by their mean (`prototype`), or by `capabilities` (`capability`)."""
     neighbours: int | None = Field(None, ge=1, le=1000)
     """`method=cods`: how many of the nearest references give a row's score; by default 5."""
     beta: float | None = Field(None, ge=0, le=100)
     """`method=cods`: weight of the likeness of capabilities beside that of places; by default 0."""
     capabilities: list[CapabilityName] = Field([], max_length=1000)
     """`strategy=capability`: those that are asked for."""
+    nearness: ShotNearness | None = None
+    """`strategy=shots`: a row's largest cosine with a shot (`max_cosine`, the default), that with the shots' mean
+    (`centroid`), the log-density of Gaussians around the shots (`kde`; rows are drawn in proportion to it), or minus
+    the distance to their convex hull (`hull`; rows that lie in it are drawn first)."""
+    bandwidth: float | None = Field(None, ge=0.01, le=1000)
+    """`nearness=kde`: γ of the Gaussians; by default 10."""
     selection_seed: int | None = Field(None, ge=0, lt=1 << 32)
     """Seed of what is drawn."""
     wait: float | None = Field(None, ge=0, le=30)
@@ -104,7 +111,7 @@ class ScoresAsked(FeatureChoice, RequestBody):
 
     @model_validator(mode="after")
     def _choose_nothing(self) -> ScoresAsked:
-        if self.strategy is not None and self.strategy not in get_args(AbilityStrategy):
+        if self.strategy is not None and self.strategy not in {"shots", *get_args(AbilityStrategy)}:
             raise ValueError(f"strategy={self.strategy} chooses rows, and scores none: ask /select, or leave it out")
         return self
 
@@ -136,6 +143,9 @@ class SelectQuery(ScoresQuery):
     """Of how many of the best rows `k-center` and `clusters` choose; by default four times as many as are chosen."""
     clusters: int | None = Field(None, ge=1, le=100_000)
     """Into how many clusters these are parted; by default the square root of the number of rows chosen."""
+    tau: float | None = Field(None, gt=0, le=1)
+    """`strategy=shots`: of the nearest rows those are passed over whose cosine with one taken before exceeds this, by
+    default 0.9; nothing is put in their place."""
     quota: list[Share] = Field([], max_length=1000)
     """Shares of the chosen rows by origin: `equal`, `proportional`, or `origin:fraction` for any of them."""
     dedupe: float | None = Field(None, gt=0, le=1)

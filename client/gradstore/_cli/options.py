@@ -47,6 +47,7 @@ HELP = {
     "append_to": "Dataset whose rows come first; the features of these rows are reused.",
     "attention": "How attention is computed; by default as the model's code chooses.",
     "baseline": "Measure the base model beside it.",
+    "bandwidth": "nearness=kde: width of the Gaussians around the shots; by default 10.",
     "batch_size": "Rows per optimizer step.",
     "beta": "cods: weight of the likeness of capabilities beside that of places.",
     "bootstrap_samples": "Samples of the confidence intervals.",
@@ -93,6 +94,8 @@ HELP = {
     "method": "Train an adapter, or all weights.",
     "model": "Base model: hub id, or a folder of the server inside an allowed root.",
     "name": "Name to give it, instead of remembering its id.",
+    "nearness": "shots: a row's largest cosine with a shot (max_cosine, the default), that with their mean (centroid), "
+    "the density of Gaussians around them (kde, drawn), or its distance to their convex hull (hull, drawn inside).",
     "neighbours": "cods: how many of the task's nearest rows give a row's score; by default 5.",
     "ngram": "Words of a run that two rows must share to overlap; by default 13.",
     "on_error": "What to do with a file that has bad rows: refuse it, or take the good ones.",
@@ -117,10 +120,12 @@ HELP = {
     "selection": "Selection by id or name.",
     "selection_seed": "Seed of what is drawn.",
     "step": "Optimizer step at which the checkpoint was taken.",
-    "strategy": "The best rows (top), the farthest from each other (k-center), or the best of each cluster (clusters); "
-    "cods: those nearest to the task's rows in turns (nearest), to their mean (prototype), or by capabilities.",
+    "strategy": "The best rows (top), the farthest from each other (k-center), the best of each cluster (clusters), or "
+    "those like the task's rows and unlike each other (shots); cods: those nearest to the task's rows in turns "
+    "(nearest), to their mean (prototype), or by capabilities.",
     "task": "Task by id or name.",
     "tasks": "Task by id or name; repeat for several.",
+    "tau": "shots: pass over rows whose cosine with one taken before exceeds this; by default 0.9.",
     "template": "How a conversation is written as text.",
     "token_budget": "Tokens per batch, padding included; by default what the worker's device does best.",
     "trace": "Of a mixture: say which experts the tokens go to.",

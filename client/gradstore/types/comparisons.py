@@ -21,7 +21,16 @@ from gradstore.types.evaluations import Interval
 from gradstore.types.finetunes import TrainingSettings
 from gradstore.types.gradients import FeatureChoice
 from gradstore.types.jobs import Job, TrainingsEstimate
-from gradstore.types.selection import CapabilityName, DedupeBy, OwnId, SelectionMethod, SelectionRecipe, Share, Strategy
+from gradstore.types.selection import (
+    CapabilityName,
+    DedupeBy,
+    OwnId,
+    SelectionMethod,
+    SelectionRecipe,
+    Share,
+    ShotNearness,
+    Strategy,
+)
 
 MAX_CONTESTANTS = 100
 MAX_COMPARED_TASKS = 100
@@ -53,6 +62,9 @@ class Contestant(FeatureChoice, Request):
     strategy: Strategy | None = None
     among: RowCount | None = None
     clusters: int | None = Field(None, ge=1, le=100_000)
+    nearness: ShotNearness | None = None
+    bandwidth: float | None = Field(None, ge=0.01, le=1000)
+    tau: float | None = Field(None, gt=0, le=1)
     quota: list[Share] = Field([], max_length=1000)
     dedupe: float | None = Field(None, gt=0, le=1)
     dedupe_by: DedupeBy | None = None

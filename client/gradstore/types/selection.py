@@ -40,8 +40,12 @@ Combine = Literal["max", "mean", "round-robin", "balanced"]
 AbilityStrategy = Literal["nearest", "prototype", "capability"]
 """How rows of an ability space are scored (`method=cods`): by their nearest references, by the mean of these, or by
 capabilities that are named."""
-Strategy = Literal["top", "k-center", "clusters", AbilityStrategy]
-"""How rows are chosen by their scores: the best, those farthest from each other, or the best of each cluster."""
+Strategy = Literal["top", "k-center", "clusters", "shots", AbilityStrategy]
+"""How rows are chosen by their scores: the best, those farthest from each other, the best of each cluster, or those
+like a task's shots and unlike each other."""
+ShotNearness = Literal["max_cosine", "centroid", "kde", "hull"]
+"""How near a row is to a task's shots: its largest cosine with one, that with their mean, their density around it, or
+its distance to their convex hull."""
 DedupeBy = Literal["features", "text"]
 OwnId = Annotated[str, Field(max_length=1 << 20)]
 """An example's id, as it was uploaded."""
@@ -111,6 +115,12 @@ class SelectionRecipe(Body):
     """Of how many of the best rows `k-center` and `clusters` choose; null: four times as many as are chosen."""
     clusters: int | None = None
     """Into how many clusters these are parted; null: the square root of the number of rows that are chosen."""
+    nearness: ShotNearness | None = None
+    """`shots`: how near a row is to the task's."""
+    bandwidth: float | None = None
+    """`nearness=kde`: γ of the Gaussians around the shots."""
+    tau: float | None = None
+    """`shots`: rows whose cosine with one taken before exceeds it are passed over."""
     quota: Quota | None = None
     dedupe: float | None = None
     """Rows that are more alike than this to one chosen before are passed over."""
@@ -144,6 +154,8 @@ class SentRecipe(SelectionRecipe):
     decontaminate: list[Named] = Field([], max_length=100)
     among: RowCount | None = None
     clusters: int | None = Field(None, ge=1, le=100_000)
+    bandwidth: float | None = Field(None, ge=0.01, le=1000)
+    tau: float | None = Field(None, gt=0, le=1)
     dedupe: float | None = Field(None, gt=0, le=1)
     neighbours: int | None = Field(None, ge=1, le=1000)
     beta: float | None = Field(None, ge=0, le=100)
@@ -201,6 +213,38 @@ class SelectedRow(Body):
     """The task that gave the score, or that took the row; null for a row that was drawn."""
     subtask: str | None
     """The subtask that gave the score; null where all rows gave it together (`aggregate=avg`)."""
+    shot: int | None = None
+    """`strategy=shots`: the nearest of the task's validation rows, by its position among these, from 0."""
+
+
+class PassedOver(Body):
+    """A row near the shots that was passed over, since it is too much like one that was chosen."""
+
+    dataset: str
+    row: int
+    """Position in the dataset, from 0."""
+    id: str | None
+    score: float
+    task: str
+    shot: int
+    """The nearest of the task's validation rows, by its position among these, from 0."""
+    like: int
+    """Rank of the chosen row with which it has the largest cosine."""
+
+
+class ShotsReport(Body):
+    """What `strategy=shots` looked at."""
+
+    shots: int
+    """Validation rows of the tasks that have a feature."""
+    budget: int
+    """Rows that were asked for."""
+    near: int
+    """The nearest rows, which were met best first."""
+    passed_over: int
+    """Those of them that were too much like one taken before: nothing is put in their place."""
+    rows: list[PassedOver]
+    """The first of these, best first."""
 
 
 class Overlap(Body):
@@ -251,6 +295,8 @@ class Selection(Body):
     pool_origins: dict[str, int]
     contamination: Contamination | None = None
     """Null where no task was named."""
+    shots: ShotsReport | None = None
+    """Of `strategy=shots`."""
     notes: list[str] = Field([])
     """What did not go as asked: quotas that could not be filled, fewer rows than wanted, rows of tasks left out."""
     data: list[SelectedRow]

@@ -8,7 +8,7 @@ import { badge, choice, empty, facts, failure, heading, loading, panel, table } 
 
 const NUMBERS = ["dim", "seed", "max_length"];
 const SEVERAL = { dataset: "datasets", checkpoint: "checkpoints", weights: "weights" };
-const UNASKED = ["task", "method", "by", "neighbours", "beta", "capabilities", "aggregate", "combine", "projection_id", "selection_seed"]; // of scores only
+const UNASKED = ["task", "method", "by", "neighbours", "beta", "capabilities", "strategy", "nearness", "bandwidth", "aggregate", "combine", "projection_id", "selection_seed"]; // of scores only
 const LISTED = 20; // earlier ones
 const draft = { prompt: "", answer: "", count: "10" }; // what was typed and not asked yet; kept over a visit of other pages
 
