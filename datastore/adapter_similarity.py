@@ -11,13 +11,17 @@ Both leave alpha/r out: a cosine does not change with the size of what it compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+from gradstore.types import AdapterSimilarity
 from numpy.typing import NDArray
 
-AdapterSimilarity = Literal["cosine_ab", "cosine_delta"]
+from datastore.tensors import Header, read, read_header
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""What follows a module's name in those of its tensors."""
 Doubles = NDArray[np.float64]
 Factors = tuple[Doubles, Doubles]
 """A (r, in) and B (out, r) of one matrix of one adapter."""
@@ -32,6 +36,26 @@ def similarities(modules: Iterable[Sequence[Factors]], *, by: AdapterSimilarity)
     found = [each for module in modules for each in cosines(module)]
     mean: Doubles = np.mean(found, axis=0)
     return mean
+
+
+def factors(files: Sequence[Path]) -> Iterator[list[Factors]]:
+    """A and B of each matrix in all of these adapters' files, one matrix at a time, in float64.
+
+    Zeros stand where an adapter is not on a matrix that another one is on. Raises `InvalidCheckpoint`.
+    """
+    headers = [read_header(path) for path in files]
+    modules = {name.removesuffix(A) for header in headers for name in header.tensors if name.endswith(A)}
+    for module in sorted(modules):
+        found = [_read(path, header, module) for path, header in zip(files, headers, strict=True)]
+        a, b = next(each for each in found if each is not None)
+        nothing = (np.zeros((1, a.shape[1])), np.zeros((b.shape[0], 1)))
+        yield [nothing if each is None else each for each in found]
+
+
+def _read(path: Path, header: Header, module: str) -> Factors | None:
+    if module + A not in header.tensors:
+        return None
+    return read(path, header, module + A), read(path, header, module + B)
 
 
 def _of_factors(module: Sequence[Factors]) -> list[Doubles]:

@@ -19,6 +19,7 @@ from typing import Any
 from gradstore.types import Adapter, Checkpoint, CheckpointMethod
 
 from datastore import models
+from datastore.adapter_similarity import A, B
 from datastore.catalog import Catalog, utc_now
 from datastore.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoints
 from datastore.errors import GradstoreError, InUse, InvalidCheckpoint, InvalidInput, NotFound
@@ -36,7 +37,6 @@ _NO_ADAPTER: Mapping[CheckpointMethod, str] = {
     "full": "a model that was trained in full",
     "mixture": "a mixture of LoRA experts",
 }
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,11 @@ def shape_of(config: Mapping[str, Any], header: Header) -> Shape:
         raise InvalidCheckpoint(f"{ADAPTER_CONFIG} has r={rank!r} and lora_alpha={alpha!r}: both are positive numbers")
     _refuse_special(config, rank=rank, alpha=alpha)
     sides = {
-        name.removesuffix(_A).removeprefix(PREFIX): _sides(name, header, rank)
+        name.removesuffix(A).removeprefix(PREFIX): _sides(name, header, rank)
         for name in header.tensors
-        if name.endswith(_A)
+        if name.endswith(A)
     }
-    other = sorted(name for name in header.tensors if not name.endswith((_A, _B)) or _module(name) not in sides)
+    other = sorted(name for name in header.tensors if not name.endswith((A, B)) or _module(name) not in sides)
     if other or not sides:
         raise InvalidCheckpoint(
             f"{ADAPTER_WEIGHTS} holds {other[0]!r}: the bank takes plain LoRA, pairs of lora_A and lora_B on linear "
@@ -245,8 +245,8 @@ def _refuse_special(config: Mapping[str, Any], *, rank: int, alpha: float) -> No
 
 
 def _sides(name: str, header: Header, rank: int) -> tuple[int, int]:
-    """How many numbers go into the module of a lora_A, and out of it."""
-    other = name.removesuffix(_A) + _B
+    """How many numbers go into the module of a loraA, and out of it."""
+    other = name.removesuffix(A) + B
     if other not in header.tensors:
         raise InvalidCheckpoint(f"{ADAPTER_WEIGHTS} has {name!r} without {other!r}")
     a, b = header.tensors[name].shape, header.tensors[other].shape
@@ -259,7 +259,7 @@ def _sides(name: str, header: Header, rank: int) -> tuple[int, int]:
 
 
 def _module(name: str) -> str:
-    return name.removesuffix(_A).removesuffix(_B).removeprefix(PREFIX)
+    return name.removesuffix(A).removesuffix(B).removeprefix(PREFIX)
 
 
 def _refuse_other_targets(named: object, modules: list[str]) -> None:

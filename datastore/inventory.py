@@ -18,12 +18,15 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from datastore import thing_checks
+from datastore.adapter_scores import adapter_of
+from datastore.adapter_scores import recorded as recorded_scores
 from datastore.errors import Damaged
 from datastore.estimate_parts import recorded_arrays
 from datastore.index import segments_of
 from datastore.learned_scores import key_of
 from datastore.removal import forget
 from datastore.schema import (
+    AdapterRow,
     CheckpointRow,
     ChunkRow,
     DatasetRow,
@@ -168,6 +171,12 @@ def _of_scores(store: OpenStore) -> Gone:
     return lambda id: made_of(_manifest(store, store.settings.scores / id)) - known
 
 
+def _of_adapter(store: OpenStore) -> Gone:
+    with store.catalog.reading() as session:
+        known = set(session.scalars(select(AdapterRow.id)))
+    return lambda id: {adapter_of(id)} - known
+
+
 def _of_index(store: OpenStore) -> Gone:
     with store.catalog.reading() as session:
         segments = set(session.scalars(select(SegmentRow.id)))
@@ -243,6 +252,10 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         folder="estimates", pattern="*_*", gone=_unless(recorded_arrays, "its estimates"), kept=recorded_arrays,
         check=thing_checks.estimates, again="delete the estimates and send them again",
+    ),
+    Kind(
+        folder="adapter-scores", pattern="ad_*", gone=_of_adapter, kept=recorded_scores,
+        check=thing_checks.adapter_scores, again="delete the choice and send it again",
     ),
     Kind(
         folder="matrices", pattern="matrix_*", gone=_unless(matrices_of, "its stream, annotation or embedding"),

@@ -65,6 +65,7 @@ _KINDS: dict[JobKind, _Kind] = {
     "projector": _Kind("steps", "projectors"),
     "embedding": _Kind("rows", "embeddings"),
     "generation": _Kind("prompts", "generations"),
+    "adapter-choice": _Kind("passes", "adapters/choices"),
 }
 ISOLATED: tuple[JobKind, ...] = ("gradients",)
 """Kinds of jobs whose rows go through a model, where one of them may take its worker down."""

@@ -192,6 +192,11 @@ class Settings(BaseSettings):
         return self.data / "trainings"
 
     @property
+    def adapter_scores(self) -> Path:
+        """Folder of what adapters make of the shots of tasks."""
+        return self.data / "adapter-scores"
+
+    @property
     def matrices(self) -> Path:
         """Folder of the rows of streams and of uploaded labels."""
         return self.data / "matrices"

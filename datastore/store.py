@@ -10,6 +10,7 @@ from gradstore.types import SelectionMethod
 
 from datastore import inventory
 from datastore.ability_scoring import AbilityScoring
+from datastore.adapter_choices import AdapterChoices
 from datastore.adapters import Adapters
 from datastore.annotations import Annotations
 from datastore.answers import Answers
@@ -79,6 +80,7 @@ class OpenStore:
     conversions: Conversions
     finetunes: Finetunes
     adapters: Adapters
+    adapter_choices: AdapterChoices
     evaluations: Evaluations
     generations: Generations
     imports: Imports
@@ -158,6 +160,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
     annotations = Annotations(catalog, jobs, owners, matrices, settings)
     jobs.results["annotation"] = annotations.result
     arrays = ArrayFiles(settings.estimates, pattern="*_*", depot=depots.of(settings.estimates))
+    scores = ArrayFiles(settings.adapter_scores, pattern="ad_*", depot=depots.of(settings.adapter_scores))
     worlds = EstimateWorlds(datasets, tasks, features, checkpoints, annotations, arrays)
     plans = EstimatePlans(catalog, jobs, datasets, features, annotations, worlds)
     estimates = Estimates(catalog, jobs, plans, worlds, checkpoints, arrays)
@@ -195,6 +198,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         conversions=conversions,
         finetunes=finetunes,
         adapters=Adapters(catalog, checkpoints, finetunes),
+        adapter_choices=AdapterChoices(catalog, jobs, tasks, checkpoints, scores),
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
         generations=Generations(catalog, jobs, finetunes),
         imports=imports,

@@ -125,6 +125,17 @@ def length(path: Path, *, names: Container[str]) -> float:
     return math.sqrt(squares)
 
 
+def read(path: Path, header: Header, name: str) -> NDArray[np.float64]:
+    """A tensor of a safetensors file in float64. Raises `InvalidCheckpoint` for a type of numbers that numpy lacks."""
+    tensor = header.tensors[name]
+    if tensor.dtype not in _FLOATS:
+        raise InvalidCheckpoint(f"{name!r} in {path.name} is stored as {tensor.dtype}, which cannot be read here")
+    with path.open("rb") as file:
+        file.seek(header.bytes + tensor.start)
+        raw = file.read(tensor.size * _ITEM_BITS[tensor.dtype] // 8)
+    return _numbers(raw, tensor.dtype).reshape(tensor.shape)
+
+
 def _numbers(raw: bytes, dtype: str) -> NDArray[np.float64]:
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)

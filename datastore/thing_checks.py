@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from datastore.adapter_scores import recorded as recorded_scores
 from datastore.checkpoints import DESCRIPTION
 from datastore.dataset_files import EMPTY_CHAIN, KEYS, OFFSETS, DatasetFolder, chain
 from datastore.errors import Damaged, NotFound
@@ -25,6 +27,7 @@ from datastore.streams import matrices_of
 from datastore.strict_json import canonical, parse
 
 if TYPE_CHECKING:  # the store is opened with what the inventory of the checks tells
+    from datastore.array_files import ArrayFiles
     from datastore.inventory import Kind
     from datastore.store import OpenStore
 
@@ -184,23 +187,32 @@ def projectors(store: OpenStore, kind: Kind, deep: bool) -> Iterator[Finding]:
 
 def estimates(store: OpenStore, kind: Kind, deep: bool) -> Iterator[Finding]:
     """What subsets were estimated to give that is recorded and not there; or, where it is `deep`, has changed."""
-    files, again = store.estimates.files, kind.again
-    for key in sorted(_estimated(store)):
+    yield from _arrays(store, kind, store.estimates.files, recorded_parts, deep=deep)
+
+
+def adapter_scores(store: OpenStore, kind: Kind, deep: bool) -> Iterator[Finding]:
+    """Scores of adapters that a choice rests on and that are not there; or, where it is `deep`, have changed."""
+    yield from _arrays(store, kind, store.adapter_choices.scores, recorded_scores, deep=deep)
+
+
+def _arrays(
+    store: OpenStore, kind: Kind, files: ArrayFiles, recorded: Callable[[Session], set[str]], *, deep: bool
+) -> Iterator[Finding]:
+    def known() -> set[str]:
+        with store.catalog.reading() as session:
+            return recorded(session)
+
+    for key in sorted(known()):
         place = kind.place(key)
         there = files.exists(key)
         try:
             if there and deep:
                 files.check(key)
         except Damaged as error:
-            if key in _estimated(store):
-                yield Finding(kind="damaged", place=place, detail=f"{error}: {again}")
-        if not there and key in _estimated(store):
-            yield Finding(kind="missing", place=place, detail=f"it is recorded and not there: {again}")
-
-
-def _estimated(store: OpenStore) -> set[str]:
-    with store.catalog.reading() as session:
-        return recorded_parts(session)
+            if key in known():
+                yield Finding(kind="damaged", place=place, detail=f"{error}: {kind.again}")
+        if not there and key in known():
+            yield Finding(kind="missing", place=place, detail=f"it is recorded and not there: {kind.again}")
 
 
 def matrices(store: OpenStore, kind: Kind, deep: bool) -> Iterator[Finding]:

@@ -18,12 +18,13 @@ from datastore import inventory
 from datastore.catalog import Catalog
 from datastore.inventory import FEATURES, KINDS
 from datastore.leases import collection
-from datastore.schema import JobRow, RunRow, Table, TaxonomyRow
+from datastore.schema import AdapterRow, JobRow, RunRow, Table, TaxonomyRow
 from datastore.settings import Settings
 from datastore.sizes import bytes_of
 
 NOUNS: dict[str, type[Table]] = {
     **{kind.part: kind.rows[0] for kind in KINDS if kind.rows and kind.folder == kind.part and kind is not FEATURES},
+    "adapters": AdapterRow,
     "runs": RunRow,
     "taxonomies": TaxonomyRow,
 }

@@ -28,6 +28,7 @@ from service.metrics import Metrics
 from service.middleware import Bodies, Conversation
 from service.queue import Queue, queue_of
 from service.routes import (
+    adapter_choices,
     adapters,
     allocations,
     attributions,
@@ -70,6 +71,7 @@ ROUTERS = (
     datasets.router,
     tasks.router,
     checkpoints.router,
+    adapter_choices.router,
     adapters.router,
     allocations.router,
     runs.router,

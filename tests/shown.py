@@ -6,6 +6,7 @@ it is the same on every run. `large` is a store of many rows and few dims.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -27,12 +28,14 @@ from gradstore.types import (
     Task,
 )
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
-from datastore.catalog import Catalog
+from datastore.catalog import Catalog, utc_now
 from datastore.dataset_files import DatasetWriter
 from datastore.identity import content_id
 from datastore.leases import NewShard
 from datastore.rows import Example
+from datastore.schema import AdapterRow
 from datastore.settings import Settings
 from datastore.store import open_store
 from datastore.taxonomies import CODS, record
@@ -80,6 +83,7 @@ def shown(folder: Path) -> Store:
     _predictors(store)
     _estimates(store)
     _abilities(store, folder / "streams")
+    _choice(store, tasks[0])
     _states(store, pool)
     return store
 
@@ -447,6 +451,51 @@ def _abilities(store: Store, folder: Path) -> None:
         if kind == "projector":
             placed = {"projector": "origins told", "streams": asked["streams"], "name": "the pool placed"}
             store.embeddings.start(EmbeddingRequest.model_validate(placed))
+
+
+def _choice(store: Store, task: Task) -> None:
+    """A bank of six adapters, and four of them as candidates for a task, of which two were chosen."""
+    random = np.random.default_rng(11)
+    shared = random.standard_normal((4, 8), np.float32)
+    ids = []
+    for number, name in enumerate(("arc", "gsm8k", "wizard", "camel", "boolq", "piqa")):
+        store.checkpoint(10 + number, model=MODEL)
+        files = store.settings.checkpoints / f"ck_{10 + number}" / "adapter"
+        files.mkdir(parents=True)
+        stem = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors = {
+            f"{stem}.lora_A.weight": shared + random.standard_normal((4, 8), np.float32),
+            f"{stem}.lora_B.weight": random.standard_normal((8, 4), np.float32) + (number % 2),
+        }
+        content = save(tensors)
+        (files / "adapter_model.safetensors").write_bytes(content)
+        row = AdapterRow(
+            id=content_id("ad", name), name=None, created_at=utc_now(), checkpoint_id=f"ck_{10 + number}", brought=True,
+            rank=4, alpha=8.0, scaling=2.0, modules=1, sha256=hashlib.sha256(content).hexdigest(),
+            trained_on=f"{name}, rows of its own",
+        )  # fmt: skip
+        ids.append(store.catalog.add_adapter(row, targets=["q_proj"], name=name)[0].id)
+    shots = len(store.tasks.validation(task.id))
+    plan = {
+        "task": task.id, "rows": None, "shots": shots, "shots_sha256": "0" * 64, "adapters": sorted(ids),
+        "model": MODEL, "revision": None, "candidates": 4, "size": 2,
+         "similarity": "cosine_ab", "template": "tulu", "max_length": 2048,
+        "max_new_tokens": 256, "precision": "bfloat16",
+    }  # fmt: skip
+    asked = {"task": task.id, "candidates": 4, "size": 2, "name": "two of six"}
+    shard = NewShard({"adapters": plan["adapters"]}, units=2 * shots * len(ids))
+    id = content_id("choice", plan)
+    store.jobs.create(
+        id=id, kind="adapter-choice", name="two of six", request=asked, plan=plan, shards=[shard], uses=ids
+    )
+    for number, adapter in enumerate(ids):
+        losses = (0.7 + 0.1 * number + 0.2 * random.random(shots)).tolist()
+        store.adapter_choices.keep(
+            plan, adapter, losses, (random.random(shots) < 0.8 - 0.1 * number).astype(float).tolist()
+        )
+    claim = store.jobs.claim("test", kinds=["adapter-choice"])
+    assert claim is not None
+    assert store.adapter_choices.finish(claim, len(ids), 41.0)
 
 
 def _states(store: Store, pool: Dataset) -> None:

@@ -22,6 +22,7 @@ from gradstore import cli
 from gradstore._cli.jobs import listed
 from gradstore._cli.options import HELP
 from gradstore.types import (
+    AdapterChoiceEstimate,
     AnnotationEstimate,
     CascadeEstimate,
     EmbeddingEstimate,
@@ -103,7 +104,8 @@ def test_the_command_line_has_what_was_promised() -> None:
         "datasets": plain | {"upload", "rows", "lengths", "content"},
         "tasks": plain | {"upload", "register", "download"},
         "checkpoints": plain | {"upload", "register", "download"},
-        "adapters": plain | {"upload", "register", "download"},
+        "adapters": plain | {"upload", "register", "choose", "download"},
+        "adapter-choices": plain | {"rows"},
         "allocations": {"preview"},
         "runs": plain | {"create"},
         "gradients": plain | {"create", "rows", "features"},
@@ -649,6 +651,7 @@ def test_a_dry_run_prints_the_cost(run: Run) -> None:
         ("cascades create --dataset p --task t --budget 0.2", "/cascades", CascadeEstimate),
         ("estimates create --dataset p --task t", "/estimates", EstimatesCost),
         ("estimate-validations create --estimates e --model m", "/estimates/validations", ValidationEstimate),
+        ("adapters choose --task t --base-model m", "/adapters/choices", AdapterChoiceEstimate),
         ("projectors create --gradients g --annotations a", "/projectors", ProjectorEstimate),
         ("embeddings create --projector p --gradients g", "/embeddings", EmbeddingEstimate),
         ("annotations create --dataset p --by origin", "/annotations", AnnotationEstimate),

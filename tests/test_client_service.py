@@ -89,6 +89,7 @@ def test_every_list_walks_its_pages(store: GradientStore) -> None:
         "tasks",
         "checkpoints",
         "adapters",
+        "adapter_choices",
         "runs",
         "gradients",
         "conversions",

@@ -190,6 +190,8 @@ PLACES = {
     "estimate": ("estimates/sixty%20parts", "sixty parts"),
     "search": ("estimates/step%20by%20step", "step by step"),
     "estimate-validation": ("estimate-validations/ten%20trainings", "ten trainings"),
+    "adapters": ("adapters", "Adapters"),
+    "adapter-choice": ("adapter-choices/two%20of%20six", "two of six"),
     "projectors": ("projectors", "Projectors"),
     "projector": ("projectors/origins%20told", "origins told"),
     "streams": ("streams", "Streams"),
@@ -1020,6 +1022,33 @@ def shown_number(number: float | None) -> str:
         return "–"
     size = abs(number)
     return f"{number:.{3 if size < 1 else 2 if size < 10 else 1}f}"
+
+
+def test_a_choice_of_adapters_is_the_apis_ranks_sets_and_shots(visit: Visit, service: Service) -> None:
+    opened(visit, service, "adapters")
+    bank = answer(service, "/adapters")["data"]
+    expect(lines_of(visit, "Adapters, the newest first")).to_have_count(len(bank))
+    visit.page.get_by_role("link", name="two of six").press("Enter")
+    visit.heading("two of six")
+    result = answer(service, "/adapters/choices/two%20of%20six")["result"]
+    name_of = {one["adapter"]: one["name"] for one in result["adapters"]}
+    ranked = lines_of(visit, "Adapters, the best first")
+    for line, one in zip(ranked.all(), result["adapters"], strict=True):
+        expect(line.locator("th")).to_have_text(f"✓ {one['name']}" if one["chosen"] else one["name"])
+        expect(line.locator("td").first).to_have_text(shown_number(one["perplexity"]))
+        ranks = (one["perplexity_rank"], one["accuracy_rank"])
+        for place, rank in enumerate(ranks, start=2):
+            expect(line.locator("td").nth(place)).to_have_text(str(rank))
+    picture = visit.page.get_by_role("img", name="Accuracy by perplexity of every adapter")
+    expect(picture.locator("circle")).to_have_count(len(result["adapters"]))
+    found = answer(service, "/adapters/choices/two%20of%20six/sets")["data"]
+    sets = lines_of(visit, "Sets of candidates, the best first")
+    expect(sets).to_have_count(result["sets"])
+    for number, (line, each) in enumerate(zip(sets.all(), found, strict=True)):
+        members = ", ".join(name_of[member] for member in each["members"])
+        expect(line.locator("th")).to_have_text(members if number else f"✓ {members}")
+        expect(line.locator("td").last).to_have_text(str(each["total"]))
+    expect(lines_of(visit, "Shots in the order of the task's rows")).to_have_count(result["shots"])
 
 
 def test_a_predictor_is_pictures_and_tables_of_the_apis_numbers(visit: Visit, service: Service) -> None:

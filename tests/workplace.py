@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from gradstore.types import (
+    AdapterChoiceRequest,
     AnyJob,
     Checkpoint,
     ComparisonRequest,
@@ -52,6 +53,7 @@ Requested = (
     | ComparisonRequest
     | EstimatesRequest
     | EstimateValidationRequest
+    | AdapterChoiceRequest
 )
 
 
@@ -151,6 +153,7 @@ class Workplace:
         """Start a job."""
         context = self.context
         rooms: dict[type[Requested], Any] = {
+            AdapterChoiceRequest: context.adapter_choices,
             ComparisonRequest: context.comparisons,
             EstimateValidationRequest: context.estimate_validations,
             EstimatesRequest: context.estimates,

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gradstore.types import Metric, TemplateName
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -104,7 +105,7 @@ def evaluate(
     )
     use_exact_mode(model)
     with torch.inference_mode():
-        losses = judge.losses(examples)
+        losses = _finite(judge.losses(examples))
         values, unparsed = judge.values(examples)
     rows = sorted(zip(examples, losses, values, unparsed, strict=True), key=lambda row: row[0].subtask)
     parts = [_Part(name, list(group)) for name, group in groupby(rows, key=lambda row: row[0].subtask)]
@@ -129,7 +130,7 @@ def losses(
     judge = _Judge(model, tokenizer, template, max_length, 0, token_budget, lambda _: check())
     use_exact_mode(model)
     with torch.inference_mode():
-        return judge.losses(examples)
+        return _finite(judge.losses(examples))
 
 
 def values(
@@ -151,6 +152,43 @@ def values(
     use_exact_mode(model)
     with torch.inference_mode():
         return judge.values(examples)[0]
+
+
+def with_adapters(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TaskExample],
+    *,
+    adapters: Sequence[str],
+    template: TemplateName,
+    max_length: int,
+    max_new_tokens: int,
+    token_budget: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[list[float | None], list[float | None]]:
+    """The loss of each example's `reasoned` form and its metric, each by the adapter of `model` that is named for it:
+    rows of several adapters share batches.
+
+    As `losses` and `values` measure them by a model that has this adapter alone, up to rounding; but a loss that is not
+    finite is answered, since it is that of one adapter. `on_progress` gets the passes done so far, of `work(examples)`.
+    Leaves the model in exact mode. Raises InvalidTask as `values` does.
+    """
+    judge = _Judge(
+        cast("PreTrainedModel", model), tokenizer, template, max_length, max_new_tokens, token_budget,
+        on_progress or (lambda _: None), adapters,
+    )  # fmt: skip
+    use_exact_mode(model)
+    with torch.inference_mode():
+        losses = judge.losses([replace(example, example=example.reasoned) for example in examples])
+        return losses, judge.values(examples)[0]
+
+
+def _finite(losses: list[float | None]) -> list[float | None]:
+    """The losses, all of them finite. Raises NotFinite."""
+    wrong = sum(loss is not None and not math.isfinite(loss) for loss in losses)
+    if wrong:
+        raise NotFinite(f"the loss of {wrong} of {len(losses)} examples is not finite: the model has diverged")
+    return losses
 
 
 # Numbers of a subtask ------------------------------------------------------------------------------------------------
@@ -212,6 +250,8 @@ class _Judge:
     max_new_tokens: int
     token_budget: int
     on_progress: Callable[[int], None]
+    adapters: Sequence[str] | None = None
+    """Which of the model's adapters answers each example; None: the model as it is."""
     done: int = 0
 
     def losses(self, examples: Sequence[TaskExample]) -> list[float | None]:
@@ -224,13 +264,12 @@ class _Judge:
                 )
             except Unsupervised:
                 self._progress(1)
-        sums = self._log_probs(list(encoded.values()), on_rows=lambda rows: self._progress(len(rows)))
+        sums = self._log_probs(
+            list(encoded.values()), by=self._by(encoded), on_rows=lambda rows: self._progress(len(rows))
+        )
         losses: list[float | None] = [None] * len(examples)
         for (position, row), log_prob in zip(encoded.items(), sums, strict=True):
             losses[position] = -log_prob / sum(label != IGNORED for label in row.labels)
-        wrong = sum(loss is not None and not math.isfinite(loss) for loss in losses)
-        if wrong:
-            raise NotFinite(f"the loss of {wrong} of {len(examples)} examples is not finite: the model has diverged")
         return losses
 
     def values(self, examples: Sequence[TaskExample]) -> tuple[list[float | None], list[bool]]:
@@ -243,11 +282,13 @@ class _Judge:
             if example.metric != "none" and (prompt := self._prompt(example))
         }
         choosing = [position for position in asked if examples[position].metric == "choice"]
-        for position, right in zip(choosing, self._choose([examples[p] for p in choosing]), strict=True):
+        chosen = self._choose([examples[p] for p in choosing], by=self._by(choosing))
+        for position, right in zip(choosing, chosen, strict=True):
             values[position] = float(right)
         writing = [position for position in asked if examples[position].metric in GENERATED]
         with Patterns() as patterns:
-            for position, text in zip(writing, self._write([asked[p] for p in writing]), strict=True):
+            written = self._write([asked[p] for p in writing], by=self._by(writing))
+            for position, text in zip(writing, written, strict=True):
                 example = examples[position]
                 if example.metric == "token_f1":
                     values[position] = token_f1(text, example.answers)
@@ -268,9 +309,13 @@ class _Judge:
             self._progress(1)
         return prompt
 
+    def _by(self, positions: Iterable[int]) -> list[str | None]:
+        """The adapters that answer the examples at these positions."""
+        return [None if self.adapters is None else self.adapters[position] for position in positions]
+
     # Choices ----------------------------------------------------------------------------------------------------------
 
-    def _choose(self, examples: Sequence[TaskExample]) -> list[bool]:
+    def _choose(self, examples: Sequence[TaskExample], *, by: Sequence[str | None]) -> list[bool]:
         """Whether the right choice is the most probable; the sums over tokens are compared as they are."""
         asked = [(number, choice) for number, example in enumerate(examples) for choice in example.choices]
         left = Counter(number for number, _ in asked)
@@ -279,7 +324,8 @@ class _Judge:
             left.subtract(asked[row][0] for row in rows)
             self._progress(sum(left[number] == 0 for number in {asked[row][0] for row in rows}))
 
-        log_probs = iter(self._log_probs([self._answer(examples[number], choice) for number, choice in asked], count))
+        answers = [self._answer(examples[number], choice) for number, choice in asked]
+        log_probs = iter(self._log_probs(answers, by=[by[number] for number, _ in asked], on_rows=count))
         best = [best_choice([next(log_probs) for _ in example.choices]) for example in examples]
         return [example.choices[choice] in example.answers for example, choice in zip(examples, best, strict=True)]
 
@@ -288,26 +334,30 @@ class _Judge:
             example.example, choice, tokenizer=self.tokenizer, template=self.template, max_length=self.max_length
         )
 
-    def _log_probs(self, rows: Sequence[Encoded], on_rows: Callable[[list[int]], None]) -> list[float]:
+    def _log_probs(
+        self, rows: Sequence[Encoded], *, by: Sequence[str | None], on_rows: Callable[[list[int]], None]
+    ) -> list[float]:
         """The sum of the log-probabilities of each row's supervised tokens, in the order of `rows`.
 
         A row's last token is only predicted, never read: rows that differ in it alone, such as the choices of MMLU,
-        share one forward pass. `on_rows` gets the positions of the rows done in each.
+        share one forward pass, where it is by one adapter. `on_rows` gets the positions of the rows done in each.
         """
-        shared: dict[tuple[int, ...], list[int]] = {}
-        for position, row in enumerate(rows):
-            shared.setdefault(row.input_ids[:-1], []).append(position)
+        shared: dict[tuple[str | None, tuple[int, ...]], list[int]] = {}
+        for position, (row, adapter) in enumerate(zip(rows, by, strict=True)):
+            shared.setdefault((adapter, row.input_ids[:-1]), []).append(position)
         groups = list(shared.values())
         result = [0.0] * len(rows)
-        for batch in plan([len(ids) for ids in shared], token_budget=self.token_budget):
+        for batch in plan([len(ids) for _, ids in shared], token_budget=self.token_budget):
             chosen = [groups[group] for group in batch]
-            for position, value in self._score(rows, chosen):
+            for position, value in self._score(rows, chosen, by=[by[group[0]] for group in chosen]):
                 result[position] = value
             on_rows([position for group in chosen for position in group])
         return result
 
-    def _score(self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]]) -> Iterator[tuple[int, float]]:
-        """Score the rows of `groups`, each of which is one sequence of the batch."""
+    def _score(
+        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], *, by: Sequence[str | None]
+    ) -> Iterator[tuple[int, float]]:
+        """Score the rows of `groups`, each of which is one sequence of the batch, by these adapters."""
         inputs = [rows[group[0]].input_ids[:-1] for group in groups]
         width = max(map(len, inputs))
         # padding repeats the first token: the tokenizer's own may be outside the model's vocabulary
@@ -320,7 +370,7 @@ class _Judge:
             if label != IGNORED
         ]
         owners, places, labels = (torch.tensor(column) for column in zip(*wanted, strict=True))
-        logits = _logits_at(self.model, input_ids, places)
+        logits = _logits_at(self.model, input_ids, places, by=by)
         sums = torch.zeros(len(members), dtype=torch.float64)
         at_once = max(1, LOGIT_ELEMENTS // logits.shape[-1])
         for start in range(0, len(places), at_once):
@@ -331,7 +381,7 @@ class _Judge:
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
-    def _write(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+    def _write(self, prompts: Sequence[tuple[int, ...]], *, by: Sequence[str | None]) -> list[str]:
         """What the model writes greedily after each prompt, without special tokens."""
         before = self.done
         written = write(
@@ -340,6 +390,7 @@ class _Judge:
             prompts,
             max_new_tokens=self.max_new_tokens,
             token_budget=self.token_budget,
+            by=by,
             on_rows=lambda rows: self._progress(before + rows - self.done),
         )
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -356,17 +407,21 @@ def write(
     *,
     max_new_tokens: int,
     token_budget: int,
+    by: Sequence[str | None] = (),
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
-    """The tokens that the model writes greedily after each prompt, up to its end of sequence; `on_rows` hears of rows
-    that are done.
+    """The tokens that the model writes greedily after each prompt, up to its end of sequence.
+
+    `by` are the adapters on the model that write each, None for the only one; `on_rows` hears of rows that are done.
     """
+    writers = by or [None] * len(prompts)
     greedily = _greedily(model, tokenizer, max_new_tokens)
     ends = set(greedily.eos_token_id or ())
     written: list[list[int]] = [[] for _ in prompts]
     done = 0
     for batch in plan([len(prompt) + max_new_tokens for prompt in prompts], token_budget=token_budget):
-        for position, tokens in zip(batch, _continued(model, [prompts[p] for p in batch], greedily), strict=True):
+        asked, chosen = [prompts[p] for p in batch], [writers[p] for p in batch]
+        for position, tokens in zip(batch, _continued(model, asked, greedily, by=chosen), strict=True):
             end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
             written[position] = tokens[: end + 1]
         done += len(batch)
@@ -375,7 +430,11 @@ def write(
 
 
 def _continued(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], greedily: GenerationConfig
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    greedily: GenerationConfig,
+    *,
+    by: Sequence[str | None],
 ) -> list[list[int]]:
     """What is written after each prompt of a batch; an answer that has ended is filled up."""
     width = max(map(len, prompts))
@@ -387,6 +446,7 @@ def _continued(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=greedily,
+        **_mixed(by),
     )
     tokens: list[list[int]] = written[:, width:].tolist()
     return tokens
@@ -425,7 +485,12 @@ def _answer_in(text: str, example: TaskExample, patterns: Patterns) -> str | Non
         raise InvalidTask(str(error)) from error
 
 
-def _logits_at(model: PreTrainedModel, input_ids: Tensor, places: Tensor) -> Tensor:
+def _mixed(by: Sequence[str | None]) -> dict[str, Any]:
+    """What PEFT is told of a batch: the adapter of each row, where several are on the model."""
+    return {} if None in by else {"adapter_names": list(by)}
+
+
+def _logits_at(model: PreTrainedModel, input_ids: Tensor, places: Tensor, *, by: Sequence[str | None]) -> Tensor:
     """The logits (len(places), vocabulary) at places of the flattened batch, which is padded on the right.
 
     Where the model lets it, the output layer sees these places only: the logits of 8,192 tokens and a vocabulary of
@@ -433,7 +498,7 @@ def _logits_at(model: PreTrainedModel, input_ids: Tensor, places: Tensor) -> Ten
     """
     device = model.device
     with _output_at(model, places.to(device)) as reduced:
-        logits: Tensor = model(input_ids=input_ids.to(device), use_cache=False).logits
+        logits: Tensor = model(input_ids=input_ids.to(device), use_cache=False, **_mixed(by)).logits
     return logits.flatten(0, 1) if reduced else logits.flatten(0, 1)[places.to(device)]
 
 

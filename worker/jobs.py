@@ -41,6 +41,7 @@ from worker.evaluate import NotFinite
 from worker.heartbeat import Heartbeat, Stopped
 from worker.kinds import (
     Work,
+    adapter_choices,
     attributions,
     cascades,
     comparisons,
@@ -165,6 +166,7 @@ def tidy(context: Context) -> None:
     context.estimates.sweep(older_than=OLD)
     context.projectors.files.sweep(older_than=OLD)
     context.streams.sweep(older_than=OLD)
+    context.adapter_choices.scores.sweep(older_than=OLD)
     context.answers.sweep(older_than=OLD)
     for depot in context.depots:
         depot.tidy(older_than=OLD)
@@ -230,6 +232,7 @@ _WORK: dict[JobKind, Work] = {
     "annotation": labelling.work,
     "stream": streams.work,
     "generation": generations.work,
+    "adapter-choice": adapter_choices.work,
 }
 
 KINDS: tuple[JobKind, ...] = tuple(_WORK)

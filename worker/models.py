@@ -232,6 +232,18 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftMod
     return frozen
 
 
+@contextmanager
+def several_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator[PeftModel]:
+    """The model with adapters on it, as by `load_adapters`, for batches whose rows have different ones (PEFT's
+    `adapter_names`); `base` is as it was afterwards.
+    """
+    model = load_adapters(base, folders)
+    try:
+        yield model
+    finally:
+        unload_adapter(model)
+
+
 def _plain(name: str, folder: Path) -> LoraConfig:
     with _about(name):
         config = lora_config(folder)

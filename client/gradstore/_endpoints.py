@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from gradstore._uploads import PathOrFile, Upload, source
 from gradstore.results import (
+    AdapterChoiceJob,
     AttributionJob,
     ComparisonJob,
     EstimatesJob,
@@ -31,6 +32,10 @@ from gradstore.results import (
 from gradstore.types import (
     AdamForm,
     Adapter,
+    AdapterChoiceEstimate,
+    AdapterSets,
+    AdapterShots,
+    AdapterSimilarity,
     Aggregate,
     Allocation,
     AnnotatedRows,
@@ -319,6 +324,50 @@ def adapters_list(
     """Iterate over the adapters, the newest first: of a base model, a rank, a dataset, and on all of some targets."""
     asked = _params(base_model=base_model, revision=revision, rank=rank, target=target, dataset=dataset)
     return Call(method="GET", path="/adapters", params=asked, answer=Page[Adapter])
+
+
+class AdapterChoiceFields(TypedDict, total=False):
+    """The fields of `gradstore.types.AdapterChoiceRequest`, which describes them and has their defaults."""
+
+    task: Required[str]
+    shots: int | None
+    seed: int | None
+    adapters: str | Sequence[str] | None
+    base_model: str | None
+    revision: str | None
+    rank: int | None
+    target: str | Sequence[str] | None
+    dataset: str | None
+    candidates: int | None
+    size: int | None
+    similarity: AdapterSimilarity | None
+    template: TemplateName | None
+    max_length: int | None
+    max_new_tokens: int | None
+    precision: Precision | None
+    name: str | None
+
+
+def adapter_choices_create(**fields: Unpack[AdapterChoiceFields]) -> Call[AdapterChoiceJob]:
+    """Choose adapters of the bank for a task, from a few of its validation rows."""
+    return _post("adapters/choices", AdapterChoiceJob, **_lists(fields))
+
+
+def adapter_choices_estimate(**fields: Unpack[AdapterChoiceFields]) -> Call[AdapterChoiceEstimate]:
+    """Say how many adapters `create` with the same arguments would score, and start nothing."""
+    return _post("adapters/choices", AdapterChoiceEstimate, **_lists(fields), dry_run=True)
+
+
+def adapter_choices_sets(name: str, /, *, limit: int | None = None, after: str | None = None) -> Call[AdapterSets]:
+    """Get a page of the sets of a choice, the best first."""
+    params = _params(limit=limit, after=after)
+    return Call(method="GET", path=_path("adapters/choices", name, "sets"), params=params, answer=AdapterSets)
+
+
+def adapter_choices_shots(name: str, /, *, limit: int | None = None, after: str | None = None) -> Call[AdapterShots]:
+    """Get a page of the shots of a choice, in the order of the task's rows."""
+    params = _params(limit=limit, after=after)
+    return Call(method="GET", path=_path("adapters/choices", name, "shots"), params=params, answer=AdapterShots)
 
 
 class MixtureFields(TypedDict, total=False):
@@ -1285,16 +1334,19 @@ def _many(value: Any) -> list[Any]:
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     several = {
-        "checkpoints",
-        "datasets",
-        "dims",
-        "experts_from",
-        "kinds",
-        "layers",
-        "origins",
-        "prompts",
-        "tasks",
-        "weights",
+        *(
+            "adapters",
+            "checkpoints",
+            "datasets",
+            "dims",
+            "experts_from",
+            "kinds",
+            "layers",
+            "origins",
+            "prompts",
+            "target",
+        ),
+        *("tasks", "weights"),
     }
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 

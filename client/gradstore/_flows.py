@@ -33,6 +33,10 @@ from gradstore._endpoints import Call, Chosen, ComparisonFields, Question
 from gradstore._progress import BytesBar, JobBar
 from gradstore.results import ComparisonJob, ComparisonResult, Selection, SucceededJob
 from gradstore.types import (
+    AdapterSet,
+    AdapterSets,
+    AdapterShot,
+    AdapterShots,
     AnnotatedRow,
     AnnotatedRows,
     AnyJob,
@@ -292,6 +296,24 @@ def estimates_subsets(estimates: str, /) -> Stream[EstimatedSubset]:
 
     def page(after: str | None) -> Flow[EstimatedSubsets]:
         return send(_endpoints.estimates_subsets(estimates, limit=PAGE, after=after))
+
+    yield from _paged(page)
+
+
+def adapter_choices_sets(choice: str, /) -> Stream[AdapterSet]:
+    """Iterate over every set of candidates of a choice, the best first."""
+
+    def page(after: str | None) -> Flow[AdapterSets]:
+        return send(_endpoints.adapter_choices_sets(choice, limit=PAGE, after=after))
+
+    yield from _paged(page)
+
+
+def adapter_choices_shots(choice: str, /) -> Stream[AdapterShot]:
+    """Iterate over the shots of a choice: what every adapter makes of each."""
+
+    def page(after: str | None) -> Flow[AdapterShots]:
+        return send(_endpoints.adapter_choices_shots(choice, limit=PAGE, after=after))
 
     yield from _paged(page)
 

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 import gradstore
 from gradstore import recipes
-from gradstore._cli.adapters import adapters
+from gradstore._cli.adapters import adapters, choices
 from gradstore._cli.allocations import allocations
 from gradstore._cli.attributions import attributions, why
 from gradstore._cli.checkpoints import checkpoints, runs
@@ -60,7 +60,7 @@ ORDER = (
     *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
     *("selections", "why", "attributions", "evaluations", "generations", "validations"),
     *("predictors", "cascades", "estimates", "estimate-validations"),
-    *("conversions", "checkpoints", "adapters", "allocations", "runs"),
+    *("conversions", "checkpoints", "adapters", "adapter-choices", "allocations", "runs"),
     *("compare", "comparisons", "streams", "annotations", "taxonomies", "projectors", "embeddings"),
     *("imports", "jobs", "workers", "usage", "health"),
 )
@@ -248,7 +248,7 @@ for noun in (
     *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, generations, validations),
     *(predictors, cascades, estimates, estimate_validations, comparisons, streams, labels, taxonomies),
     *(conversions, projectors, embeddings),
-    *(checkpoints, adapters, allocations, runs, imports, jobs, workers),
+    *(checkpoints, adapters, choices, allocations, runs, imports, jobs, workers),
 ):
     app.add_typer(noun)
 

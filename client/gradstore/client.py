@@ -28,6 +28,8 @@ from gradstore._progress import BytesBar
 from gradstore._signatures import expanded
 from gradstore._uploads import CountedReads
 from gradstore.results import (
+    AdapterChoiceJob,
+    AdapterChoiceResult,
     AttributionJob,
     AttributionResult,
     ComparisonJob,
@@ -465,6 +467,27 @@ class Adapters(Resource[EngineT]):
     download = call(flows.adapters_download)
 
 
+class AdapterChoices(Resource[EngineT]):
+    """Jobs that choose adapters of the bank for a task."""
+
+    create = call(endpoints.adapter_choices_create)
+    estimate = call(endpoints.adapter_choices_estimate)
+    get = call(endpoints.getter("adapters/choices", AdapterChoiceJob))
+    list = each(flows.paged(endpoints.lister("adapters/choices", Page[AdapterChoiceJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("adapters/choices", AdapterChoiceJob),
+            SucceededJob[types.AdapterChoiceRequest, AdapterChoiceResult],
+        )
+    )
+    sets = each(flows.adapter_choices_sets)
+    shots = each(flows.adapter_choices_shots)
+    cancel = call(endpoints.canceller(AdapterChoiceJob))
+    retry = call(endpoints.retrier(AdapterChoiceJob))
+    rename = call(endpoints.renamer("adapters/choices", AdapterChoiceJob))
+    delete = call(endpoints.deleter("adapters/choices"))
+
+
 class Allocations(Resource[EngineT]):
     """What mixtures of LoRA experts would take."""
 
@@ -837,6 +860,7 @@ class Store(Resource[EngineT]):
         self.tasks = Tasks(engine)
         self.checkpoints = Checkpoints(engine)
         self.adapters = Adapters(engine)
+        self.adapter_choices = AdapterChoices(engine)
         self.allocations = Allocations(engine)
         self.runs = Runs(engine)
         self.gradients = Gradients(engine)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from gradstore import frames, types
 from gradstore.types import (
+    AdapterChoiceRequest,
     AttributionRequest,
     ComparisonRequest,
     EstimatesRequest,
@@ -93,6 +94,13 @@ class ComparisonResult(Table, types.ComparisonResult):
         return self.rows
 
 
+class AdapterChoiceResult(Table, types.AdapterChoiceResult):
+    """Which adapters were chosen; its table has a row for each that was scored, the best first."""
+
+    def _table(self) -> Sequence[BaseModel]:
+        return self.adapters
+
+
 class ProjectorResult(Table, types.ProjectorResult):
     """A trained projector; its table is a row for each capability."""
 
@@ -120,6 +128,7 @@ class AttributedRow(types.InfluentialRow):
     end: Literal["most", "least"]
 
 
+AdapterChoiceJob = Job[AdapterChoiceRequest, AdapterChoiceResult]
 AttributionJob = Job[AttributionRequest, AttributionResult]
 EstimatesJob = Job[EstimatesRequest, EstimatesResult]
 EstimateValidationJob = Job[EstimateValidationRequest, EstimateValidationResult]

@@ -30,7 +30,7 @@ from datastore.rows import Example, Message
 from datastore.strict_json import canonical
 from datastore.tasks.reading import Reader, TaskExample, TaskRows
 
-__all__ = ["Reader", "StoredTask", "TaskExample", "TaskRows", "Tasks", "readers"]
+__all__ = ["Reader", "StoredTask", "TaskExample", "TaskRows", "Tasks", "lines", "readers"]
 
 FORMAT = 1
 _ID = re.compile(rf"task_[0-9a-f]{{{DIGITS}}}")
@@ -73,7 +73,7 @@ class Tasks:
         if not validation:
             raise InvalidTask(f"the {kind} files hold no validation row: there is nothing to select for")
         subtasks = _subtasks(validation, test)
-        content = {"validation.jsonl": _lines(validation), "test.jsonl": _lines(test)}
+        content = {"validation.jsonl": lines(validation), "test.jsonl": lines(test)}
         digests = {name: hashlib.sha256(text).hexdigest() for name, text in content.items()}
         task = content_id("task", {"kind": kind, "files": digests})
         if not self._depot.exists(self._root / task):
@@ -170,7 +170,8 @@ def _coverage(subtasks: Sequence[Subtask]) -> list[str]:
     return notes
 
 
-def _lines(rows: Sequence[TaskExample]) -> bytes:
+def lines(rows: Sequence[TaskExample]) -> bytes:
+    """Rows as they are stored, a line each."""
     return b"".join(canonical(_stored(row)) + b"\n" for row in rows)
 
 
@@ -179,6 +180,8 @@ def _stored(row: TaskExample) -> dict[str, Any]:
     value = asdict(row)
     if row.on_multiple == "first":
         del value["on_multiple"]
+    if row.rationale is None:
+        del value["rationale"]
     return value
 
 

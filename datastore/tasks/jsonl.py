@@ -10,6 +10,8 @@ name, all of it to select for. JSON arrays and Parquet are read too, gzipped or 
     pattern   regular expression of Python's; its first match (first group, where it has one) in a generated text is
               the answer
     on_multiple  which of several matches is the answer: first, last, or none of them (fail)
+    rationale the answer and, after it, its reasons, as one text: what the perplexity of adapters is measured on when
+              some are chosen for the task, in the place of the row's own answer
 
 A message of an assistant may have a `prefix`: the beginning of its turn that is given to the model and not learnt.
 """
@@ -79,7 +81,7 @@ def _row(row: dict[str, Any], *, file: str, patterns: Patterns) -> TaskExample:
     if metric == "exact_match" and pattern is not None and row.get("answers") is None:
         answer = _found(answer, pattern, on_multiple, patterns)
     answers = _answers(row, metric, answer, choices)
-    return TaskExample(example, subtask, metric, choices, answers, pattern, on_multiple)
+    return TaskExample(example, subtask, metric, choices, answers, pattern, on_multiple, _rationale(row))
 
 
 def _with_prefixes(example: Example, turns: object) -> Example:
@@ -126,6 +128,13 @@ def _on_multiple(row: dict[str, Any], pattern: str | None) -> OnMultiple:
     if pattern is None:
         raise _Wrong("only a row with a pattern has on_multiple")
     return said
+
+
+def _rationale(row: dict[str, Any]) -> str | None:
+    rationale = row.get("rationale")
+    if rationale is not None and (not isinstance(rationale, str) or not rationale.strip()):
+        raise _Wrong("rationale must be a text that is not empty")
+    return rationale
 
 
 def _metric(row: dict[str, Any], choices: tuple[str, ...], pattern: str | None) -> Metric:

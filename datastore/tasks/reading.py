@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +46,19 @@ class TaskExample:
     """`exact_match`: the regular expression whose first match (its first group) in a generated text is the answer."""
     on_multiple: OnMultiple = "first"
     """`exact_match`: which of several matches is the answer; `fail`: none of them."""
+    rationale: str | None = None
+    """The answer with its reasons, the answer first: what an adapter's perplexity is measured on when some are chosen
+    for a task. Without one that is the answer itself."""
+
+    @property
+    def reasoned(self) -> Example:
+        """The example with its rationale in the place of the answer, where it has one."""
+        if self.rationale is None:
+            return self.example
+        if self.example.messages:
+            *turns, last = self.example.messages
+            return replace(self.example, messages=(*turns, replace(last, content=self.rationale)))
+        return replace(self.example, completion=self.rationale)
 
 
 @dataclass(frozen=True)

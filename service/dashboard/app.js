@@ -4,6 +4,7 @@
 import { get, isAborted, key } from "./api.js";
 import { fill, fresh, h } from "./dom.js";
 import { failure, heading, loading } from "./parts.js";
+import * as adapters from "./pages/adapters.js";
 import * as annotations from "./pages/annotations.js";
 import * as attributions from "./pages/attributions.js";
 import * as comparisons from "./pages/comparisons.js";
@@ -31,6 +32,8 @@ const PAGES = [
   { path: "attributions", title: "Attribution", page: attributions },
   { path: "training", title: "Training", page: training },
   { path: "generations", title: "Generations", page: generations },
+  { path: "adapters", title: "Adapters", page: adapters },
+  { path: "adapter-choices", title: "Choice of adapters", page: adapters, within: "adapters" },
   { path: "predictors", title: "Predictors", page: predictors },
   { path: "cascades", title: "Cascade", page: predictors, within: "predictors" },
   { path: "estimates", title: "Estimates", page: estimates },

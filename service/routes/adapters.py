@@ -6,9 +6,19 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Response
 from fastapi.responses import StreamingResponse
-from gradstore.types import Adapter, AdapterRegister, ModelName, Name, Named, Page, Rename, Revision, TrainedOn
+from gradstore.types import (
+    Adapter,
+    AdapterRegister,
+    AdaptersWanted,
+    ModelName,
+    Name,
+    Named,
+    Page,
+    Rename,
+    Revision,
+    TrainedOn,
+)
 from gradstore.types import Request as RequestBody
-from pydantic import Field
 
 from datastore.archives import allowed_folder
 from datastore.schema import AdapterRow
@@ -34,19 +44,8 @@ class AdapterForm(RequestBody):
     """What it was trained on, in words."""
 
 
-class AdapterFilter(Paging):
-    """Which adapters are asked for."""
-
-    base_model: ModelName | None = None
-    """Only of this base model, as adapters show it."""
-    revision: Revision | None = None
-    """Only of this revision of it."""
-    rank: int | None = Field(None, ge=1, le=1 << 31)
-    """Only of this rank."""
-    target: list[str] = Field([], max_length=100)
-    """Only those on this kind of module (`q_proj`); repeated, those on all of them."""
-    dataset: Named | None = None
-    """Only those trained on this dataset, by id or name."""
+class AdapterFilter(Paging, AdaptersWanted):
+    """Which adapters are listed."""
 
 
 Sent = Annotated[Form | AdapterRegister, Depends(form_or_json(AdapterRegister))]

@@ -8,6 +8,7 @@
     estimates.py     what subsets would give         estimate_validations.py  a training on such a subset
     projectors.py    a network, trained and kept     embeddings.py    rows in its ability space
     comparisons.py   a selection, or a training on one
+    adapter_choices.py  what a few adapters make of the shots of a task
     streams.py       pooled states of a range        labelling.py     rows that a chat model is asked about
     generations.py   answers to prompts, and their experts
 

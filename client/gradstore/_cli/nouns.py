@@ -22,6 +22,7 @@ VERBS = (
     *(
         "upload",
         "register",
+        "choose",
         "create",
         "preview",
         "list",

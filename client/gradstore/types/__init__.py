@@ -7,6 +7,7 @@ fractions lie between 0 and 1, and every key is present in an answer.
 from __future__ import annotations
 
 from gradstore.types.access import *
+from gradstore.types.adapter_choices import *
 from gradstore.types.adapters import *
 from gradstore.types.annotations import *
 from gradstore.types.attributions import *

@@ -6,7 +6,7 @@ import unicodedata
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gradstore.types.base import Body, ModelName, Name, Named, Request, Revision, ServerPath, TemplateName
 
@@ -53,6 +53,23 @@ class Adapter(Body):
     bytes: int
     """Of its checkpoint."""
     created_at: datetime
+
+
+class AdaptersWanted(BaseModel):
+    """Which adapters are asked for."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    base_model: ModelName | None = None
+    """Only of this base model, as adapters show it."""
+    revision: Revision | None = None
+    """Only of this revision of it."""
+    rank: int | None = Field(None, ge=1, le=1 << 31)
+    """Only of this rank."""
+    target: list[Named] = Field([], max_length=100)
+    """Only those on this kind of module (`q_proj`); repeated, those on all of them."""
+    dataset: Named | None = None
+    """Only those trained on this dataset, by id or name."""
 
 
 class AdapterRegister(Request):

@@ -9,6 +9,7 @@ import { badge, choice, empty, facts, failure, heading, named, panel, scrolling,
 
 const OF = ["dataset", "datasets", "task", "tasks", "selection", "finetune", "checkpoint", "adapter", "adapters", "gradients", "model"]; // what a request says a job is about
 const PAGES = {
+  "adapter-choice": "adapter-choices",
   annotation: "annotations",
   attribution: "attributions",
   cascade: "cascades",
