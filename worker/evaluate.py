@@ -393,7 +393,7 @@ class _Judge:
             token_budget=self.token_budget,
             on_rows=lambda rows: self._progress(before + rows - self.done),
         )
-        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
 
     def _progress(self, rows: int) -> None:
         self.done += rows
