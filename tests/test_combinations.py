@@ -32,6 +32,10 @@ IDS = torch.tensor([[1, 40, 77, 12, 99, 30, 31, 8], [1, 200, 5, 64, 64, 3, 17, 9
 Array = NDArray[np.float64]
 
 
+def combined(folders: Sequence[Path], how: Any, *weights: Any, **settings: Any) -> Combined:
+    return Combined(tuple((folder.name, folder) for folder in folders), how, *weights, **settings)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "base")
@@ -121,7 +125,7 @@ def close(found: Tensor, expected: Tensor, *, far_from: Tensor, rtol: float = 1e
 def test_a_merge_is_the_weighted_sum_of_the_products(bank: Bank, how: Any, weights: tuple[float, float]) -> None:
     folders = bank.adapter(0, r=2), bank.adapter(1, r=3, target_modules=["q_proj", "o_proj"])
     parts = [bank.products(folders[0], 4 / 2 * weights[0]), bank.products(folders[1], 5 / 3 * weights[1])]
-    merged = combine(bank.base(), Combined(folders, how, weights, rank=5 if how == "svd" else None))
+    merged = combine(bank.base(), combined(folders, how, weights, rank=5 if how == "svd" else None))
     close(logits(merged), added(bank.base(), summed(parts)), far_from=logits(bank.base()))
     if weights == (1.0, 0.0):
         close(logits(merged), logits(load_adapter(bank.base(), folders[0])), far_from=logits(bank.base()))
@@ -134,7 +138,7 @@ def test_a_merge_by_svd_is_the_best_of_its_rank(bank: Bank) -> None:
     for module, delta in whole.items():
         u, s, v = np.linalg.svd(delta)
         best[module] = (u[:, :2] * s[:2]) @ v[:2]
-    merged = combine(bank.base(), Combined(folders, "svd", (0.5, 0.5), rank=2))
+    merged = combine(bank.base(), combined(folders, "svd", (0.5, 0.5), rank=2))
     close(logits(merged), added(bank.base(), best), far_from=added(bank.base(), whole))
 
 
@@ -147,7 +151,7 @@ def test_a_linear_merge_has_the_products_of_different_adapters_in_it(bank: Bank)
         deltas[module] = (roots[0] * b0 + roots[1] * b1) @ (roots[0] * a0 + roots[1] * a1)
     # PEFT keeps its weights in float32
     close(
-        logits(combine(bank.base(), Combined(folders, "linear", weights))), added(bank.base(), deltas),
+        logits(combine(bank.base(), combined(folders, "linear", weights))), added(bank.base(), deltas),
         far_from=logits(bank.base()), rtol=1e-5,
     )  # fmt: skip
 
@@ -167,13 +171,13 @@ def test_ties_keeps_the_largest_elects_a_sign_and_takes_the_mean_of_those_that_a
         mean = (stacked * agree).sum(0) / np.maximum(agree.sum(0), 1)
         u, s, v = np.linalg.svd(mean)
         deltas[module] = (u[:, :4] * s[:4]) @ v[:4]
-    merged = combine(bank.base(), Combined(folders, "ties_svd", (1.0, 1.0, 1.0), rank=4, density=density))
+    merged = combine(bank.base(), combined(folders, "ties_svd", (1.0, 1.0, 1.0), rank=4, density=density))
     close(logits(merged), added(bank.base(), deltas), far_from=logits(bank.base()), rtol=1e-7)
 
 
 def test_dare_drops_by_its_seed_and_scales_up_what_it_keeps(bank: Bank) -> None:
     folders, density = (bank.adapter(0), bank.adapter(1)), 0.5
-    asked = Combined(folders, "dare_linear", (1.0, 1.0), density=density, seed=3)
+    asked = combined(folders, "dare_linear", (1.0, 1.0), density=density, seed=3)
     found = [combine(load_model(str(bank.model)), replace(asked, seed=seed)) for seed in (3, 3, 4)]
     first, again, other = ({k: v for k, v in each.state_dict().items() if ".merged." in k} for each in found)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -200,7 +204,7 @@ def test_dare_drops_by_its_seed_and_scales_up_what_it_keeps(bank: Bank) -> None:
 )
 def test_a_merge_that_drops_nothing_is_like_one_that_does_not_drop(bank: Bank, how: Any, like: Any) -> None:
     folders = bank.adapter(0), bank.adapter(1)
-    whole = Combined(folders, how, (0.5, 0.5), rank=4 if how.endswith("svd") else None, density=1.0)
+    whole = combined(folders, how, (0.5, 0.5), rank=4 if how.endswith("svd") else None, density=1.0)
     found, expected = (logits(combine(bank.base(), one)) for one in (whole, replace(whole, how=like)))
     close(found, expected, far_from=logits(bank.base()))
     dropping = logits(combine(bank.base(), replace(whole, density=0.3)))
@@ -213,7 +217,7 @@ def test_a_merge_is_neither_scaled_nor_bound_to_layers_by_its_first_adapter(bank
     folders = first, bank.adapter(1)
     parts = [bank.products(first, 4 / math.sqrt(2) / 2), bank.products(folders[1], 5 / 2 / 2)]
     assert len(parts[0]) == 2 < len(parts[1])
-    merged = combine(bank.base(), Combined(folders, "cat", (0.5, 0.5)))
+    merged = combine(bank.base(), combined(folders, "cat", (0.5, 0.5)))
     close(logits(merged), added(bank.base(), summed(parts)), far_from=logits(bank.base()))
 
 
@@ -248,11 +252,11 @@ def by_arrow(base: nn.Module, folders: Sequence[Path], scalings: Sequence[float]
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.2), (3, 5.0)])
 def test_arrow_gives_a_token_the_adapters_most_like_it(bank: Bank, top_k: int, temperature: float) -> None:
     folders = bank.adapter(0), bank.adapter(1), bank.adapter(2)
-    routed = combine(bank.base(), Combined(folders, "arrow", top_k=top_k, temperature=temperature))
+    routed = combine(bank.base(), combined(folders, "arrow", top_k=top_k, temperature=temperature))
     expected = by_arrow(bank.base(), folders, [4 / 2, 5 / 2, 6 / 2], top_k, temperature)
     # PEFT's iteration is in float32
     close(logits(routed), expected, far_from=logits(bank.base()), rtol=1e-5)
-    assert float((expected - logits(combine(bank.base(), Combined(folders, "cat", (1 / 3,) * 3)))).abs().max()) > 1e-2
+    assert float((expected - logits(combine(bank.base(), combined(folders, "cat", (1 / 3,) * 3)))).abs().max()) > 1e-2
 
 
 def test_arrow_is_pefts_own(bank: Bank) -> None:
@@ -260,7 +264,7 @@ def test_arrow_is_pefts_own(bank: Bank) -> None:
     theirs = create_arrow_model(
         load_model(str(bank.model)), [str(folder) for folder in folders], ArrowConfig(top_k=2, rng_seed=7)
     )
-    ours = combine(load_model(str(bank.model)), Combined(folders, "arrow", top_k=2, seed=7))
+    ours = combine(load_model(str(bank.model)), combined(folders, "arrow", top_k=2, seed=7))
     assert torch.equal(logits(ours), logits(theirs.eval()))
 
 
@@ -268,8 +272,8 @@ def test_arrow_refuses_adapters_of_different_modules(bank: Bank) -> None:
     base = bank.base()
     before = logits(base)
     folders = bank.adapter(0, layers_to_transform=[0]), bank.adapter(1, layers_to_transform=[1])
-    with pytest.raises(ModelError, match="task_0 is not on all modules"):
-        combine(base, Combined(folders, "arrow", top_k=1))
+    with pytest.raises(ModelError, match="adapter-0 is not on all modules"):
+        combine(base, combined(folders, "arrow", top_k=1))
     assert torch.equal(logits(base), before)
 
 
@@ -282,10 +286,10 @@ def test_a_combination_leaves_the_base_model_as_it_was(bank: Bank, how: Any) -> 
     before = {name: value.clone() for name, value in base.state_dict().items()}
     alone = logits(base)
     folders = bank.adapter(0), bank.adapter(1)
-    combined = combine(base, Combined(folders, how, (0.5, 0.5), rank=2 if how == "svd" else None, top_k=2))
-    assert not torch.equal(logits(combined), alone)
-    assert not any(parameter.requires_grad for parameter in combined.parameters())
-    assert unload_adapter(combined) is base
+    made = combine(base, combined(folders, how, (0.5, 0.5), rank=2 if how == "svd" else None, top_k=2))
+    assert not torch.equal(logits(made), alone)
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+    assert unload_adapter(made) is base
     after = base.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -296,7 +300,7 @@ def test_what_takes_turns_on_a_base_model_does_not_change_what_comes_after(bank:
     loaded = Loaded(torch.device("cpu"))
     base = Base(str(bank.model))
     folders = bank.adapter(0), bank.adapter(1)
-    merge, arrow = Combined(folders, "cat", (0.5, 0.5)), Combined(folders, "arrow", top_k=2)
+    merge, arrow = combined(folders, "cat", (0.5, 0.5)), combined(folders, "arrow", top_k=2)
     seen: dict[str, Tensor] = {}
     for name in ("a", "merge", "a", "arrow", "merge", "base", "arrow", "a", "b", "base"):
         at_work = {

@@ -33,9 +33,9 @@ ROUTER = "arrow_router"
 
 @dataclass(frozen=True)
 class Combined:
-    """Adapters, by their folders, and how they become one model."""
+    """Adapters, each by what errors call it and its folder, and how they become one model."""
 
-    folders: tuple[Path, ...]
+    adapters: tuple[tuple[str, Path], ...]
     how: Combination
     weights: tuple[float, ...] = ()
     """Of a merge, one for each adapter."""
@@ -52,13 +52,13 @@ class Combined:
 
     @property
     def names(self) -> list[str]:
-        """What PEFT calls the adapters."""
-        return [f"task_{number}" for number in range(len(self.folders))]
+        """What the adapters are called, by PEFT, too."""
+        return [name for name, _ in self.adapters]
 
 
 def combine(base: PreTrainedModel, combined: Combined) -> PeftModel:
     """Put the combination on `base`, as `load_adapters` does. Raises ModelError where PEFT cannot combine these."""
-    model = load_adapters(base, dict(zip(combined.names, combined.folders, strict=True)))
+    model = load_adapters(base, dict(combined.adapters))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a density of 1, at which nothing is dropped
         try:

@@ -97,8 +97,8 @@ def _subject(
 
 
 def _combined(context: Context, plan: dict[str, Any], request: EvaluationRequest) -> Combined:
-    adapters = [context.catalog.adapter(id) for id in plan["adapters"]]
-    folders = tuple(context.checkpoints.weights(adapter.checkpoint) for adapter in adapters)
+    checkpoints = {id: context.catalog.adapter(id).checkpoint for id in plan["adapters"]}
+    folders = tuple((id, context.checkpoints.weights(checkpoint)) for id, checkpoint in checkpoints.items())
     settings = {**plan["combination"]}
     settings["weights"] = tuple(settings.get("weights", ()))
     return Combined(folders, **settings, seed=request.seed)
