@@ -64,6 +64,7 @@ _KINDS: dict[JobKind, _Kind] = {
     "stream": _Kind("rows", "streams"),
     "projector": _Kind("steps", "projectors"),
     "embedding": _Kind("rows", "embeddings"),
+    "generation": _Kind("prompts", "generations"),
     "adapter-choice": _Kind("passes", "adapters/choices"),
 }
 ISOLATED: tuple[JobKind, ...] = ("gradients",)

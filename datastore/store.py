@@ -37,6 +37,7 @@ from datastore.evaluations import Evaluations
 from datastore.explanations import Explaining
 from datastore.features import Features
 from datastore.finetunes import Finetunes
+from datastore.generations import Generations
 from datastore.gradients import FeatureStore
 from datastore.imports import Imports
 from datastore.index import Indexes
@@ -81,6 +82,7 @@ class OpenStore:
     adapters: Adapters
     adapter_choices: AdapterChoices
     evaluations: Evaluations
+    generations: Generations
     imports: Imports
     recipes: Recipes
     scoring: Scoring
@@ -198,6 +200,7 @@ def open_store(settings: Settings, catalog: Catalog) -> OpenStore:
         adapters=Adapters(catalog, checkpoints, finetunes),
         adapter_choices=AdapterChoices(catalog, jobs, tasks, checkpoints, scores),
         evaluations=Evaluations(catalog, jobs, finetunes, settings),
+        generations=Generations(catalog, jobs, finetunes),
         imports=imports,
         recipes=recipes,
         scoring=scoring,

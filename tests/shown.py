@@ -79,6 +79,7 @@ def shown(folder: Path) -> Store:
         _evaluation(store, name, tasks[0], better=0.06 * (1 - seed))
     _merge(store, tasks[0])
     _comparison(store)
+    _generation(store)
     _predictors(store)
     _estimates(store)
     _abilities(store, folder / "streams")
@@ -267,6 +268,34 @@ def _measured(
             row |= {"loss_interval": around(loss, 0.06), "interval": around(value, 0.04)}
             rows.append(row)
     _done(store, "evaluation", name, asked, 2 * len(rows), {"rows": rows, "seconds": 12.4})
+
+
+def _generation(store: Store) -> None:
+    """What a mixture of four experts has answered, and where the tokens of the answer went."""
+    tokens = [" lever", " is", " a", " bar", "."]
+    random = np.random.default_rng(11)
+
+    def module(layer: int, name: str) -> dict[str, Any]:
+        experts = [random.permutation(4)[:2].tolist() for _ in tokens]
+        weights = [
+            [round(float(larger), 4), round(1 - float(larger), 4)] for larger in random.uniform(0.5, 1, len(tokens))
+        ]
+        gates = [[0.6, 0.4] for _ in tokens]
+        path = f"model.layers.{layer}.self_attn.{name}"
+        return {"module": path, "layer": layer, "experts": experts, "weights": weights, "sub_routers": gates}
+
+    modules = [module(layer, name) for layer in range(4) for name in ("q_proj", "v_proj")]
+    loads = [
+        {"layer": layer, "load": load, "balance": 1.02}
+        for layer, load in enumerate(
+            [[0.2, 0.3, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25], [0.5, 0.2, 0.2, 0.1], [0, 0.5, 0.5, 0]]
+        )
+    ]
+    answer = {"text": "A lever is a bar.", "prompt_tokens": 6, "tokens": 5}
+    answer["trace"] = {"first": 6, "tokens": tokens, "modules": modules}
+    result = {"checkpoint": "ck_0", "data": [answer], "loads": loads, "seconds": 2.4}
+    asked = {"checkpoint": "ck_0", "prompts": ["What is a lever?"], "trace": True, "name": "levers"}
+    _done(store, "generation", "levers", asked, 1, result)
 
 
 def around(middle: float, width: float) -> dict[str, float]:

@@ -112,6 +112,7 @@ def test_the_command_line_has_what_was_promised() -> None:
         "selections": plain | {"rows", "explain", "content", "export", "provenance"},
         "finetunes": plain | {"create", "download"},
         "evaluations": plain | {"create"},
+        "generations": plain | {"create"},
         "validations": plain | {"create"},
         "predictors": plain | {"create"},
         "cascades": plain | {"create"},

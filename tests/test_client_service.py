@@ -96,6 +96,7 @@ def test_every_list_walks_its_pages(store: GradientStore) -> None:
         "selections",
         "finetunes",
         "evaluations",
+        "generations",
         "validations",
         "predictors",
         "cascades",

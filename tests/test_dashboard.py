@@ -180,6 +180,8 @@ PLACES = {
     "comparisons": ("comparisons", "Comparison"),
     "question": ("attributions", "Attribution"),
     "training": ("training", "Training"),
+    "generations": ("generations", "Generations"),
+    "generation": ("generations/levers", "levers"),
     "predictors": ("predictors", "Predictors"),
     "predictor": ("predictors/from%20a%20tenth", "from a tenth"),
     "levels": ("predictors/three%20levels", "three levels"),

@@ -383,52 +383,93 @@ class _Judge:
 
     def _write(self, prompts: Sequence[tuple[int, ...]], *, by: Sequence[str | None]) -> list[str]:
         """What the model writes greedily after each prompt, without special tokens."""
-        texts = [""] * len(prompts)
-        lengths = [len(prompt) + self.max_new_tokens for prompt in prompts]
-        for batch in plan(lengths, token_budget=self.token_budget):
-            written = self._generate([prompts[p] for p in batch], by=[by[p] for p in batch])
-            for position, text in zip(batch, written, strict=True):
-                texts[position] = text
-            self._progress(len(batch))
-        return texts
-
-    def _generate(self, prompts: Sequence[tuple[int, ...]], *, by: Sequence[str | None]) -> list[str]:
-        width = max(map(len, prompts))
-        # on the left, since the model goes on from the end
-        padded = [[*prompt[:1] * (width - len(prompt)), *prompt] for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        model: Any = self.model  # PreTrainedModel itself is not declared to generate
-        written = model.generate(
-            input_ids=torch.tensor(padded, device=self.model.device),
-            attention_mask=torch.tensor(mask, device=self.model.device),
-            generation_config=self._greedily(),
-            **_mixed(by),
-        )
-        return self.tokenizer.batch_decode(written[:, width:].cpu(), skip_special_tokens=True)
-
-    def _greedily(self) -> GenerationConfig:
-        """Greedy decoding, whatever sampling and penalties the model's own configuration asks for."""
-        own = self.model.generation_config.eos_token_id
-        ends = {own} if isinstance(own, int) else set(own or ())
-        if self.tokenizer.eos_token_id is not None:
-            ends.add(self.tokenizer.eos_token_id)
-        return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,  # transformers' default: it warns of any other without sampling
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
+        before = self.done
+        written = write(
+            self.model,
+            self.tokenizer,
+            prompts,
+            by=by,
             max_new_tokens=self.max_new_tokens,
-            min_new_tokens=0,
-            pad_token_id=min(ends, default=0),  # what an answer that has ended is filled up with
-            eos_token_id=sorted(ends) or None,
+            token_budget=self.token_budget,
+            on_rows=lambda rows: self._progress(before + rows - self.done),
         )
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
 
     def _progress(self, rows: int) -> None:
         self.done += rows
         self.on_progress(self.done)
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    max_new_tokens: int,
+    token_budget: int,
+    by: Sequence[str | None] | None = None,
+    on_rows: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
+    """The tokens that the model writes greedily after each prompt, up to its end of sequence; `on_rows` hears of rows
+    that are done. `by` has the adapter of each prompt, where several are on the model.
+    """
+    adapters = [None] * len(prompts) if by is None else by
+    greedily = _greedily(model, tokenizer, max_new_tokens)
+    ends = set(greedily.eos_token_id or ())
+    written: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    for batch in plan([len(prompt) + max_new_tokens for prompt in prompts], token_budget=token_budget):
+        continued = _continued(model, [prompts[p] for p in batch], greedily, by=[adapters[p] for p in batch])
+        for position, tokens in zip(batch, continued, strict=True):
+            end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+            written[position] = tokens[: end + 1]
+        done += len(batch)
+        on_rows(done)
+    return written
+
+
+def _continued(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    greedily: GenerationConfig,
+    *,
+    by: Sequence[str | None],
+) -> list[list[int]]:
+    """What is written after each prompt of a batch; an answer that has ended is filled up."""
+    width = max(map(len, prompts))
+    # on the left, since the model goes on from the end
+    padded = [[*prompt[:1] * (width - len(prompt)), *prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    generating: Any = model  # PreTrainedModel itself is not declared to generate
+    written: Tensor = generating.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=greedily,
+        **_mixed(by),
+    )
+    tokens: list[list[int]] = written[:, width:].tolist()
+    return tokens
+
+
+def _greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding, whatever sampling and penalties the model's own configuration asks for."""
+    own = model.generation_config.eos_token_id
+    ends = {own} if isinstance(own, int) else set(own or ())
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,  # transformers' default: it warns of any other without sampling
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=0,
+        pad_token_id=min(ends, default=0),  # what an answer that has ended is filled up with
+        eos_token_id=sorted(ends) or None,
+    )
 
 
 def _answer_in(text: str, example: TaskExample, patterns: Patterns) -> str | None:

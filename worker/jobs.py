@@ -51,6 +51,7 @@ from worker.kinds import (
     estimates,
     evaluations,
     finetunes,
+    generations,
     gradients,
     imports,
     labelling,
@@ -230,6 +231,7 @@ _WORK: dict[JobKind, Work] = {
     "embedding": embeddings.work,
     "annotation": labelling.work,
     "stream": streams.work,
+    "generation": generations.work,
     "adapter-choice": adapter_choices.work,
 }
 

@@ -69,6 +69,7 @@ from gradstore.types import (
     FeatureDtype,
     FeatureKind,
     FeatureRows,
+    GenerationJob,
     GradientKind,
     GradientsJob,
     GroupBy,
@@ -750,6 +751,29 @@ def evaluations_create(**fields: Unpack[EvaluationFields]) -> Call[EvaluationJob
     return _post("evaluations", EvaluationJob, **_lists(fields))
 
 
+# Generations ------------------------------------------------------------------------------------------------------
+
+
+class GenerationFields(TypedDict, total=False):
+    """The fields of `gradstore.types.GenerationRequest`, which describes them and has their defaults."""
+
+    finetune: str | None
+    checkpoint: str | None
+    prompts: Required[str | Sequence[str | Sequence[Mapping[str, str]]]]
+    max_new_tokens: int | None
+    trace: bool | None
+    trace_tokens: int | None
+    template: TemplateName | None
+    max_length: int | None
+    precision: Precision | None
+    name: str | None
+
+
+def generations_create(**fields: Unpack[GenerationFields]) -> Call[GenerationJob]:
+    """Let a model answer prompts greedily, and of a mixture of experts say which of them the tokens went to."""
+    return _post("generations", GenerationJob, **_lists(fields))
+
+
 # Validations ------------------------------------------------------------------------------------------------------
 
 
@@ -1314,8 +1338,8 @@ def _many(value: Any) -> list[Any]:
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     several = {
-        *("adapters", "checkpoints", "datasets", "dims", "experts_from", "kinds", "layers", "origins", "target"),
-        *("tasks", "weights"),
+        *("adapters", "checkpoints", "datasets", "dims", "experts_from", "kinds", "layers", "origins", "prompts"),
+        *("target", "tasks", "weights"),
     }
     return {key: _many(value) if key in several and value is not None else value for key, value in fields.items()}
 

@@ -29,6 +29,7 @@ from gradstore._cli.datasets import datasets
 from gradstore._cli.estimates import estimate_validations, estimates
 from gradstore._cli.evaluations import evaluations, print_measured
 from gradstore._cli.finetunes import finetunes
+from gradstore._cli.generations import generations
 from gradstore._cli.gradients import conversions, gradients, imports
 from gradstore._cli.jobs import jobs
 from gradstore._cli.once import App, Once, refuse_repeated
@@ -56,8 +57,8 @@ SERVER_COMMANDS = {
     "restore": "Fill an empty store from a backup.",
 }
 ORDER = (
-    *("less", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
-    *("selections", "why", "attributions", "evaluations", "validations"),
+    *("less", "rocket", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
+    *("selections", "why", "attributions", "evaluations", "generations", "validations"),
     *("predictors", "cascades", "estimates", "estimate-validations"),
     *("conversions", "checkpoints", "adapters", "adapter-choices", "allocations", "runs"),
     *("compare", "comparisons", "streams", "annotations", "taxonomies", "projectors", "embeddings"),
@@ -184,6 +185,7 @@ def root(
 
     The usual way: datasets upload, tasks upload, finetunes create (warm-up), gradients create for both, select,
     finetunes create on the selection, evaluations create. Or all of it at once: less.
+    From a few shots of a task and a bank of adapters: rocket.
     """
     ctx.obj = Server(url, api_key)
 
@@ -241,12 +243,56 @@ def less(
             typer.echo(done.tuned.id)
 
 
+@app.command()
+@takes(
+    recipes.rocket,
+    request=FinetuneRequest,
+    without=["pool", "progress", "say", "lora", "quantisation"],
+    texts={
+        "task": "Task by id or name, or a file or folder to upload; its validation rows are the shots.",
+        "task_kind": f"{KINDS} Needed for a path.",
+        "encoder": "Sentence encoder: hub id, or a folder of the server inside an allowed root.",
+        "adapters": "Adapter of the bank by id or name, in place of all of the model; repeat for several.",
+        "candidates": "Adapters with the smallest sums of ranks that sets are made of.",
+        "size": "Adapters that are chosen: the experts.",
+        "similarity": "How alike adapters are: by their tensors A and B, or by their product.",
+        "k": "Rows of the pool nearest to the shots.",
+        "top_k": "Experts of a token.",
+        "router_only": "Train the routers, and leave the adapters as they are.",
+    },
+)
+def rocket(
+    ctx: typer.Context,
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Dataset by id or name, or a file to upload.")],
+    *,
+    as_json: Json = False,
+    **fields: Any,
+) -> None:
+    """Run the whole flow from a few shots: adapters of the bank, data, a mixture of both.
+
+    Follows ROCKET (arXiv 2408.15915), and measures the gain on the task's test rows in the end. Interrupted or failed,
+    the same command goes on where it stopped. Prints what was measured; the ids of all that was made go to stderr.
+    """
+    with session(ctx) as store:
+        done = recipes.rocket(store, pool=pool, progress=is_terminal(), say=say, **given(fields))
+        for job in (done.pool_embeddings, done.task_embeddings, done.tuned):
+            say_lost_rows(job.result)
+        say(f"choice {done.choice.id}: {', '.join(done.choice.result.chosen.members)}")
+        say(f"selection {done.selection.id}, tuned mixture {done.tuned.id}")
+        if as_json:
+            print_json(done)
+        elif done.evaluation is not None:
+            print_measured(done.evaluation.result)
+        else:
+            typer.echo(done.tuned.id)
+
+
 for command in (select, scores, distribution, overlaps, why, compare):
     app.command()(command)
 for noun in (
-    *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, validations, conversions),
+    *(datasets, tasks, finetunes, gradients, selections, attributions, evaluations, generations, validations),
     *(predictors, cascades, estimates, estimate_validations, comparisons, streams, labels, taxonomies),
-    *(projectors, embeddings),
+    *(conversions, projectors, embeddings),
     *(checkpoints, adapters, choices, allocations, runs, imports, jobs, workers),
 ):
     app.add_typer(noun)

@@ -59,6 +59,8 @@ from gradstore.types import (
     ConversionJob,
     ConversionResult,
     EmbeddingJob,
+    GenerationJob,
+    GenerationResult,
     GradientsJob,
     GradientsRequest,
     GradientsResult,
@@ -604,6 +606,23 @@ class Evaluations(Resource[EngineT]):
     delete = call(endpoints.deleter("evaluations"))
 
 
+class Generations(Resource[EngineT]):
+    """Jobs that let a model answer prompts."""
+
+    create = call(endpoints.generations_create)
+    get = call(endpoints.getter("generations", GenerationJob))
+    list = each(flows.paged(endpoints.lister("generations", Page[GenerationJob])))
+    wait = call(
+        flows.waiter(
+            endpoints.getter("generations", GenerationJob), SucceededJob[types.GenerationRequest, GenerationResult]
+        )
+    )
+    cancel = call(endpoints.canceller(GenerationJob))
+    retry = call(endpoints.retrier(GenerationJob))
+    rename = call(endpoints.renamer("generations", GenerationJob))
+    delete = call(endpoints.deleter("generations"))
+
+
 class Validations(Resource[EngineT]):
     """Jobs that compare what scores predict with what training does."""
 
@@ -849,6 +868,7 @@ class Store(Resource[EngineT]):
         self.selections = Selections(engine)
         self.finetunes = Finetunes(engine)
         self.evaluations = Evaluations(engine)
+        self.generations = Generations(engine)
         self.validations = Validations(engine)
         self.predictors = Predictors(engine)
         self.cascades = Cascades(engine)

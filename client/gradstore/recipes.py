@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Unpack
 
 from pydantic import BaseModel, ConfigDict
@@ -20,14 +21,17 @@ from tqdm.auto import tqdm
 
 from gradstore._endpoints import Training
 from gradstore.errors import Conflict, NotFound
-from gradstore.results import EvaluationResult, FinetuneResult, Selection, SucceededJob
+from gradstore.results import AdapterChoiceResult, EvaluationResult, FinetuneResult, Selection, SucceededJob
 from gradstore.types import (
+    AdapterChoiceRequest,
+    AdapterSimilarity,
     Dataset,
     EvaluationRequest,
     FeatureDtype,
     FinetuneRequest,
     GradientsRequest,
     GradientsResult,
+    ShotNearness,
     Task,
     TaskKind,
 )
@@ -166,6 +170,147 @@ def less(
         tuned=tuned,
         evaluation=evaluation,
     )
+
+
+class RocketResult(BaseModel):
+    """What the flow left behind, step by step."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: Dataset
+    task: Task
+    choice: SucceededJob[AdapterChoiceRequest, AdapterChoiceResult]
+    pool_embeddings: SucceededJob[GradientsRequest, GradientsResult]
+    task_embeddings: SucceededJob[GradientsRequest, GradientsResult]
+    selection: Selection
+    trained_on: Dataset
+    """The selected rows and the shots."""
+    tuned: SucceededJob[FinetuneRequest, FinetuneResult]
+    evaluation: SucceededJob[EvaluationRequest, EvaluationResult] | None
+    """None where it was not asked for, or the task has no test rows."""
+
+
+def rocket(
+    store: GradientStore,
+    *,
+    pool: str | os.PathLike[str],
+    task: str | os.PathLike[str],
+    model: str,
+    encoder: str,
+    task_kind: TaskKind | None = None,
+    adapters: str | Sequence[str] | None = None,
+    candidates: int = 8,
+    size: int = 4,
+    similarity: AdapterSimilarity = "cosine_ab",
+    k: int = 1000,
+    nearness: ShotNearness = "max_cosine",
+    tau: float = 0.9,
+    top_k: int = 2,
+    router_only: bool = False,
+    evaluate: bool = True,
+    max_rows: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] | None = None,
+    **training: Unpack[Training],
+) -> RocketResult:
+    """Make a model for a task of which there are a few examples (ROCKET, arXiv 2408.15915): adapters and data are
+    chosen by them, and a mixture of these adapters is trained on these data.
+
+    `pool` and `task` are as in `less`; the shots are the task's validation rows. Of the bank's adapters of `model`, or
+    of those named, the best set of `size` is chosen among `candidates`; of the pool the `k` rows nearest to the shots
+    by the sentence `encoder` (hub id, or a folder of the server), less those like one another and those that overlap
+    with the task's rows. The adapters become the experts, `top_k` for a token, and are trained with their routers on
+    shots and rows, or the routers alone; the mixture is evaluated beside the base model on the task's test rows. The
+    adapters must have one rank, and be on the same modules. Raises `JobFailed` of the step that failed: call again to
+    go on.
+    """
+    step = _counter(say or (_on_stderr if progress else None), steps=6 if evaluate else 5)
+    step("the pool and the task")
+    dataset = _pool(store, pool, progress=progress)
+    target = _task(store, task, kind=task_kind, progress=progress)
+
+    step(f"adapters for {target.validation:,} shots")
+    wanted = {"adapters": adapters} if adapters is not None else {"base_model": model}
+    choice = store.adapter_choices.wait(
+        store.adapter_choices.create(task=target.id, candidates=candidates, size=size, similarity=similarity, **wanted),
+        progress=progress,
+    )
+    experts = [store.adapters.get(adapter) for adapter in choice.result.chosen.members]
+
+    step(f"embeddings of {dataset.rows:,} rows and of the shots")
+    encoding = store.checkpoints.register(model=encoder).id
+    pool_embeddings = store.gradients.wait(
+        store.gradients.create(dataset=dataset.id, checkpoints=encoding, kinds="embedding"), progress=progress
+    )
+    task_embeddings = store.gradients.wait(
+        store.gradients.create(task=target.id, checkpoints=encoding, kinds="embedding"), progress=progress
+    )
+
+    step(f"selection of the {k:,} rows nearest to the shots")
+    selection = store.select(
+        task=target.id,
+        dataset=dataset.id,
+        method="embedding",
+        checkpoint=encoding,
+        dtype=pool_embeddings.result.feature_sets[0].dtype,
+        converted_from="none",
+        template=pool_embeddings.result.feature_sets[0].template,
+        max_length=pool_embeddings.result.feature_sets[0].max_length,
+        precision=pool_embeddings.result.feature_sets[0].precision,
+        strategy="shots",
+        k=k,
+        nearness=nearness,
+        tau=tau,
+        exclude_contaminated=True,
+        progress=progress,
+    )
+    both = _with_shots(store, selection, target, progress=progress)
+
+    step(f"training of {len(experts)} experts on {both.rows:,} rows and shots")
+    tuned = store.finetunes.wait(
+        store.finetunes.create(
+            dataset=both.id,
+            model=model,
+            mixture={
+                "experts": len(experts),
+                "top_k": min(top_k, len(experts)),
+                "rank": experts[0].rank,
+                "modules": experts[0].targets,
+                "router_only": router_only,
+            },
+            experts_from=[expert.id for expert in experts],
+            **training,
+        ),
+        progress=progress,
+    )
+
+    evaluation = None
+    if evaluate and target.test:
+        step("evaluation of the base model and the mixture")
+        evaluation = store.evaluations.wait(
+            store.evaluations.create(finetune=tuned.id, tasks=[target.id], max_rows=max_rows), progress=progress
+        )
+    return RocketResult(
+        dataset=dataset,
+        task=target,
+        choice=choice,
+        pool_embeddings=pool_embeddings,
+        task_embeddings=task_embeddings,
+        selection=selection,
+        trained_on=both,
+        tuned=tuned,
+        evaluation=evaluation,
+    )
+
+
+def _with_shots(store: GradientStore, selection: Selection, task: Task, *, progress: bool) -> Dataset:
+    """A task's validation rows and the selected ones as one dataset: the same for the same rows."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{selection.id}-and-shots.jsonl"
+        store.tasks.download(task.id, path, split="validation")
+        with path.open("ab") as file:
+            file.writelines(line.rstrip(b"\n") + b"\n" for line in store.selections.lines(selection.id))
+        return store.datasets.upload(path, progress=progress)
 
 
 def _pool(store: GradientStore, pool: str | os.PathLike[str], *, progress: bool) -> Dataset:

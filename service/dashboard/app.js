@@ -10,6 +10,7 @@ import * as attributions from "./pages/attributions.js";
 import * as comparisons from "./pages/comparisons.js";
 import * as datasets from "./pages/datasets.js";
 import * as estimates from "./pages/estimates.js";
+import * as generations from "./pages/generations.js";
 import * as jobs from "./pages/jobs.js";
 import * as overlaps from "./pages/overlaps.js";
 import * as overview from "./pages/overview.js";
@@ -30,6 +31,7 @@ const PAGES = [
   { path: "comparisons", title: "Comparison", page: comparisons },
   { path: "attributions", title: "Attribution", page: attributions },
   { path: "training", title: "Training", page: training },
+  { path: "generations", title: "Generations", page: generations },
   { path: "adapters", title: "Adapters", page: adapters },
   { path: "adapter-choices", title: "Choice of adapters", page: adapters, within: "adapters" },
   { path: "predictors", title: "Predictors", page: predictors },

@@ -38,6 +38,24 @@ export function columns(numbers, label, place = 0, highest = Math.max(...numbers
   return s("svg", { class: "columns", viewBox: `0 0 ${numbers.length} 40`, preserveAspectRatio: "none", role: "img", "aria-label": label }, bars);
 }
 
+const CELL = { width: 44, height: 18, left: 150, top: 20 };
+
+/**
+ * Parts of a whole in rows, the darker the larger. `rows` and `columns` are names; `cell(row, column)` is a number from 0 to
+ * 1, or undefined where there is none. What it says stands in a table beside.
+ */
+export function grid({ rows, columns: names, cell }, label) {
+  const [width, height] = [CELL.left + CELL.width * names.length, CELL.top + CELL.height * rows.length];
+  const head = names.map((name, column) => s("text", { class: "tick", x: CELL.left + CELL.width * (column + 0.5), y: 13, "text-anchor": "middle" }, name));
+  const lines = rows.map((name, row) => [
+    s("text", { class: "tick", x: CELL.left - 8, y: CELL.top + CELL.height * (row + 0.7), "text-anchor": "end" }, name),
+    names.map((_, column) => [column, cell(row, column)]).filter(([, part]) => part !== undefined).map(([column, part]) =>
+      s("rect", { x: CELL.left + CELL.width * column + 1, y: CELL.top + CELL.height * row + 1, width: CELL.width - 2, height: CELL.height - 2, class: colour(0), "fill-opacity": Math.max(part, 0.04) }, s("title", {}, `${name}, ${names[column]}: ${percent(part)}`))),
+  ]);
+  const picture = s("svg", { class: "parts", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, head, lines);
+  return h("div", { class: "scrolling", tabindex: "0", role: "region", "aria-label": `${label}, as a picture` }, picture);
+}
+
 /** What each colour means: names, or [name, place] where its colour is not that of its own place. */
 export function legend(names) {
   const places = names.map((each, own) => [each, own].flat().slice(0, 2));

@@ -10,6 +10,7 @@
     comparisons.py   a selection, or a training on one
     adapter_choices.py  what a few adapters make of the shots of a task
     streams.py       pooled states of a range        labelling.py     rows that a chat model is asked about
+    generations.py   answers to prompts, and their experts
 
 needed.py does the jobs of other kinds that comparisons and cascades wait for.
 They load, call and record; the arithmetic is in the modules beside this package.

@@ -128,6 +128,8 @@ HELP = {
     "tau": "shots: pass over rows whose cosine with one taken before exceeds this; by default 0.9.",
     "template": "How a conversation is written as text.",
     "token_budget": "Tokens per batch, padding included; by default what the worker's device does best.",
+    "trace": "Of a mixture: say which experts the tokens go to.",
+    "trace_tokens": "How many of the last tokens of each row are traced one by one.",
     "warmup_fraction": "Fraction of the pool to warm up on.",
     "warmup_ratio": "Fraction of the steps in which the learning rate rises.",
     "weight_decay": "Weight decay.",

@@ -21,6 +21,7 @@ from gradstore.types.estimates import *
 from gradstore.types.evaluations import *
 from gradstore.types.explanations import *
 from gradstore.types.finetunes import *
+from gradstore.types.generations import *
 from gradstore.types.gradients import *
 from gradstore.types.imports import *
 from gradstore.types.jobs import *

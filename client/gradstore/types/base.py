@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 JobKind = Literal[
     "gradients", "conversion", "finetune", "evaluation", "import", "scoring", "validation", "attribution", "comparison",
     "predictor", "cascade", "estimates", "estimate-validation", "annotation", "stream", "projector", "embedding",
-    "adapter-choice",
+    "generation", "adapter-choice",
 ]  # fmt: skip
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 GradientKind = Literal["adam", "sgd", "sign"]

@@ -16,6 +16,7 @@ const PAGES = {
   comparison: "comparisons",
   "estimate-validation": "estimate-validations",
   estimates: "estimates",
+  generation: "generations",
   predictor: "predictors",
   projector: "projectors",
   stream: "streams",
