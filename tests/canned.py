@@ -425,6 +425,7 @@ def row(rank: int) -> dict[str, Any]:
         "score": 1 / rank,
         "task": "mmlu",
         "subtask": "anatomy",
+        "shot": None,
     }
 
 
