@@ -59,7 +59,7 @@ LEANINGS = {
 }
 """How much a task's gradients point where those of each origin do."""
 MODEL = "Qwen/Qwen3-0.6B"
-PREFIXES = {"finetune": "ft", "evaluation": "eval", "predictor": "pred", "cascade": "casc"}
+PREFIXES = {"finetune": "ft", "evaluation": "eval", "predictor": "pred", "cascade": "casc", "generation": "gen"}
 
 
 def shown(folder: Path) -> Store:
