@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import parse_qs, urlsplit
@@ -1017,11 +1018,12 @@ def lines_of(visit: Visit, table: str) -> Locator:
 
 
 def shown_number(number: float | None) -> str:
-    """A number as the pages write it: three digits that count."""
+    """A number as the pages write it: three digits that count, and halves away from zero as JavaScript rounds them."""
     if number is None:
         return "–"
     size = abs(number)
-    return f"{number:.{3 if size < 1 else 2 if size < 10 else 1}f}"
+    last = Decimal(1).scaleb(-(3 if size < 1 else 2 if size < 10 else 1))
+    return str(Decimal(number).quantize(last, ROUND_HALF_UP))
 
 
 def test_a_choice_of_adapters_is_the_apis_ranks_sets_and_shots(visit: Visit, service: Service) -> None:
