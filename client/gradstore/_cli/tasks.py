@@ -16,7 +16,10 @@ from gradstore.types import Split, Task
 
 ServerPath = Annotated[str, typer.Argument(metavar="PATH", help="Path on the server, inside an allowed root.")]
 
-KINDS = "What the files hold: mmlu, bbh, tydiqa, gsm8k, scienceqa, jsonl, or what else the server can read."
+KINDS = (
+    "What the files hold: mmlu, bbh, tydiqa, gsm8k, scienceqa, scienceqa-written, jsonl, or what else the server can "
+    "read."
+)
 
 tasks = group_of(
     "tasks",
