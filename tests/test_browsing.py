@@ -162,5 +162,5 @@ def test_usage_counts_every_noun(tmp_path: Path) -> None:
         service.task()
         service.finetune(dataset="pool")
         counts = service.http.get("/usage").json()["counts"]
-    none = dict.fromkeys(("checkpoints", "runs", "selections", "taxonomies"), 0)
+    none = dict.fromkeys(("adapters", "checkpoints", "runs", "selections", "taxonomies"), 0)
     assert counts == {"datasets": 1, "tasks": 1, "finetunes": 1} | none
