@@ -155,7 +155,7 @@ def test_a_model_that_the_services_user_may_not_read_is_refused_in_words(folder:
         done = subprocess.run(
             [sys.executable, "-c", code, str(copy)], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
-        assert done.stdout.startswith(f"{copy / 'model.safetensors'} may not be read here"), done.stderr
+        assert done.stdout.startswith(f"/model: {copy / 'model.safetensors'} may not be read here"), done.stderr
 
 
 def test_a_large_files_fingerprint_reads_its_beginning_and_its_end(tmp_path: Path) -> None:
