@@ -150,7 +150,21 @@ def _matched(
     recipe: SelectionRecipe, drawn: CombinedScores, among: Mask, material: Material, lengths: Lengths
 ) -> Chosen:
     """A matched draw; rows that overlap with a task, where they are to be left out, are drawn again."""
-    rows = matched(lengths.known, drawn.score, among, lengths.wanted)
+    rows = _without_overlaps(
+        recipe, material, among, lambda left: matched(lengths.known, drawn.score, left, lengths.wanted)
+    )
+    missed = (Counter(lengths.wanted.tolist()) - Counter(lengths.known[rows].tolist())).total()
+    notes = [f"{missed:,} of {len(lengths.wanted):,} rows could not be matched: no row of their length was left"]
+    return _of_combined(drawn, rows, notes if missed else [])
+
+
+def _without_overlaps(
+    recipe: SelectionRecipe, material: Material, among: Mask, take: Callable[[Mask], Selected]
+) -> Selected:
+    """What is taken among rows; those that overlap with a task, where they are to be left out, are taken out of these,
+    and it is taken anew.
+    """
+    rows = take(among)
     while recipe.exclude_contaminated:
         overlaps = material.contamination.of_all(rows.tolist())
         unwanted = rows[[overlap is not None for overlap in overlaps]]
@@ -158,25 +172,15 @@ def _matched(
             break
         among = among.copy()
         among[unwanted] = False
-        rows = matched(lengths.known, drawn.score, among, lengths.wanted)
-    missed = (Counter(lengths.wanted.tolist()) - Counter(lengths.known[rows].tolist())).total()
-    notes = [f"{missed:,} of {len(lengths.wanted):,} rows could not be matched: no row of their length was left"]
-    return _of_combined(drawn, rows, notes if missed else [])
+        rows = take(among)
+    return rows
 
 
 def _like_shots(recipe: SelectionRecipe, walks: Walks, k: int, material: Material) -> Chosen:
     """The `k` rows nearest to the shots less those too much like one before, in whose place nothing is put."""
     scores, among = _one_score(walks), walks.among
     by, seed = recipe.nearness or "max_cosine", recipe.selection_seed or 0
-    rows = nearest(scores.score, among, k, by=by, seed=seed)
-    while recipe.exclude_contaminated:
-        overlaps = material.contamination.of_all(rows.tolist())
-        unwanted = rows[[overlap is not None for overlap in overlaps]]
-        if not len(unwanted):
-            break
-        among = among.copy()
-        among[unwanted] = False
-        rows = nearest(scores.score, among, k, by=by, seed=seed)
+    rows = _without_overlaps(recipe, material, among, lambda left: nearest(scores.score, left, k, by=by, seed=seed))
     found = unlike_each_other(material.features, rows.tolist(), 1.0 if recipe.tau is None else recipe.tau)
     notes = [f"{len(rows):,} rows instead of {k:,}: of the others none could be taken"] if len(rows) < k else []
     if found.twins:
