@@ -51,6 +51,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise InvalidCheckpoint(f"{MANIFEST} is not what it should be: {where}: {first['msg']}") from error
 
 
+def layers_of(manifest: Manifest) -> list[MixtureLayer]:
+    """What each layer has. Raises `InvalidCheckpoint` where the manifest contradicts itself."""
+    try:
+        layers = expand(manifest.settings, layers=manifest.layers)
+    except InvalidInput as error:
+        raise InvalidCheckpoint(f"{MANIFEST} contradicts itself: {error}") from error
+    if len(manifest.alphas) < max(layer.experts for layer in layers):
+        raise InvalidCheckpoint(f"{MANIFEST} has {len(manifest.alphas)} alphas, fewer than there are experts")
+    return layers
+
+
 def is_router(key: str) -> bool:
     """Whether a tensor of the weights' file is of a router."""
     return _ROUTER in key
@@ -60,13 +71,7 @@ def check_mixture(manifest: Manifest, header: Header) -> None:
     """Hold the weights' header against the manifest. Raises `InvalidCheckpoint` naming what is missing, left over or of
     another shape.
     """
-    settings = manifest.settings
-    try:
-        layers = expand(settings, layers=manifest.layers)
-    except InvalidInput as error:
-        raise InvalidCheckpoint(f"{MANIFEST} contradicts itself: {error}") from error
-    if len(manifest.alphas) < max(layer.experts for layer in layers):
-        raise InvalidCheckpoint(f"{MANIFEST} has {len(manifest.alphas)} alphas, fewer than there are experts")
+    settings, layers = manifest.settings, layers_of(manifest)
     left = set(header.tensors)
     of_name: dict[str, set[int]] = {name: set() for name in settings.modules}
     for module in sorted(key.removesuffix(_A) for key in header.tensors if key.endswith(_A)):

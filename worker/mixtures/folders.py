@@ -6,14 +6,16 @@ PEFT by itself refuses such a folder for the shapes of its weights, and so does 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from datastore.allocations import expand
+from datastore import mixture_files
 from datastore.durable import write_file
-from datastore.errors import InvalidCheckpoint, InvalidInput
+from datastore.errors import InvalidCheckpoint
 from datastore.mixture_files import MANIFEST, Manifest, read_manifest
 from worker.mixtures.layer import Mixture
 from worker.mixtures.model import layers_of, of_model, peft_config, refuse_unknown_modules
@@ -35,25 +37,23 @@ def load_mixture(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises ModelError where there is no manifest, where the base model is another, or where a weight of an expert or a
     router is missing, left over or of another shape; `base` is then as it was.
     """
-    manifest = _manifest(folder)
+    with _as_model_error():
+        manifest = read_manifest(folder)
     if manifest.layers != layers_of(base):
         raise ModelError(
             f"the mixture is of a model of {manifest.layers} layers, and this one has {layers_of(base)}: "
             "load it on its own base model"
         )
     refuse_unknown_modules(base, manifest.settings.modules)
-    try:
-        layers = tuple(expand(manifest.settings, layers=manifest.layers))
-    except InvalidInput as error:
-        raise ModelError(f"{MANIFEST} contradicts itself: {error}") from error
-    if len(manifest.alphas) < max(layer.experts for layer in layers):
-        raise ModelError(f"{MANIFEST} has {len(manifest.alphas)} alphas, fewer than there are experts")
+    with _as_model_error():
+        layers = tuple(mixture_files.layers_of(manifest))
     mixture = Mixture(manifest.settings, layers, tuple(manifest.alphas))
     return load_adapter(base, folder, config=peft_config(mixture))
 
 
-def _manifest(folder: Path) -> Manifest:
+@contextmanager
+def _as_model_error() -> Iterator[None]:
     try:
-        return read_manifest(folder)
+        yield
     except InvalidCheckpoint as error:
         raise ModelError(str(error)) from error
