@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start
 from gradstore._cli.nouns import add_delete, add_rename, add_show, bare_group, group_of
 from gradstore._cli.options import DryRun, Json, Limit, LocalPath, NewFolder, Reference, Rows, Wait, given, takes
-from gradstore._cli.output import Columns, is_terminal, print_json, print_list, print_object, print_table, say
+from gradstore._cli.output import Columns, is_terminal, print_json, print_list, print_table, say
 from gradstore._cli.session import session
 from gradstore.types import Adapter, AdapterChoiceRequest, AdapterChoiceResult
 
@@ -114,11 +114,7 @@ def choose_adapters(
     that of its diversity, sum up least. Prints the job's id, or with --wait all adapters, best first.
     """
     with session(ctx) as store:
-        if dry_run:
-            print_object(store.adapter_choices.estimate(**given(fields)), as_json=as_json)
-        else:
-            job = store.adapter_choices.create(**given(fields))
-            started(store, "adapter-choices", job, wait=wait, as_json=as_json, show=print_chosen)
+        start(store, "adapter-choices", given(fields), wait=wait, dry_run=dry_run, as_json=as_json, show=print_chosen)
 
 
 @adapters.command("download")

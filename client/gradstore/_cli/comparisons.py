@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, Reference, Wait, given, parameter_sets, takes
-from gradstore._cli.output import Columns, print_object, print_table, say
+from gradstore._cli.output import Columns, print_table, say
 from gradstore._cli.session import session
 from gradstore.types import ComparedPair, ComparedRow, ComparisonRequest, ComparisonResult, Interval
 
@@ -78,11 +78,7 @@ def _compare(
 ) -> None:
     with session(ctx) as store:
         asked = given({**fields, "contestants": parameter_sets("--contestant", contestants or [])})
-        if dry_run:
-            print_object(store.comparisons.estimate(**asked), as_json=as_json)
-        else:
-            job = store.comparisons.create(**asked)
-            started(store, "comparisons", job, wait=wait, as_json=as_json, show=print_compared)
+        start(store, "comparisons", asked, wait=wait, dry_run=dry_run, as_json=as_json, show=print_compared)
 
 
 @comparisons.command("show")

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, Reference, Rows, Wait, given, takes
-from gradstore._cli.output import Columns, print_list, print_object, print_table, say
+from gradstore._cli.output import Columns, print_list, print_table, say
 from gradstore._cli.session import session
 from gradstore.types import EstimatesRequest, EstimatesResult, EstimateValidationRequest, EstimateValidationResult
 
@@ -113,11 +113,7 @@ def create_estimates(
     with session(ctx) as store:
         own = {"labels": _labels(labels), "subsets": _subsets(subsets)}
         asked = given({**fields, **own})
-        if dry_run:
-            print_object(store.estimates.estimate(**asked), as_json=as_json)
-        else:
-            job = store.estimates.create(**asked)
-            started(store, "estimates", job, wait=wait, as_json=as_json, show=print_groups)
+        start(store, "estimates", asked, wait=wait, dry_run=dry_run, as_json=as_json, show=print_groups)
 
 
 @estimates.command("show")
@@ -146,11 +142,15 @@ def create_estimate_validation(
     cost, and those that exist are not done again.
     """
     with session(ctx) as store:
-        if dry_run:
-            print_object(store.estimate_validations.estimate(**given(fields)), as_json=as_json)
-        else:
-            job = store.estimate_validations.create(**given(fields))
-            started(store, "estimate-validations", job, wait=wait, as_json=as_json, show=print_agreement)
+        start(
+            store,
+            "estimate-validations",
+            given(fields),
+            wait=wait,
+            dry_run=dry_run,
+            as_json=as_json,
+            show=print_agreement,
+        )
 
 
 @estimate_validations.command("show")

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, started
+from gradstore._cli.jobs import listed, start
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, NewFolder, Reference, Wait, given, parameter_set, takes
-from gradstore._cli.output import is_terminal, print_object
+from gradstore._cli.output import is_terminal
 from gradstore._cli.session import session
 from gradstore.types import FinetuneRequest
 
@@ -44,10 +44,7 @@ def create_finetune(
     """
     asked = given({**fields, "mixture": _mixture(mixture)})
     with session(ctx) as store:
-        if dry_run:
-            print_object(store.finetunes.estimate(**asked), as_json=as_json)
-        else:
-            started(store, "finetunes", store.finetunes.create(**asked), wait=wait, as_json=as_json)
+        start(store, "finetunes", asked, wait=wait, dry_run=dry_run, as_json=as_json)
 
 
 def _mixture(text: str | None) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, started
+from gradstore._cli.jobs import listed, start, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import AS_TRAINED, DryRun, Json, Rows, Wait, given, takes
-from gradstore._cli.output import Columns, is_terminal, print_list, print_object
+from gradstore._cli.output import Columns, is_terminal, print_list
 from gradstore._cli.session import session
 from gradstore.types import ConversionRequest, GradientsRequest, ImportRequest
 
@@ -67,10 +67,7 @@ def create_gradients(
     What exists already is not computed again.
     """
     with session(ctx) as store:
-        if dry_run:
-            print_object(store.gradients.estimate(**given(fields)), as_json=as_json)
-        else:
-            started(store, "gradients", store.gradients.create(**given(fields)), wait=wait, as_json=as_json)
+        start(store, "gradients", given(fields), wait=wait, dry_run=dry_run, as_json=as_json)
 
 
 @gradients.command("rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,6 +80,25 @@ add_delete(
     "jobs",
     help="Delete finished scoring jobs; their scores stay. Other jobs are deleted as what they are.",
 )
+
+
+def start(
+    store: GradientStore,
+    noun: str,
+    fields: Mapping[str, Any],
+    *,
+    wait: bool,
+    dry_run: bool,
+    as_json: bool,
+    show: Callable[[Any], None] | None = None,
+    cost: Callable[..., None] = print_object,
+) -> None:
+    """Start a job of these fields, and print it as `started` does; with `dry_run` print what it would take instead."""
+    found = resource(store, noun)
+    if dry_run:
+        cost(found.estimate(**fields), as_json=as_json)
+    else:
+        started(store, noun, found.create(**fields), wait=wait, as_json=as_json, show=show)
 
 
 def started(

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, Reference, Wait, takes
 from gradstore._cli.options import given as said
@@ -81,11 +81,7 @@ def create_predictor(
     that should fail. select --method predicted chooses by it.
     """
     with session(ctx) as store:
-        if dry_run:
-            print_object(store.predictors.estimate(**said(fields)), as_json=as_json)
-        else:
-            job = store.predictors.create(**said(fields))
-            started(store, "predictors", job, wait=wait, as_json=as_json, show=print_predictor)
+        start(store, "predictors", said(fields), wait=wait, dry_run=dry_run, as_json=as_json, show=print_predictor)
 
 
 @predictors.command("show")
@@ -105,11 +101,16 @@ def create_cascade(
     Prints the job's id, or with --wait what was computed in which step. select --method cascade chooses among these.
     """
     with session(ctx) as store:
-        if dry_run:
-            print_cascade_cost(store.cascades.estimate(**said(fields)), as_json=as_json)
-        else:
-            job = store.cascades.create(**said(fields))
-            started(store, "cascades", job, wait=wait, as_json=as_json, show=print_cascade)
+        start(
+            store,
+            "cascades",
+            said(fields),
+            wait=wait,
+            dry_run=dry_run,
+            as_json=as_json,
+            show=print_cascade,
+            cost=print_cascade_cost,
+        )
 
 
 @cascades.command("show")

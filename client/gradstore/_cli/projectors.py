@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, Limit, Reference, Wait, given, takes
 from gradstore._cli.output import Columns, is_terminal, print_json, print_list, print_object, print_table, say
@@ -82,11 +82,7 @@ def create_projector(
     streams = given({"gradients": gradients, "routing": routing, "hidden": hidden})
     with session(ctx) as store:
         asked = {"streams": streams, "config": _config(config or []), **given(fields)}
-        if dry_run:
-            print_object(store.projectors.estimate(**asked), as_json=as_json)
-        else:
-            job = store.projectors.create(**asked)
-            started(store, "projectors", job, wait=wait, as_json=as_json, show=print_trained)
+        start(store, "projectors", asked, wait=wait, dry_run=dry_run, as_json=as_json, show=print_trained)
 
 
 @projectors.command("show")

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start, started
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, LocalPath, Reference, Rows, Wait, given, parameter_set, takes
-from gradstore._cli.output import Columns, ago, is_terminal, print_json, print_list, print_object, print_table, say
+from gradstore._cli.output import Columns, ago, is_terminal, print_json, print_list, print_table, say
 from gradstore._cli.session import session
 from gradstore.types import AnnotationRequest, AnnotationResult, StreamRequest
 
@@ -97,11 +97,15 @@ def create_annotation(
     """
     with session(ctx) as store:
         asked = given({**fields, "labeller": None if labeller is None else parameter_set("--labeller", labeller)})
-        if dry_run:
-            print_object(store.annotations.estimate(**asked), as_json=as_json)
-        else:
-            job = store.annotations.create(**asked)
-            started(store, "annotations", job, wait=wait, as_json=as_json, show=print_counts if wait else None)
+        start(
+            store,
+            "annotations",
+            asked,
+            wait=wait,
+            dry_run=dry_run,
+            as_json=as_json,
+            show=print_counts if wait else None,
+        )
 
 
 @labels.command("show")

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from gradstore import _endpoints as endpoints
-from gradstore._cli.jobs import listed, print_outcome, started
+from gradstore._cli.jobs import listed, print_outcome, start
 from gradstore._cli.nouns import group_of
 from gradstore._cli.options import DryRun, Json, Reference, Wait, given, parameter_sets, takes
-from gradstore._cli.output import Columns, print_object, print_table
+from gradstore._cli.output import Columns, print_table
 from gradstore._cli.session import session
 from gradstore.types import Interval, ValidationRequest, ValidationResult
 
@@ -59,11 +59,7 @@ def create_validation(
     """
     with session(ctx) as store:
         asked = given({**fields, "scores": parameter_sets("--scores", scores or [])})
-        if dry_run:
-            print_object(store.validations.estimate(**asked), as_json=as_json)
-        else:
-            job = store.validations.create(**asked)
-            started(store, "validations", job, wait=wait, as_json=as_json, show=print_judged)
+        start(store, "validations", asked, wait=wait, dry_run=dry_run, as_json=as_json, show=print_judged)
 
 
 @validations.command("show")
