@@ -56,6 +56,7 @@ SERVER_COMMANDS = {
     "backup": "Back up a store into a folder.",
     "restore": "Fill an empty store from a backup.",
 }
+Pool = Annotated[str, typer.Argument(metavar="POOL", help="Dataset by id or name, or a file to upload.")]
 ORDER = (
     *("less", "rocket", "datasets", "tasks", "finetunes", "gradients", "select", "scores", "distribution", "overlaps"),
     *("selections", "why", "attributions", "evaluations", "generations", "validations"),
@@ -219,7 +220,7 @@ def health(ctx: typer.Context, *, as_json: Json = False) -> None:
 )
 def less(
     ctx: typer.Context,
-    pool: Annotated[str, typer.Argument(metavar="POOL", help="Dataset by id or name, or a file to upload.")],
+    pool: Pool,
     *,
     as_json: Json = False,
     **fields: Any,
@@ -235,12 +236,7 @@ def less(
             say_lost_rows(job.result)
         say(f"warm-up {done.warmup.id} (run {done.warmup.result.run})")
         say(f"selection {done.selection.id}, tuned model {done.tuned.id}")
-        if as_json:
-            print_json(done)
-        elif done.evaluation is not None:
-            print_measured(done.evaluation.result)
-        else:
-            typer.echo(done.tuned.id)
+        _print_flow(done, as_json=as_json)
 
 
 @app.command()
@@ -263,7 +259,7 @@ def less(
 )
 def rocket(
     ctx: typer.Context,
-    pool: Annotated[str, typer.Argument(metavar="POOL", help="Dataset by id or name, or a file to upload.")],
+    pool: Pool,
     *,
     as_json: Json = False,
     **fields: Any,
@@ -279,12 +275,17 @@ def rocket(
             say_lost_rows(job.result)
         say(f"choice {done.choice.id}: {', '.join(done.choice.result.chosen.members)}")
         say(f"selection {done.selection.id}, tuned mixture {done.tuned.id}")
-        if as_json:
-            print_json(done)
-        elif done.evaluation is not None:
-            print_measured(done.evaluation.result)
-        else:
-            typer.echo(done.tuned.id)
+        _print_flow(done, as_json=as_json)
+
+
+def _print_flow(done: recipes.LessResult | recipes.RocketResult, *, as_json: bool) -> None:
+    """Print what a flow has measured, or the id of what it has trained."""
+    if as_json:
+        print_json(done)
+    elif done.evaluation is not None:
+        print_measured(done.evaluation.result)
+    else:
+        typer.echo(done.tuned.id)
 
 
 for command in (select, scores, distribution, overlaps, why, compare):

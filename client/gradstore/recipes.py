@@ -247,16 +247,17 @@ def rocket(
     )
 
     step(f"selection of the {k:,} rows nearest to the shots")
+    features = pool_embeddings.result.feature_sets[0]
     selection = store.select(
         task=target.id,
         dataset=dataset.id,
         method="embedding",
         checkpoint=encoding,
-        dtype=pool_embeddings.result.feature_sets[0].dtype,
+        dtype=features.dtype,
         converted_from="none",
-        template=pool_embeddings.result.feature_sets[0].template,
-        max_length=pool_embeddings.result.feature_sets[0].max_length,
-        precision=pool_embeddings.result.feature_sets[0].precision,
+        template=features.template,
+        max_length=features.max_length,
+        precision=features.precision,
         strategy="shots",
         k=k,
         nearness=nearness,
