@@ -122,7 +122,7 @@ def test_a_trace_is_what_the_formula_says_of_each_token(place: Workplace, mixtur
     assert trace["first"] == len(full) - 5
     assert trace["tokens"] == [tokenizer.decode([token]) for token in full[-5:]]
     assert {each["module"] for each in trace["modules"]} == set(modules)
-    counts = {0: np.zeros(3), 1: np.zeros(4)}
+    counts, probabilities = ({0: np.zeros(3), 1: np.zeros(4)} for _ in range(2))
     for traced in trace["modules"]:
         z, gate = by_hand(modules[traced["module"]], inputs[traced["module"]])
         order = np.argsort(-z, axis=1)[:, :2]
@@ -131,10 +131,13 @@ def test_a_trace_is_what_the_formula_says_of_each_token(place: Workplace, mixtur
         np.testing.assert_allclose(traced["weights"], (largest / largest.sum(axis=1, keepdims=True))[-5:], atol=1e-4)
         np.testing.assert_allclose(traced["sub_routers"], gate[-5:], atol=1e-4)
         counts[traced["layer"]] += np.bincount(order.ravel(), minlength=z.shape[1])
+        probabilities[traced["layer"]] += (np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)).sum(axis=0)
     assert len(result["loads"]) == 2
     for layer in result["loads"]:
-        found = counts[layer["layer"]]
+        found, likely = counts[layer["layer"]], probabilities[layer["layer"]]
         np.testing.assert_allclose(layer["load"], found / found.sum(), atol=1e-4)
+        balance = len(found) * (found / found.sum() * likely / likely.sum()).sum()
+        assert layer["balance"] == pytest.approx(balance, abs=1e-4)
 
 
 def _row(place: Workplace, adapted: Any, answer: dict[str, Any]) -> list[int]:
