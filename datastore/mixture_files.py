@@ -62,6 +62,16 @@ def layers_of(manifest: Manifest) -> list[MixtureLayer]:
     return layers
 
 
+def layer_number(path: str) -> int | None:
+    """The layer of the base model that a dotted path lies in, which is the first number in it; None outside of layers.
+
+    >>> layer_number("model.layers.3.self_attn.q_proj")
+    3
+    """
+    found = _LAYER.search(f".{path}")
+    return None if found is None else int(found[1])
+
+
 def is_router(key: str) -> bool:
     """Whether a tensor of the weights' file is of a router."""
     return _ROUTER in key
@@ -94,10 +104,10 @@ def check_mixture(manifest: Manifest, header: Header) -> None:
 
 
 def _layer(module: str, layers: int) -> int:
-    found = _LAYER.search(module)
-    if found is None or int(found[1]) >= layers:
+    number = layer_number(module)
+    if number is None or number >= layers:
         raise InvalidCheckpoint(f"{module!r} has experts, and is in none of the {layers} layers of {MANIFEST}")
-    return int(found[1])
+    return number
 
 
 def _expected(

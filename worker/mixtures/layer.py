@@ -8,7 +8,6 @@ sorting tokens by their experts (docs/decisions/all-experts-in-two-products.md).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from datastore.mixture_files import layer_number
 from worker.mixtures.balance import Record
 from worker.mixtures.routers import choose, make_router
 
@@ -26,8 +26,6 @@ REFUSED = (
     "a mixture of experts cannot be merged, or made one LoRA: what it adds to a layer depends on the token. "
     "Save it as it is, and load it with its mixture.json"
 )
-
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 class NotMergeable(NotImplementedError):
@@ -52,10 +50,10 @@ class Mixture:
 
     def layer_of(self, path: str) -> MixtureLayer:
         """The layer that the module at this dotted path belongs to: the first number of the path says which."""
-        found = _LAYER.search(f".{path}")
-        if found is None:
+        number = layer_number(path)
+        if number is None:
             raise ValueError(f"{path} belongs to no layer of the model: name linear layers inside its layers only")
-        return self.layers[int(found[1])]
+        return self.layers[number]
 
 
 def mixture_of(config: LoraConfig) -> Mixture | None:

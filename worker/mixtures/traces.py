@@ -6,7 +6,6 @@ batch (`gate_scope=batch`) the choices are those that were made when the row was
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,18 +15,17 @@ from gradstore.types import LayerLoad, Trace, TracedModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datastore.mixture_files import layer_number
 from worker.mixtures.balance import load, recording
 from worker.mixtures.routers import RouterOfRouters, choose
 
 DIGITS = 4
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass
 class Loads:
     """What fell on the experts of each layer, summed over rows: f and P of worker/mixtures/balance.py."""
 
-    tokens: int = 0
     sums: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def add(self, layer: int, choices: Tensor, probabilities: Tensor, *, tokens: int) -> None:
@@ -55,7 +53,8 @@ def trace(
         model(input_ids=ids, use_cache=False)
     modules = []
     for path, (routed,) in record.routed.items():
-        layer = int(_LAYER.findall(f".{path}")[0])
+        layer = layer_number(path)
+        assert layer is not None  # noqa: S101 - for mypy: a mixture is put on modules of layers only
         loads.add(layer, *load(routed), tokens=len(tokens))
         chosen, weights = choose(routed.logits[0, first:], routed.chosen.shape[-1])
         gate = gates.get(path)
